@@ -1,0 +1,34 @@
+# The two commands of the README, and what CI runs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint install wheel clean
+
+demo: install
+	$(BIN)/edgeprune build --target cpu-avx2 --latency 10ms
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check edgeprune tests
+	$(BIN)/ruff format --check edgeprune tests
+	$(BIN)/mypy
+
+# Builds the wheel and uses it as a stranger would: in a clean environment, outside the repository.
+wheel: install
+	sh tests/wheel.sh $(BIN)/python
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) artifacts dist

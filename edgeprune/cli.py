@@ -1,0 +1,367 @@
+"""The command line: parse, call the library, print. Decides nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgeprune import __version__, errors
+from edgeprune.errors import EdgepruneError, UsageError
+
+ISSUES = "the edgeprune issue tracker"
+CRASH_HELP = "this is a defect in edgeprune"
+
+
+def main() -> None:
+    """Run the command line and exit with the code of the contract."""
+    try:
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        _fail_json(error.format_message(), errors.UsageError.exit_code)
+        sys.exit(errors.UsageError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _end("interrupted; finished stages are kept: run the same command again to resume", errors.INTERRUPTED)
+    except EdgepruneError as error:
+        if type(error) is EdgepruneError and "-v" in sys.argv:
+            raise
+        _end(str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(errors.StorageError.exit_code)
+    except Exception as error:
+        if "-v" in sys.argv or "--verbose" in sys.argv:
+            raise
+        _end(
+            f"{CRASH_HELP}: {type(error).__name__}: {error}; run again with -v and report the output to {ISSUES}",
+            EdgepruneError.exit_code,
+        )
+
+
+def _end(message: str, code: int) -> None:
+    click.echo(f"edgeprune: {message}", err=True)
+    _fail_json(message, code)
+    sys.exit(code)
+
+
+def _fail_json(message: str, code: int) -> None:
+    """With --format json, stdout is one JSON document also when the command fails."""
+    if ("json" in sys.argv and "--format" in sys.argv) or "--format=json" in sys.argv:
+        click.echo(json.dumps({"exit_code": code, "error": message}))
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+def _read_config(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    """Values of the file become defaults, so that the command line wins."""
+    if value is None:
+        return
+    from edgeprune.config import read_toml
+
+    table = read_toml(Path(value))
+    known = {p.name: p for p in ctx.command.params if p.name not in ("config", "output_format")}
+    for key, setting in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise UsageError(f"{value}: {errors.unknown('key', key, [str(k).replace('_', '-') for k in known])}")
+        if known[name].multiple and not isinstance(setting, list):  # type: ignore[attr-defined]
+            setting = [setting]
+        ctx.default_map = {**(ctx.default_map or {}), name: setting}
+
+
+MODEL = click.argument("model", default="digits")
+CONFIG = click.option("--config", type=click.Path(), is_eager=True, expose_value=False, callback=_read_config,
+                      help="TOML file with the names of these options; the command line wins.")  # fmt: skip
+TARGET = click.option(
+    "--target", required=True, metavar="NAME", help="Device class: a name from `edgeprune targets`, or a .toml file."
+)
+DATA = _options(
+    click.option("--weights", type=click.Path(), metavar="FILE", help="Weights of the dense model, .safetensors or .pth, instead of the card's."),
+    click.option("--data", default="", metavar="NAME", help="Data set in timm.data's names (folder, torch/cifar10, hfds/...), or digits."),
+    click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/)."),
+)  # fmt: skip
+MACHINE = _options(
+    click.option("--runtime", default="", metavar="NAME", help="onnxruntime or openvino; by default the faster one on this machine."),
+    click.option("--precision", default="fp32", show_default=True, help="Numeric precision of the artifact."),
+    click.option("--threads", default=0, help="Threads at inference; 0 = all that this process may use."),
+    click.option("--seed", default=0, show_default=True, help="Seed of data splits, sampling and tuning."),
+    click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune)."),
+    click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed."),
+)  # fmt: skip
+OUTPUT = _options(
+    click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+                 help="json: one JSON document on stdout, everything else on stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only warnings and the result."),
+    click.option("-v", "--verbose", is_flag=True, help="Print every detail, and tracebacks of internal errors."),
+)  # fmt: skip
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgeprune")
+def cli() -> None:
+    """Give edgeprune a Vision Transformer, a data set and a device: it returns the most accurate
+    artifact that measurably meets the latency on that device.
+
+    Exit codes: 0 passed; 1 a gate failed; 2 bad input; 3 the target is not here; 4 the latency cannot be
+    reached; 5 a file cannot be read or written; 6 too noisy to decide; 70 internal error; 130 interrupted.
+    """
+
+
+@cli.command()
+@MODEL
+@CONFIG
+@TARGET
+@click.option("--latency", "latency", required=True, multiple=True, metavar="LIMIT",
+              help="10ms, 2.5x (speed-up over dense) or 40% (of dense). Repeat it to build a family in one run.")  # fmt: skip
+@DATA
+@click.option("--max-drop", type=float, metavar="POINTS", help="Second gate: accuracy points the artifact may lose.")
+@click.option(
+    "--quantile",
+    type=click.Choice(["p50", "p90", "p99"]),
+    default=None,
+    help="Latency quantile that is gated (default: the target's).",
+)
+@click.option("--epochs", type=float, help="Epochs of fine-tuning instead of the card's; 0 = none.")
+@click.option(
+    "--criterion",
+    "--method",
+    "criterion",
+    default="fisher",
+    show_default=True,
+    metavar="NAME",
+    help="How units are scored: a name from `edgeprune methods`.",
+)
+@MACHINE
+@click.option(
+    "--out",
+    type=click.Path(),
+    default="artifacts",
+    show_default=True,
+    metavar="DIR",
+    help="Where the artifact directory appears.",
+)
+@click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
+@OUTPUT
+def build(
+    model: str,
+    out: str,
+    cache_dir: str | None,
+    rebuild: bool,
+    dry_run: bool,
+    output_format: str,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> int:
+    """Prune, fine-tune, export, simplify, compile and validate MODEL (a card, a .toml file or a timm name).
+
+    Example: edgeprune build digits --target cpu-avx2 --latency 10ms
+    """
+    from edgeprune import api
+    from edgeprune.console import Console
+
+    options["quantile"] = options["quantile"] or ""
+    console = Console(quiet=quiet or dry_run, verbose=verbose)
+    if dry_run:
+        from edgeprune import pipeline
+
+        request, latencies = api.request(model, **options)
+        pipeline.preflight(request, Path(out), Path(cache_dir) if cache_dir else pipeline.default_cache_dir())
+        rows = pipeline.preview(request, latencies, Path(cache_dir) if cache_dir else pipeline.default_cache_dir())
+        if output_format == "json":
+            click.echo(
+                json.dumps([{"stage": s, "latency": latency, "done": done} for s, latency, done in rows], indent=1)
+            )
+        else:
+            for stage, latency, done in rows:
+                click.echo(f"{stage:10} {latency:14} {'done before' if done else 'would run'}")
+        return errors.PASSED
+    artifacts = api.build(model, out=out, cache_dir=cache_dir, rebuild=rebuild, console=console, **options)
+    codes = [built.exit_code for built in artifacts]
+    code = errors.GATE_FAILED if errors.GATE_FAILED in codes else max(codes)
+    if output_format == "json":
+        click.echo(
+            json.dumps(
+                {"exit_code": code, "artifacts": [{"path": str(a.folder), "manifest": a.manifest} for a in artifacts]},
+                indent=1,
+            )
+        )
+    else:
+        from edgeprune import report
+
+        for built in artifacts:
+            report.show(built.manifest, str(built.folder))
+    return code
+
+
+@cli.command()
+@MODEL
+@CONFIG
+@DATA
+@click.option("--epochs", type=float, multiple=True, help="Epochs instead of the card's, one per phase.")
+@click.option("--seed", default=0, show_default=True, help="Seed of initial weights, data order and augmentation.")
+@click.option(
+    "--out", type=click.Path(), metavar="FILE", help="Where the fp16 .safetensors go (default: MODEL.safetensors here)."
+)
+@OUTPUT
+def train(model: str, out: str | None, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Train MODEL by its card's [train] recipe: the fine-tuning stage with nothing pruned.
+
+    Starts from random weights, or from --weights. Example: edgeprune train digits
+    """
+    from edgeprune.console import Console
+    from edgeprune.train import train as run
+
+    facts = run(model, out=out, console=Console(quiet=quiet, verbose=verbose), **options)
+    if output_format == "json":
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        click.echo(
+            f"{facts['weights']}: {facts['accuracy']:.2f} % on {facts['images']} evaluation images, {facts['seconds']:.0f} s"
+        )
+    return errors.PASSED
+
+
+@cli.command()
+@MODEL
+@CONFIG
+@TARGET
+@DATA
+@MACHINE
+@OUTPUT
+def profile(
+    model: str, cache_dir: str | None, rebuild: bool, output_format: str, quiet: bool, verbose: bool, **options: Any
+) -> int:
+    """Measure this device: what every head and every group of neurons of MODEL costs.
+
+    Example: edgeprune profile digits --target cpu-avx2
+    """
+    from edgeprune import api, report
+    from edgeprune.console import Console
+
+    document = api.profile(
+        model, cache_dir=cache_dir, rebuild=rebuild, console=Console(quiet=quiet, verbose=verbose), **options
+    )
+    if output_format == "json":
+        click.echo(json.dumps(document, indent=1))
+    else:
+        report.show_profile(document)
+    return errors.PASSED
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path())
+@click.option("--threads", default=0, help="Threads; 0 = as many as it was built for.")
+@OUTPUT
+def validate(artifact: str, threads: int, output_format: str, quiet: bool, verbose: bool) -> int:
+    """Check ARTIFACT again on this machine: every file's hash, and the latency contract. Needs no torch.
+
+    Example: edgeprune validate artifacts/digits-cpu-avx2-10ms
+    """
+    from edgeprune import api
+    from edgeprune.console import Console
+    from edgeprune.types import Check
+    from edgeprune.validate import exit_code
+
+    found = api.validate(artifact, threads=threads, console=Console(quiet=quiet, verbose=verbose))
+    code = exit_code(Check(**check) for check in found["checks"])
+    if output_format == "json":
+        click.echo(json.dumps({"exit_code": code, **found}, indent=1))
+    else:
+        for check in found["checks"]:
+            click.echo(f"{check['verdict'].upper()}: {check['name']} {check['value']:.2f}: {check['reason']}")
+    return code
+
+
+@cli.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(), metavar="ARTIFACT...")
+def report(artifacts: tuple[str, ...]) -> int:
+    """Print the report of an ARTIFACT; several are compared.
+
+    Example: edgeprune report artifacts/*
+    """
+    from edgeprune import artifact
+    from edgeprune import report as reports
+
+    manifests = [artifact.read_manifest(Path(folder)) for folder in artifacts]
+    click.echo(reports.markdown(manifests[0]) if len(manifests) == 1 else reports.comparison(manifests))
+    return errors.PASSED
+
+
+def _listing(kind: str, load: Callable[[str], Any], describe: Callable[[Any], str]) -> click.Group:
+    """`edgeprune targets` and `edgeprune models`: list, and `show NAME`."""
+
+    @click.group(kind, invoke_without_command=True, help=f"List the shipped {kind}; `show NAME` prints one.")
+    @click.pass_context
+    def group(ctx: click.Context) -> None:
+        from edgeprune import config
+
+        if ctx.invoked_subcommand is None:
+            for name in config.names(kind):
+                click.echo(f"{name:16} {describe(load(name))}")
+
+    @group.command(help="Print the file of one.")
+    @click.argument("name")
+    def show(name: str) -> None:
+        from edgeprune import config
+
+        load(name)
+        path = config.shipped(kind) / f"{name}.toml"
+        click.echo((path if path.is_file() else Path(name)).read_text(encoding="utf-8").rstrip())
+
+    return group
+
+
+def _load_target(name: str) -> Any:
+    from edgeprune import config
+
+    return config.load_target(name)
+
+
+def _load_card(name: str) -> Any:
+    from edgeprune import config
+
+    return config.load_card(name)
+
+
+def _fits(target: Any) -> str:
+    from edgeprune.latency import device
+
+    missing = device.missing_flags(target)
+    return f"{target.description}{f'  (not here: this CPU lacks {chr(44).join(missing)})' if missing else ''}"
+
+
+cli.add_command(_listing("targets", _load_target, _fits))
+cli.add_command(_listing("models", _load_card, lambda card: card.description))
+
+
+@cli.command()
+def methods() -> None:
+    """List the criteria that can score heads and neurons (for --criterion)."""
+    import ast
+    import pkgutil
+
+    folder = Path(__file__).parent / "criteria"  # read, not imported: listing must not load torch
+    for module in sorted(pkgutil.iter_modules([str(folder)]), key=lambda m: m.name):
+        doc = ast.get_docstring(ast.parse((folder / f"{module.name}.py").read_text(encoding="utf-8"))) or ""
+        click.echo(f"{module.name:12} {doc.split(chr(10))[0].split(': ', 1)[-1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The one place that imports timm, after making that work next to a CPU build of torch.
+
+torchvision from the package index is a CUDA build. Beside a CPU torch its compiled operators do
+not load, and its Python side then fails with "operator torchvision::nms does not exist". timm
+needs neither operator, so declaring the two missing schemas is enough.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+_SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_LIBRARIES: list[torch.library.Library] = []  # a schema lives as long as its Library object
+
+
+def heal_torchvision() -> list[str]:
+    """Declare the torchvision operators that are absent; returns their names, [] when none was."""
+    if _LIBRARIES:
+        return []
+    try:
+        import torchvision  # noqa: F401  (loads the compiled operators where they fit)
+
+        return []
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    except ImportError:
+        return []
+    # the failed import leaves half of torchvision behind; a second import must start afresh
+    for name in [m for m in sys.modules if m == "torchvision" or m.startswith("torchvision.")]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    _LIBRARIES.append(library)
+    missing = [name for name in _SCHEMAS if not hasattr(torch.ops.torchvision, name)]
+    for name in missing:
+        library.define(_SCHEMAS[name])
+    return missing
+
+
+heal_torchvision()
+
+import timm  # noqa: E402
+from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
+from timm.layers import Mlp  # noqa: E402
+from timm.models.deit import VisionTransformerDistilled  # noqa: E402
+from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
+
+__all__ = [
+    "Attention",
+    "Block",
+    "Mlp",
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "create_dataset",
+    "create_transform",
+    "heal_torchvision",
+    "resolve_model_data_config",
+    "timm",
+]

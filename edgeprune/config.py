@@ -1,0 +1,247 @@
+"""TOML -> model cards and targets. An unknown key is an error with "did you mean"; so is a missing one.
+
+Cards live in `models/`, targets in `targets/`; both ship inside the wheel. A user's own card or
+target is a path to a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types as pytypes
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.types import Latency, Target
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data set: `digits`, or a name that timm.data knows (`folder`, `torch/cifar10`, `hfds/...`)."""
+
+    name: str
+    dir: str = ""
+    train_split: str = "train"
+    eval_split: str = "validation"
+
+
+@dataclass(frozen=True)
+class TransformSpec:
+    """How an image becomes a tensor; what is left out is taken from timm's data config of the model."""
+
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    interpolation: str = ""
+    crop_pct: float = 0.0
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Unlabelled images for statistics, set aside from the training images."""
+
+    images: int = 256
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is tuned. One entry of `epochs` and `sizes` per phase; `sizes` empty = the model's own.
+
+    `augment` is passed to timm.data.create_transform; empty = none, and then the teacher's outputs
+    are computed once and cached.
+    """
+
+    epochs: tuple[float, ...] = (3.0,)
+    sizes: tuple[int, ...] = ()
+    batch_size: int = 32
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.1  # fraction of the steps
+    label_smoothing: float = 0.0
+    label_weight: float = 0.0  # cross entropy with the labels
+    logit_weight: float = 1.0  # KL to the teacher's logits
+    token_weight: float = 1.0  # distance to the teacher's token features
+    token_layers: int = 4  # after how many blocks, evenly spread, features are compared
+    temperature: float = 1.0
+    augment: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model card: everything that is needed to build, calibrate, tune and judge one model."""
+
+    name: str
+    description: str
+    architecture: str
+    num_classes: int
+    data: DataSpec
+    weights: str = ""  # a file beside the card, "hub" = timm's pretrained weights, "" = give --weights
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    transforms: TransformSpec = TransformSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    finetune: Recipe = Recipe()
+    train: Recipe = Recipe(label_weight=1.0, logit_weight=0.0, token_weight=0.0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, checked: everything a stage needs to know besides the files it reads."""
+
+    card: ModelSpec
+    target: Target
+    latency: Latency
+    weights: Path | None = None  # overrides the card's
+    quantile: str = "p50"
+    max_drop: float | None = None  # accuracy points; None = no accuracy gate
+    criterion: str = "fisher"
+    runtime: str = ""  # "" = the fastest that the target allows
+    precision: str = "fp32"
+    threads: int = 0  # 0 = all that this process may use
+    seed: int = 0
+
+
+def shipped(kind: str) -> Path:
+    """The folder of shipped `models` or `targets`: inside the wheel, or at the top of a checkout."""
+    inside = Path(__file__).parent / kind
+    return inside if inside.is_dir() else Path(__file__).parent.parent / kind
+
+
+def names(kind: str) -> list[str]:
+    """Names of the shipped `models` or `targets`."""
+    return sorted(path.stem for path in shipped(kind).glob("*.toml"))
+
+
+def load_card(name: str) -> ModelSpec:
+    """The card `name`: shipped, a path to a .toml file, or a card made on the spot for a timm model name."""
+    path = _path("models", name)
+    if path is not None:
+        table = read_toml(path)
+        weights = table.get("weights", "")
+        if isinstance(weights, str) and weights not in ("", "hub"):
+            table["weights"] = str(path.parent / weights)
+        return parse(ModelSpec, {"name": path.stem, **table}, str(path))
+    if name.startswith(("hf-hub:", "local-dir:")) or _timm_knows(name):
+        return ModelSpec(
+            name=name.replace("/", "-").replace(":", "-"),
+            description="a timm model without a card",
+            architecture=name,
+            num_classes=0,  # taken from the data
+            data=DataSpec(name="folder"),
+            weights="hub",
+        )
+    raise unknown("model", name, names("models"))
+
+
+def load_target(name: str) -> Target:
+    """The target `name`: shipped, or a path to a .toml file."""
+    path = _path("targets", name)
+    if path is None:
+        raise unknown("target", name, names("targets"))
+    target = parse(Target, {"name": path.stem, **read_toml(path)}, str(path))
+    if target.neuron_step < 1:
+        raise UsageError(f"{path}: neuron_step must be at least 1")
+    if target.quantile not in ("p50", "p90", "p99"):
+        raise UsageError(f"{path}: quantile must be p50, p90 or p99, not '{target.quantile}'")
+    return target
+
+
+def _path(kind: str, name: str) -> Path | None:
+    if name in names(kind):
+        return shipped(kind) / f"{name}.toml"
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(
+                f"there is no file '{name}'; give a path to a .toml file, or one of: {', '.join(names(kind))}"
+            )
+        return path
+    return None
+
+
+def _timm_knows(name: str) -> bool:
+    if not any(part in name for part in ("vit", "deit")):  # spares a mistyped card name the import of timm
+        return False
+    from edgeprune import vit
+
+    return bool(vit.timm.is_model(name.split(".")[0]))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file; UsageError with the line for bad syntax, StorageError if unreadable."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse(cls: type[T], table: dict[str, Any], where: str) -> T:
+    """A frozen dataclass from a table; UsageError names the file and the key that is wrong."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            raise UsageError(f"{where}: {unknown('key', key, fields)}")
+    values = {}
+    for name, spec in fields.items():
+        if name in table:
+            values[name] = _value(hints[name], table[name], where, name)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            raise UsageError(f"{where}: the key '{name}' is missing")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: '{key}' must be a table")
+        return parse(hint, value, f"{where} [{key}]")  # type: ignore[type-var]
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: '{key}' must be a list")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, where, key) for v in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{where}: '{key}' must be a table")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and not isinstance(hint, pytypes.GenericAlias) and type(value) is not hint:
+        raise UsageError(f"{where}: '{key}' must be a {hint.__name__}, not {value!r}")
+    return value
+
+
+def parse_latency(text: str) -> Latency:
+    """`10ms` -> milliseconds; `2.5x` -> a speed-up over dense; `40%` -> a share of the dense latency."""
+    units = {"ms": 1.0, "x": 1.0, "%": 0.01, "us": 1e-3, "s": 1e3}
+    for unit in ("ms", "us", "x", "%", "s"):
+        if text.endswith(unit):
+            break
+    else:
+        raise UsageError(f"latency '{text}' has no unit; write 10ms, 2.5x (speed-up over dense) or 40% (of dense)")
+    try:
+        number = float(text[: -len(unit)]) * units[unit]
+    except ValueError:
+        raise UsageError(
+            f"latency '{text}' is not a number; write 10ms, 2.5x (speed-up over dense) or 40% (of dense)"
+        ) from None
+    if not 0 < number < float("inf"):
+        raise UsageError(f"latency '{text}' must be above zero and finite")
+    if unit == "x":
+        return Latency(text, fraction=1 / number)
+    if unit == "%":
+        return Latency(text, fraction=number)
+    return Latency(text, ms=number)

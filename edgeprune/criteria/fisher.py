@@ -1,0 +1,104 @@
+"""Fisher: structured OBS order, and the error each level is expected to cause in the model's output.
+
+For a level that changes a layer by (dW, db), with labels y drawn from the model's own softmax and g_t
+the gradient of -log p(y) at the layer's output for token t,
+
+    error(level) = mean over images of ( sum_t g_t . (dW x_t + db) )^2
+
+which is twice the KL divergence to second order (the Fisher information along the change). One
+backward pass scores every level of every sub-block. Needs weights, activations and gradients, no
+labels. Between the grid widths, where no one may stop, errors are interpolated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeprune import obs, vit
+from edgeprune.criteria import Evidence, SubBlock, make_levels, obs_order
+from edgeprune.types import Levels
+
+CHANGES_BYTES = 1 << 30  # weight changes held at once; more sub-blocks than fit take another backward pass
+
+
+def score(evidence: Evidence) -> list[Levels]:
+    orders: dict[SubBlock, list[int]] = {}
+    with evidence.console.progress("OBS", len(evidence.moments), "sub-blocks") as advance:
+        for at in evidence.moments:
+            orders[at] = obs_order(evidence, at)[0]
+            advance(1, "")
+    levels = []
+    for group in _groups(evidence):
+        changes = {at: _changes(evidence, at, orders[at]) for at in group}
+        errors = _fisher(evidence, changes)
+        for at in group:
+            removed = [evidence.sizes.units(at[1]) - kept for kept in reversed(evidence.grid(at[1]))]
+            every = np.interp(np.arange(evidence.sizes.units(at[1]) + 1), removed, np.maximum.accumulate(errors[at]))
+            levels.append(make_levels(at, orders[at], every))
+    return sorted(levels, key=lambda level: (level.block, level.kind))
+
+
+def _groups(evidence: Evidence) -> list[list[SubBlock]]:
+    groups: list[list[SubBlock]] = [[]]
+    held = 0
+    for at in evidence.moments:
+        size = 4 * evidence.layer(at)[0].numel() * len(evidence.grid(at[1]))
+        if groups[-1] and held + size > CHANGES_BYTES:
+            groups.append([])
+            held = 0
+        groups[-1].append(at)
+        held += size
+    return groups
+
+
+def _changes(evidence: Evidence, at: SubBlock, order: list[int]) -> tuple[Tensor, Tensor]:
+    """(dW `[levels, width * inputs]`, db `[levels, width]`), float32; level 0 keeps everything."""
+    weight, bias = evidence.layer(at)
+    moments, unit_size = evidence.moments[at], evidence.sizes.unit_size(at[1])
+    hessian, mean = obs.damped(moments.covariance), moments.mean
+    dws, dbs = [], []
+    for kept in reversed(evidence.grid(at[1])):
+        units = tuple(sorted(order[len(order) - kept :]))
+        columns = vit.columns(units, unit_size)
+        new, new_bias = obs.refit(weight, bias, mean, hessian, columns)
+        change = -weight.double()
+        change[:, columns] += new
+        dws.append(change.flatten().float())
+        dbs.append((new_bias - bias).float())
+    return torch.stack(dws), torch.stack(dbs)
+
+
+def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) -> dict[SubBlock, np.ndarray]:
+    inputs: dict[SubBlock, Tensor] = {}
+    outputs: dict[SubBlock, Tensor] = {}
+    hooks = []
+    for at in changes:
+
+        def keep(_: object, x: tuple[Tensor, ...], y: Tensor, at: SubBlock = at) -> None:
+            inputs[at], outputs[at] = x[0].detach(), y
+
+        hooks.append(vit.output_layer(evidence.model.blocks[at[0]], at[1]).register_forward_hook(keep))
+    generator = torch.Generator().manual_seed(evidence.seed)
+    totals = {at: torch.zeros(len(dw), dtype=torch.float64) for at, (dw, _) in changes.items()}
+    count = 0
+    try:
+        with evidence.console.progress("Fisher errors", evidence.images, "images") as advance:
+            for pixels, _ in evidence.batches():
+                with torch.enable_grad():
+                    logits = evidence.model(pixels)
+                    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                    loss = F.cross_entropy(logits, drawn, reduction="sum")
+                    gradients = torch.autograd.grad(loss, [outputs[at] for at in changes])
+                for (at, (dw, db)), g in zip(changes.items(), gradients, strict=True):
+                    per_image = torch.einsum("ntc,ntd->ncd", g, inputs[at]).flatten(1)
+                    change = per_image @ dw.T + g.sum(1) @ db.T  # [images, levels]
+                    totals[at] += change.double().square().sum(0)
+                count += len(pixels)
+                advance(len(pixels), "")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {at: (total / count).numpy() for at, total in totals.items()}

@@ -1,0 +1,276 @@
+"""Data sets and transforms, through timm.data; training, calibration and evaluation images are disjoint.
+
+`digits` is scikit-learn's handwritten digits: real data, embedded, no network. Every other name
+goes to timm's `create_dataset` (`folder`, `torch/cifar10`, `hfds/...`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from edgeprune.compat import create_dataset, create_transform, resolve_model_data_config
+from edgeprune.config import DataSpec, ModelSpec
+from edgeprune.errors import StorageError, UsageError
+
+MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
+DIGITS_TEST = 599  # of 1,797; a fixed third, never trained on, whatever the seed
+EVAL_SPLITS = ("validation", "val", "test")
+
+#: (images `[n, channels, height, width]` float32, labels `[n]` int64)
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """An image that could not be read, in place of its tensor."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Images(Dataset[Any]):
+    """A part of a data set under one transform. Unreadable images are noted in `corrupt` and skipped."""
+
+    source: Any
+    indices: np.ndarray
+    transform: Any
+    what: str
+    corrupt: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int] | Corrupt:
+        index = int(self.indices[i])
+        try:
+            image, label = self._read(index)
+            return self.transform(image), int(label)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reader = getattr(self.source, "reader", None)
+            name = reader.filename(index, absolute=True) if hasattr(reader, "filename") else f"image {index}"
+            return Corrupt(str(name), str(error) or type(error).__name__)
+
+    def _read(self, index: int) -> tuple[Any, int]:
+        reader = getattr(self.source, "reader", None)
+        if reader is None:
+            return self.source[index]  # type: ignore[no-any-return]
+        file, label = reader[index][:2]  # not source[index]: timm replaces an unreadable image by its neighbour
+        image = file if isinstance(file, Image.Image) else Image.open(file)
+        return image.convert("RGB"), label
+
+    def note(self, bad: Corrupt) -> None:
+        """Count an unreadable image; raises UsageError once more than 1 % are."""
+        self.corrupt[bad.name] = bad.reason
+        if len(self.corrupt) > max(MAX_CORRUPT * len(self), 1):
+            listed = "; ".join(f"{name} ({reason})" for name, reason in list(self.corrupt.items())[:3])
+            raise UsageError(
+                f"{len(self.corrupt)} of the {len(self)} {self.what} images cannot be read, more than "
+                f"{MAX_CORRUPT:.0%}: {listed}; repair or remove them"
+            )
+
+    def batches(self, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0) -> Iterator[Batch]:
+        """Batches of readable images; in order, or in an order drawn from `shuffle_seed`."""
+        order = None
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(self))
+        loader = DataLoader(
+            self, batch_size=batch_size, sampler=_Order(order) if order is not None else None,
+            num_workers=workers, collate_fn=list,
+        )  # fmt: skip
+        for items in loader:
+            good = [item for item in items if not isinstance(item, Corrupt)]
+            for item in items:
+                if isinstance(item, Corrupt):
+                    self.note(item)
+            if good:
+                yield torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+
+    def with_transform(self, transform: Any) -> Images:
+        return Images(self.source, self.indices, transform, self.what, self.corrupt)
+
+    def take(self, count: int) -> Images:
+        return Images(self.source, self.indices[:count], self.transform, self.what, self.corrupt)
+
+
+class _Order(Sampler[int]):
+    def __init__(self, order: np.ndarray) -> None:
+        self.order = order
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(int(i) for i in self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint parts of one data set, under the evaluation transform."""
+
+    train: Images
+    calibration: Images
+    evaluation: Images
+    classes: tuple[str, ...]
+    seed: int
+    source: str
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest records of the data."""
+        return {
+            "source": self.source,
+            "train": len(self.train),
+            "calibration": len(self.calibration),
+            "evaluation": len(self.evaluation),
+            "seed": self.seed,
+            "unreadable": sorted({*self.train.corrupt, *self.calibration.corrupt, *self.evaluation.corrupt}),
+        }
+
+
+def transform_config(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
+    """timm's data config of the model, with what the card overrides."""
+    config: dict[str, Any] = dict(resolve_model_data_config(model))
+    image = model.patch_embed.img_size
+    config["input_size"] = (config["input_size"][0], *image)
+    config.update({k: v for k, v in vars(spec.transforms).items() if v})
+    return config
+
+
+def eval_transform(config: dict[str, Any], size: int | None = None) -> Any:
+    size_config = config if size is None else {**config, "input_size": (config["input_size"][0], size, size)}
+    return create_transform(**_known(size_config), is_training=False)
+
+
+def train_transform(config: dict[str, Any], augment: dict[str, Any], size: int | None = None) -> Any:
+    """timm's training transform with the card's `augment` table; the evaluation transform if it is empty."""
+    if not augment:
+        return eval_transform(config, size)
+    size_config = config if size is None else {**config, "input_size": (config["input_size"][0], size, size)}
+    try:
+        return create_transform(**_known(size_config), is_training=True, **augment)
+    except TypeError as error:
+        raise UsageError(f"the card's 'augment' table does not fit timm.data.create_transform: {error}") from error
+
+
+def _known(config: dict[str, Any]) -> dict[str, Any]:
+    keys = ("input_size", "interpolation", "mean", "std", "crop_pct")
+    return {k: config[k] for k in keys if k in config}
+
+
+def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int) -> Splits:
+    """Training, calibration and evaluation images of the card's data set.
+
+    Calibration images are drawn from the training images and taken out of them. A folder without an
+    evaluation part is divided 80:20 by the seed. Raises UsageError for an empty or unknown data set,
+    or when there are too few training images to calibrate on.
+    """
+    transform = eval_transform(config)
+    rng = np.random.default_rng(seed)
+    if spec.data.name == "digits":
+        digits = Digits()
+        order = np.random.default_rng(0).permutation(len(digits))
+        sources = (digits, order[DIGITS_TEST:], digits, order[:DIGITS_TEST])
+        classes = tuple(str(i) for i in range(10))
+        where = "scikit-learn digits"
+    else:
+        sources, classes, where = _timm_sources(spec.data, rng)
+    train_source, train, eval_source, evaluation = sources
+    train = rng.permutation(train)
+    count = spec.calibration.images
+    if len(train) <= count:
+        raise UsageError(f"{where} has {len(train)} training images, but the card sets {count} aside for calibration; "
+                         "lower [calibration] images")  # fmt: skip
+    return Splits(
+        train=Images(train_source, train[count:], transform, "training"),
+        calibration=Images(train_source, train[:count], transform, "calibration"),
+        evaluation=Images(eval_source, evaluation, transform, "evaluation"),
+        classes=classes,
+        seed=seed,
+        source=where,
+    )
+
+
+def check_classes(splits: Splits, num_classes: int) -> None:
+    """Raise UsageError unless the data has as many classes as the model."""
+    if splits.classes and len(splits.classes) != num_classes:
+        raise UsageError(f"{splits.source} has {len(splits.classes)} classes, the model {num_classes}; "
+                         "set num_classes in the card or point --data-dir elsewhere")  # fmt: skip
+
+
+def _timm_sources(
+    data: DataSpec, rng: np.random.Generator
+) -> tuple[tuple[Any, np.ndarray, Any, np.ndarray], tuple[str, ...], str]:
+    where = f"{data.name} data set" + (f" in '{data.dir}'" if data.dir else "")
+    local = data.name == "folder" or data.name.startswith("torch/")
+    if local and not data.dir:
+        raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
+    if local and not Path(data.dir).is_dir():
+        raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
+    train = _create(data, data.train_split, where)
+    split = data.eval_split
+    if data.name == "folder":
+        parts = (split, *(s for s in EVAL_SPLITS if s != split))
+        split = next((s for s in parts if (Path(data.dir) / s).is_dir()), "")
+    evaluation = _create(data, split, where) if split else train
+    indices = np.arange(len(train))
+    if split:
+        chosen = (train, indices, evaluation, np.arange(len(evaluation)))
+    else:
+        mixed = rng.permutation(indices)
+        cut = len(mixed) // 5
+        chosen = (train, mixed[cut:], train, np.sort(mixed[:cut]))
+        where += " (divided 80:20)"
+    classes = _classes(train)
+    if split and classes and _classes(evaluation) not in ((), classes):
+        raise UsageError(f"{where}: the class folders of '{data.train_split}' and '{split}' differ")
+    return chosen, classes, where
+
+
+def _create(data: DataSpec, split: str, where: str) -> Any:
+    name = "" if data.name == "folder" else data.name
+    try:
+        dataset = create_dataset(name, root=data.dir or None, split=split)
+    except ImportError as error:
+        raise UsageError(f"the data set '{data.name}' needs a package that is missing: {error}") from error
+    except (RuntimeError, AssertionError, ValueError, KeyError) as error:
+        raise UsageError(f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    except OSError as error:
+        raise StorageError(f"{where} cannot be read: {error}") from error
+    if len(dataset) == 0:
+        raise UsageError(f"{where} holds no images")
+    return dataset
+
+
+def _classes(dataset: Any) -> tuple[str, ...]:
+    reader = getattr(dataset, "reader", None)
+    mapping = getattr(reader, "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
+    if mapping:
+        return tuple(sorted(mapping, key=mapping.__getitem__))
+    return tuple(getattr(dataset, "classes", ()))
+
+
+class Digits(Dataset[tuple[Image.Image, int]]):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey levels, as RGB images."""
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        self.pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+        self.labels = bunch.target
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])

@@ -1,0 +1,282 @@
+"""The clock: owns measuring workers, and times models turn by turn with an anchor.
+
+Every round runs all candidates and the anchor in a fresh random order. The order is drawn here and the
+time is taken in the worker, around the inference call only; a worker that waits for its turn is idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import errors
+from edgeprune.latency import statistics
+from edgeprune.types import Measurement
+
+#: Rounds that are run even when the time budget is over: fewer say nothing.
+FEWEST_ROUNDS = 9
+WARM_RUNS = 40
+#: The share of the budget that warming up may take.
+WARM_SHARE = 0.2
+PREDICT_CHUNK = 64
+
+
+class Clock:
+    """One worker process with one runtime. A context manager: leaving it ends the worker.
+
+    threads: exactly what the runtime gets; see `device.usable_threads`.
+    max_isa: cap the instruction set, in oneDNN's names; "" = none. Runtimes that cannot be capped refuse it.
+    timeout_s: longest wait for one answer (loading a model, one round of turns) before the worker is killed.
+    command: how to start the worker, when it is not this Python on this machine.
+
+    Raises TargetUnavailable when the runtime is missing, dies or hangs, UsageError for a bad name or model.
+    """
+
+    def __init__(
+        self,
+        runtime: str,
+        *,
+        precision: str = "fp32",
+        threads: int,
+        max_isa: str = "",
+        seed: int = 0,
+        timeout_s: float = 120.0,
+        command: Sequence[str] = (),
+    ) -> None:
+        if threads < 1:
+            raise errors.UsageError(f"a clock needs at least 1 thread, not {threads}")
+        self.runtime = runtime
+        self.seed = seed
+        self.facts: dict[str, dict[str, Any]] = {}  # of every loaded model, by name
+        self._timeout_s = timeout_s
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 closed by `close`
+        self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._process = subprocess.Popen(
+            list(command) or [sys.executable, "-m", "edgeprune.latency.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=_environment(),
+            encoding="utf-8",
+            start_new_session=True,  # its own process group: what a runtime forks ends with it
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+        #: Runtime and version, precision, threads and instruction set cap in force, Python, machine, pid.
+        self.info: dict[str, Any] = {}
+        try:
+            self.info = self._ask(
+                "start", runtime=runtime, precision=precision, threads=threads, max_isa=max_isa, seed=seed
+            )["info"]
+        except errors.EdgepruneError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Clock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker, whatever it is doing."""
+        if self._process.poll() is None:
+            self._kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._stderr.close()
+
+    def _kill(self) -> None:
+        if hasattr(os, "killpg"):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
+
+    def load(self, name: str, path: Path | str) -> dict[str, Any]:
+        """Open a model file under `name` and run it once; returns the runtime's facts about it."""
+        facts: dict[str, Any] = self._ask("load", name=name, path=str(Path(path).resolve()))["facts"]
+        self.facts[name] = facts
+        return facts
+
+    def unload(self, name: str) -> None:
+        """Forget a model and free its memory."""
+        self._known([name])
+        self._ask("unload", name=name)
+        del self.facts[name]
+
+    def measure(
+        self,
+        names: Sequence[str],
+        anchor: str,
+        *,
+        ci: float = 0.01,
+        min_rounds: int = 40,
+        max_rounds: int = 1000,
+        budget_s: float = 60.0,
+        on_round: Callable[[int, float], None] | None = None,
+    ) -> dict[str, Measurement]:
+        """Time loaded models turn by turn with the loaded `anchor`; see `race`."""
+        entries = [(self, name) for name in dict.fromkeys([anchor, *names])]
+        measured = race(
+            entries,
+            0,
+            ci=ci,
+            min_rounds=min_rounds,
+            max_rounds=max_rounds,
+            budget_s=budget_s,
+            seed=self.seed,
+            on_round=on_round,
+        )
+        by_name = {measurement.name: measurement for measurement in measured}
+        return {name: by_name[name] for name in names}
+
+    def predict(self, name: str, inputs: NDArray[Any]) -> NDArray[Any]:
+        """Run images one by one. inputs: `[n, *input shape without batch]`; returns `[n, classes]`."""
+        self._known([name])
+        outputs = []
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
+            source, result = Path(folder) / "inputs.npy", Path(folder) / "outputs.npy"
+            for i in range(0, len(inputs), PREDICT_CHUNK):
+                try:
+                    np.save(source, np.ascontiguousarray(inputs[i : i + PREDICT_CHUNK]))
+                except OSError as error:
+                    raise errors.StorageError(f"cannot write {source}: {error}; set TMPDIR elsewhere") from error
+                self._ask("predict", name=name, inputs=str(source), outputs=str(result))
+                outputs.append(np.load(result))
+        if not outputs:
+            raise errors.UsageError("there are no images to run")
+        return np.concatenate(outputs)
+
+    def modules(self) -> list[str]:
+        """What the worker has imported."""
+        names: list[str] = self._ask("modules")["modules"]
+        return names
+
+    def _known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.facts:
+                raise errors.unknown("loaded model", name, self.facts)
+
+    def _listen(self) -> None:
+        """Queue the worker's answers; an empty line means that it is gone."""
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._answers.put(line)
+        self._answers.put("")
+
+    def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer; on anything unexpected the worker is killed."""
+        if self._process.stdin is None or self._process.stdin.closed:
+            raise errors.UsageError(f"the {self.runtime} clock is closed")
+        try:
+            self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=self._timeout_s)
+        except BrokenPipeError:
+            line = ""
+        except queue.Empty:
+            told = self._end()
+            raise errors.TargetUnavailable(
+                f"the {self.runtime} worker did not answer '{op}' within {self._timeout_s:g} s and was killed: "
+                f"the model is too large or too slow for this machine{told}"
+            ) from None
+        except BaseException:  # Ctrl-C: never leave a worker with half a conversation
+            self.close()
+            raise
+        if not line:
+            told = self._end()
+            code = self._process.returncode
+            reason = "killed, out of memory?" if code == -9 else f"exit code {code}"
+            raise errors.TargetUnavailable(f"the {self.runtime} worker died during '{op}' ({reason}){told}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer
+
+    def _end(self) -> str:
+        """Kill the worker; returns the last lines of its stderr, ready to append to a message."""
+        if self._process.poll() is None:
+            try:
+                self._process.wait(timeout=0.5)  # its stdout is closed: let it find its own exit code
+            except subprocess.TimeoutExpired:
+                self._kill()
+                self._process.wait()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()[-8:]
+        self.close()
+        return "; it last said:\n  " + "\n  ".join(lines) if lines else ""
+
+
+def race(
+    entries: Sequence[tuple[Clock, str]],
+    anchor: int,
+    *,
+    ci: float = 0.01,
+    min_rounds: int = 40,
+    max_rounds: int = 1000,
+    budget_s: float = 60.0,
+    seed: int = 0,
+    on_round: Callable[[int, float], None] | None = None,
+) -> list[Measurement]:
+    """Time loaded models, of one clock or several, turn by turn; `entries[anchor]` is the anchor.
+
+    Rounds go on until the half-width of every 95 % interval is at most `ci` of its ratio (0.01 = ± 1 %),
+    after `min_rounds` at least, or until `max_rounds` or `budget_s` (warming up included) is over; 9
+    rounds are always run. `on_round(rounds, seconds)` is called after each round.
+    Returns a Measurement per entry in order; the anchor's own ratio is 1.
+    """
+    for clock, name in entries:
+        clock._known([name])
+    began = time.monotonic()
+    for clock, name in entries:
+        clock._ask("warm", name=name, max_runs=WARM_RUNS, max_s=WARM_SHARE * budget_s / len(entries))
+    rng = np.random.default_rng(seed)
+    names = [name for _, name in entries]
+    rows: list[list[float]] = []
+    next_look = max(min_rounds, FEWEST_ROUNDS)
+    while len(rows) < max(max_rounds, FEWEST_ROUNDS):
+        row = [math.nan] * len(entries)
+        order = rng.permutation(len(entries)).tolist()
+        # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
+        for _, group in itertools.groupby(order, key=lambda i: id(entries[i][0])):
+            turns = list(group)
+            answer = entries[turns[0]][0]._ask("turns", names=[names[i] for i in turns], turn=len(rows))
+            for i, ms in zip(turns, answer["ms"], strict=True):
+                row[i] = ms
+        rows.append(row)
+        seconds = time.monotonic() - began
+        if on_round is not None:
+            on_round(len(rows), seconds)
+        if len(rows) >= FEWEST_ROUNDS and seconds >= budget_s:
+            break
+        if len(rows) >= next_look:
+            measured = statistics.summarise(names, np.array(rows).T, anchor, seed)
+            if all(statistics.half_width(measurement) <= ci for measurement in measured):
+                return measured
+            next_look = math.ceil(len(rows) * 1.1)  # looking costs a bootstrap per candidate
+    return statistics.summarise(names, np.array(rows).T, anchor, seed)
+
+
+def _environment() -> dict[str, str]:
+    """The worker's environment: ours, with this very edgeprune importable from any directory."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,123 @@
+"""The latency table: what one sub-block of each shape costs, from measurements of whole models.
+
+Every measured candidate is the full model at full depth whose blocks all have one shape, so caches and
+memory traffic are those of the deployed model. Differences between candidates, divided by the number
+of blocks, are the price of a sub-block. Numpy only; how the candidates were made is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from edgeprune import errors
+from edgeprune.types import FloatArray, LatencyTable, Measurement, to_json
+
+
+def build_table(
+    attn: Mapping[int, Measurement],
+    mlp: Mapping[int, Measurement],
+    *,
+    heads: int,
+    width: int,
+    blocks: int,
+    dense_ms: float,
+    runtime: str,
+    precision: str,
+    threads: int,
+) -> LatencyTable:
+    """Turn measurements of uniform models into a table.
+
+    attn: by heads kept in every block (0 .. heads - 1), with the dense MLP.
+    mlp: by neurons kept in every block (0 and more), with all heads.
+    The anchor of every measurement is the dense model; it need not be among them: its ratio is 1.
+    dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
+    Raises UsageError when an entry is missing.
+    """
+    missing = [h for h in range(heads) if h not in attn]
+    if missing or 0 not in mlp:
+        what = f"attention with {missing} heads" if missing else "the MLP with 0 neurons"
+        raise errors.UsageError(f"a latency table needs every entry; {what} was not measured: profile again")
+    repaired: list[str] = []
+    counts, attn_ms = _prices(attn, heads, blocks, dense_ms, "attention with {} heads", repaired)
+    widths, mlp_ms = _prices(mlp, width, blocks, dense_ms, "MLP with {} neurons", repaired)
+    if counts != tuple(range(heads + 1)) or widths[-1] != width:
+        raise errors.UsageError(f"heads {counts} or MLP widths {widths} exceed the dense {heads} and {width}")
+    return LatencyTable(
+        runtime=runtime,
+        precision=precision,
+        threads=threads,
+        blocks=blocks,
+        base_ms=float(dense_ms - blocks * (attn_ms[-1] + mlp_ms[-1])),
+        attn_ms=attn_ms,
+        mlp_widths=widths,
+        mlp_ms=mlp_ms,
+        dense_ms=float(dense_ms),
+        samples=min(len(m.samples_ms) for m in [*attn.values(), *mlp.values()]),
+        repaired=tuple(repaired),
+    )
+
+
+def _prices(
+    measured: Mapping[int, Measurement],
+    dense: int,
+    blocks: int,
+    dense_ms: float,
+    words: str,
+    repaired: list[str],
+) -> tuple[tuple[int, ...], FloatArray]:
+    """Sizes, ascending, and the milliseconds of one sub-block of each; entry 0 is 0. Appends to `repaired`."""
+    ratios = {size: measurement.ratio for size, measurement in measured.items()} | {dense: 1.0}
+    sizes = tuple(sorted(ratios))
+    raw = np.array([ratios[size] for size in sizes]) * dense_ms / blocks
+    # A larger sub-block that times faster is noise, or a lucky width that a solver can have at the price
+    # of the smaller one: pooling gives both the same price.
+    monotone = isotonic(raw)
+    for size, before, after in zip(sizes, raw - raw[0], monotone - monotone[0], strict=True):
+        if not np.isclose(before, after, rtol=0, atol=1e-9):
+            repaired.append(f"{words.format(size)}: {before:.4f} ms became {after:.4f} ms per block")
+    return sizes, monotone - monotone[0]
+
+
+def isotonic(values: ArrayLike) -> FloatArray:
+    """The closest non-decreasing sequence in least squares (pool adjacent violators). `[n]` -> `[n]`."""
+    means: list[float] = []
+    counts: list[int] = []
+    for value in np.asarray(values, dtype=np.float64):
+        means.append(float(value))
+        counts.append(1)
+        while len(means) > 1 and means[-2] > means[-1]:
+            mean, count = means.pop(), counts.pop()
+            total = counts[-1] + count
+            means[-1] = (means[-1] * counts[-1] + mean * count) / total
+            counts[-1] = total
+    return np.repeat(means, counts)
+
+
+def table_to_json(table: LatencyTable) -> dict[str, Any]:
+    """The table as what `json` can write."""
+    document: dict[str, Any] = to_json(table)
+    return document
+
+
+def table_from_json(document: Mapping[str, Any]) -> LatencyTable:
+    """The table that `table_to_json` wrote. Raises UsageError for a document that is not one."""
+    fields = set(LatencyTable.__dataclass_fields__)
+    if set(document) != fields:
+        wrong = ", ".join(sorted(fields ^ set(document)))
+        raise errors.UsageError(f"this is not a latency table (missing or unknown: {wrong}); profile again")
+    table = LatencyTable(
+        **{
+            **document,
+            "attn_ms": np.array(document["attn_ms"], dtype=np.float64),
+            "mlp_ms": np.array(document["mlp_ms"], dtype=np.float64),
+            "mlp_widths": tuple(document["mlp_widths"]),
+            "repaired": tuple(document["repaired"]),
+        }
+    )
+    if len(table.mlp_widths) != len(table.mlp_ms):
+        raise errors.UsageError("this latency table has more or fewer MLP prices than widths; profile again")
+    return table

@@ -1,0 +1,173 @@
+"""The measuring worker: a process that holds one runtime and times models in it.
+
+    python -m edgeprune.latency.worker
+
+It reads one JSON request per line on stdin and answers each with one JSON line on stdout; everything
+else that is printed goes to stderr. It ends when stdin closes, even in the middle of an inference.
+It imports the standard library, numpy and the one runtime it is told to use. It knows nothing of
+rounds, ratios or who the anchor is: it runs what it is told, in the order it is told.
+
+    {"op": "start", "runtime", "precision", "threads", "max_isa", "seed"}   -> {"info"}
+    {"op": "load", "name", "path"}          -> {"facts"}
+    {"op": "warm", "name", "max_runs", "max_s"}  -> {"runs"}      run until the time is stable
+    {"op": "turns", "names", "turn"}        -> {"ms": [...]}      one untimed and one timed run each
+    {"op": "predict", "name", "inputs", "outputs"}  -> {}         .npy paths, batch of images in and out
+    {"op": "unload", "name"}                -> {}
+    {"op": "modules"}                       -> {"modules"}        what is imported, for tests
+
+An answer of {"error", "kind"} carries the message and the class in `edgeprune.errors` to raise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import errors, runtimes
+
+#: Different inputs per model, so that no run sees the data of the run before it.
+RING = 8
+#: Runs in each half of the window in which the time must be stable.
+WINDOW = 5
+STABLE = 0.05
+
+
+class Worker:
+    """The loaded models of one runtime; each public method answers one `op`."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, runtimes.Session] = {}
+        self._rings: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
+
+    def start(self, runtime: str, precision: str, threads: int, max_isa: str, seed: int) -> dict[str, Any]:
+        """Set the instruction set cap, then import the runtime: it is read when the library loads."""
+        self._runtime = runtimes.get(runtime)
+        self._threads, self._precision, self._seed = threads, precision, seed
+        missing = self._runtime.available()
+        if missing:
+            raise errors.TargetUnavailable(missing)
+        if max_isa:
+            cap = self._runtime.cap_environment(max_isa)
+            if cap is None:
+                raise errors.TargetUnavailable(
+                    f"{runtime} cannot be held to {max_isa} on this CPU; measure on the device itself, or use a runtime that can (--runtime openvino)"
+                )
+            os.environ.update(cap)
+        info = {
+            "runtime": runtime,
+            "version": self._runtime.version(),
+            "precision": precision,
+            "threads": threads,
+            "max_isa": max_isa,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "pid": os.getpid(),
+        }
+        return {"info": info}
+
+    def load(self, name: str, path: str) -> dict[str, Any]:
+        if not os.path.isfile(path):
+            raise errors.StorageError(f"there is no model file {path}")
+        session = self._runtime.open(path, self._threads, self._precision)
+        self._sessions[name] = session
+        if session.input_shape not in self._rings:
+            rng = np.random.default_rng(self._seed)
+            shape = (RING, *session.input_shape)
+            self._rings[session.input_shape] = list(rng.standard_normal(shape, dtype=np.float32))
+        session.run(self._rings[session.input_shape][0])  # a model that cannot run is refused here
+        gc.collect()
+        gc.freeze()
+        return {"facts": session.facts}
+
+    def unload(self, name: str) -> dict[str, Any]:
+        del self._sessions[name]
+        gc.collect()
+        return {}
+
+    def warm(self, name: str, max_runs: int, max_s: float) -> dict[str, Any]:
+        """Run until the median of the last runs is that of the runs before them, or a bound is met."""
+        end = time.perf_counter() + max_s
+        times: list[float] = []
+        while len(times) < max_runs and time.perf_counter() < end:
+            times.append(self._time(name, len(times)))
+            if len(times) >= 2 * WINDOW:
+                now, before = np.median(times[-WINDOW:]), np.median(times[-2 * WINDOW : -WINDOW])
+                if abs(now - before) <= STABLE * before:
+                    break
+        return {"runs": len(times)}
+
+    def turns(self, names: list[str], turn: int) -> dict[str, Any]:
+        """Milliseconds of one run per name. Candidates and anchor see the same input in a round."""
+        times = []
+        for name in names:
+            # The untimed run brings weights and scratch back into the cache: what deployment, which
+            # runs one model, finds there; dozens of models in turn would find each other's.
+            self._time(name, turn + 1)
+            times.append(self._time(name, turn))
+        return {"ms": times}
+
+    def predict(self, name: str, inputs: str, outputs: str) -> dict[str, Any]:
+        session = self._sessions[name]
+        images = np.load(inputs)
+        if images.shape[1:] != session.input_shape[1:] or session.input_shape[0] != 1:
+            raise errors.UsageError(f"model {name} takes {session.input_shape}, not {(1, *images.shape[1:])}")
+        # np.array copies: a session may answer with a view that its next run overwrites.
+        rows = [np.array(session.run(images[i : i + 1]))[0] for i in range(len(images))]
+        np.save(outputs, np.stack(rows))
+        return {}
+
+    def modules(self) -> dict[str, Any]:
+        return {"modules": sorted(sys.modules)}
+
+    def _time(self, name: str, index: int) -> float:
+        session = self._sessions[name]
+        x = self._rings[session.input_shape][index % RING]
+        run = session.run
+        begin = time.perf_counter_ns()
+        run(x)
+        return (time.perf_counter_ns() - begin) / 1e6
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the clock decides
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # a library that prints must not speak into the protocol
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests.put,), daemon=True).start()
+    gc.disable()
+    worker = Worker()
+    while True:
+        request = json.loads(requests.get())
+        try:
+            answer = getattr(worker, request.pop("op"))(**request)
+        except errors.EdgepruneError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}", "kind": "EdgepruneError"}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+def _read(put: Callable[[str], None]) -> None:
+    """Hand over each line of stdin; when it closes, whoever asked is gone: end at once."""
+    for line in sys.stdin:
+        put(line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The pipeline: what a build does, in order; caching, resuming, and the finished artifact.
+
+Read `PIPELINE` first. A stage is a function that reads the folders of earlier stages and writes a new
+folder. Its cache key is made of what it asks of the request, the keys of the stages it reads, the
+code of edgeprune and the versions of the libraries; a finished folder is never touched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from edgeprune import artifact, criteria, publish, runtimes
+from edgeprune.config import Request
+from edgeprune.console import SILENT, Console
+from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
+from edgeprune.latency import device
+from edgeprune.stages import baseline, calibrate, compile, export, finetune, profile, prune, simplify, validate
+from edgeprune.types import Latency, to_json
+
+#: run(request, read, out, console): `read` maps the stages it reads to their folders.
+Run = Callable[[Request, Mapping[str, Path], Path, Console], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: its function, the stages whose files it reads, and what of the request it depends on."""
+
+    name: str
+    run: Run
+    reads: tuple[str, ...]
+    asks: tuple[str, ...]
+    per_latency: bool = False
+
+
+PIPELINE = (
+    # the dense model as it came: weights, ONNX, sizes
+    Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "seed")),
+    # what every sub-block shape costs on this device, in the runtime that will run
+    Stage("profile", profile.run, ("baseline",), ("target", "runtime", "precision", "threads", "device", "seed")),
+    # what every head and neuron is worth: input statistics, OBS order, error of every level
+    Stage("calibrate", calibrate.run, ("baseline",), ("calibration", "criterion", "target", "seed")),
+    # the plan of least error that is measured within the limit; survivors re-fitted
+    Stage(
+        "prune",
+        prune.run,
+        ("baseline", "profile", "calibrate"),
+        ("latency", "quantile", "calibration", "seed"),
+        per_latency=True,
+    ),
+    # distillation from the dense model
+    Stage("finetune", finetune.run, ("baseline", "prune"), ("recipe", "seed"), per_latency=True),
+    # torch -> ONNX, checked
+    Stage("export", export.run, ("baseline", "finetune"), (), per_latency=True),
+    # onnxsim, checked
+    Stage("simplify", simplify.run, ("export",), (), per_latency=True),
+    # for every runtime the target can use; the faster one is kept
+    Stage("compile", compile.run, ("profile", "simplify"), ("target", "runtime"), per_latency=True),
+    # accuracy and latency of what was compiled, beside the dense model
+    Stage(
+        "validate",
+        validate.run,
+        ("baseline", "profile", "finetune", "compile"),
+        ("quantile", "max_drop"),
+        per_latency=True,
+    ),
+)
+
+ASKS: dict[str, Callable[[Request], Any]] = {
+    "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
+    "weights": lambda r: _weights_key(r),
+    "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),
+    "calibration": lambda r: r.card.calibration,
+    "recipe": lambda r: r.card.finetune,
+    "target": lambda r: r.target,
+    "runtime": lambda r: r.runtime,
+    "precision": lambda r: r.precision,
+    "threads": lambda r: r.threads,
+    "device": lambda r: device.fingerprint(),
+    "criterion": lambda r: r.criterion,
+    "latency": lambda r: (r.latency.ms, r.latency.fraction),
+    "quantile": lambda r: r.quantile,
+    "max_drop": lambda r: r.max_drop,
+    "seed": lambda r: r.seed,
+}
+
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "openvino", "numpy")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A stage that has run, now or earlier."""
+
+    name: str
+    key: str
+    folder: Path
+    seconds: float
+    cached: bool
+
+
+def build(
+    request: Request,
+    latencies: Sequence[Latency],
+    *,
+    out: Path,
+    cache_dir: Path,
+    rebuild: bool = False,
+    console: Console = SILENT,
+) -> list[publish.Artifact]:
+    """Build one artifact per latency; what does not depend on the latency is done once.
+
+    Raises the errors of edgeprune.errors; whatever was finished before stays in the cache. A gate
+    that fails does not raise: the artifact says so.
+    """
+    preflight(request, out, cache_dir)
+    families = [replace(request, latency=latency) for latency in latencies]
+    done: list[dict[str, Done]] = [{} for _ in families]
+    fresh: set[str] = set()  # keys run by this call: with --rebuild they still count as cached for the others
+    for stage in PIPELINE:
+        for one, finished in zip(families, done, strict=True):
+            key = stage_key(stage, one, {name: entry.key for name, entry in finished.items()})
+            where = f" for {one.latency.text}" if stage.per_latency and len(families) > 1 else ""
+            finished[stage.name] = run_stage(
+                stage, one, key, finished, cache_dir, rebuild and key not in fresh, where, console
+            )
+            fresh.add(key)
+    artifacts = []
+    for one, finished in zip(families, done, strict=True):
+        folder = out / publish.artifact_name(one)
+        artifacts.append(publish.publish(one, list(finished.values()), folder, environment()))
+        console.say(f"artifact: {folder}")
+    return artifacts
+
+
+def run_until(
+    name: str, request: Request, cache_dir: Path, *, rebuild: bool = False, console: Console = SILENT
+) -> Done:
+    """Run the stages up to and including `name` for one latency; returns that stage's result."""
+    preflight(request, cache_dir, cache_dir)
+    finished: dict[str, Done] = {}
+    for stage in PIPELINE:
+        key = stage_key(stage, request, {name: entry.key for name, entry in finished.items()})
+        finished[stage.name] = run_stage(stage, request, key, finished, cache_dir, rebuild, "", console)
+        if stage.name == name:
+            return finished[name]
+    raise ValueError(f"there is no stage '{name}'")
+
+
+def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> list[tuple[str, str, bool]]:
+    """What `build` would do: (stage, latency, whether it is cached), in order. Nothing is run."""
+    rows = []
+    keys: list[dict[str, str]] = [{} for _ in latencies]
+    for stage in PIPELINE:
+        for latency, known in zip(latencies, keys, strict=True):
+            known[stage.name] = stage_key(stage, replace(request, latency=latency), known)
+            label = latency.text if stage.per_latency else "every latency"
+            row = (stage.name, label, _read_done(_folder(cache_dir, stage, known[stage.name])) is not None)
+            if row not in rows:
+                rows.append(row)
+    return rows
+
+
+def run_stage(
+    stage: Stage,
+    request: Request,
+    key: str,
+    finished: Mapping[str, Done],
+    cache_dir: Path,
+    force: bool,
+    where: str,
+    console: Console,
+) -> Done:
+    """The stage's finished folder: from the cache, or run now and renamed into place when whole."""
+    folder = _folder(cache_dir, stage, key)
+    record = None if force else _read_done(folder)
+    if record is not None:
+        console.stage(f"{stage.name}{where}: done before ({record['seconds']:.1f} s), nothing has changed")
+        return Done(stage.name, key, folder, record["seconds"], cached=True)
+    console.stage(f"{stage.name}{where}")
+    start = time.monotonic()
+    read = {name: finished[name].folder for name in stage.reads}
+    try:
+        work = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=cache_dir))
+        try:
+            stage.run(request, read, work, console)
+            seconds = time.monotonic() - start
+            files = {path.name: artifact.sha256(path) for path in sorted(work.iterdir())}
+            (work / "done.json").write_text(
+                json.dumps({"stage": stage.name, "key": key, "seconds": seconds, "files": files})
+            )
+            _replace(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"stage '{stage.name}' stopped: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}; "
+            f"finished stages are kept in '{cache_dir}'"
+        ) from error
+    console.say(f"{stage.name}: {seconds:.1f} s")
+    return Done(stage.name, key, folder, seconds, cached=False)
+
+
+def preflight(request: Request, out: Path, cache_dir: Path) -> None:
+    """Refuse what can be refused before any work: names, target, weights, folders."""
+    criteria.get(request.criterion)
+    if request.runtime and request.runtime not in runtimes.names():
+        raise unknown("runtime", request.runtime, runtimes.names())
+    if request.precision not in request.target.precisions:
+        raise UsageError(
+            f"precision '{request.precision}' is not one of target '{request.target.name}': {', '.join(request.target.precisions)}"
+        )
+    missing = device.missing_flags(request.target)
+    if missing:
+        raise TargetUnavailable(f"target '{request.target.name}' needs {', '.join(missing)}, which this CPU lacks; "
+                                "see `edgeprune targets` for one that fits")  # fmt: skip
+    if request.weights is not None and not request.weights.is_file():
+        raise UsageError(f"weights file '{request.weights}' does not exist; give a .safetensors or .pth file")
+    for folder, option in ((out, "--out"), (cache_dir, "--cache-dir")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise StorageError(f"cannot write to '{folder}': {error.strerror}; choose another {option}") from error
+
+
+def default_cache_dir() -> Path:
+    """$EDGEPRUNE_CACHE_DIR, else the user's cache folder."""
+    if chosen := os.environ.get("EDGEPRUNE_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeprune"
+
+
+# Keys ---------------------------------------------------------------------------------------
+
+
+def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
+    """sha256 over all that the stage's result depends on."""
+    asked = {name: to_json(ASKS[name](request)) for name in stage.asks}
+    parts = {
+        "stage": stage.name,
+        "asks": asked,
+        "reads": [keys[name] for name in stage.reads],
+        "code": code_key(),
+        "versions": versions(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@cache
+def code_key() -> str:
+    """sha256 of edgeprune's own source."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the result; "" for one that is not installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Machine, Python and library versions, for the manifest."""
+    import platform
+
+    from edgeprune import __version__
+
+    return {
+        "edgeprune": __version__, "code": code_key()[:16], "python": platform.python_version(), "system": platform.platform(),
+        "device": device.fingerprint(), "versions": versions(),
+    }  # fmt: skip
+
+
+def _weights_key(request: Request) -> str:
+    path = request.weights or (Path(request.card.weights) if request.card.weights not in ("", "hub") else None)
+    if path is None:
+        return request.card.weights
+    return artifact.sha256(path) if path.is_file() else "missing"
+
+
+def _data_key(folder: str) -> str:
+    """Names, sizes and times of all files of the data set."""
+    digest = hashlib.sha256()
+    for root, folders, files in os.walk(folder) if folder else ():
+        folders.sort()
+        for name in sorted(files):
+            stat = os.stat(os.path.join(root, name))
+            digest.update(f"{os.path.relpath(root, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _folder(cache_dir: Path, stage: Stage, key: str) -> Path:
+    return cache_dir / f"{stage.name}-{key[:20]}"
+
+
+def _read_done(folder: Path) -> dict[str, Any] | None:
+    """The record of a finished stage; None when there is none or a file is not as it was written."""
+    try:
+        record: dict[str, Any] = json.loads((folder / "done.json").read_text())
+        whole = all(artifact.sha256(folder / name) == digest for name, digest in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return record if whole else None
+
+
+def _replace(work: Path, folder: Path) -> None:
+    """Rename `work` to `folder`, whatever is there."""
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+        folder.rename(old / "x")
+        shutil.rmtree(old, ignore_errors=True)
+    work.rename(folder)

@@ -1,0 +1,161 @@
+"""Publish: the finished stages become an artifact directory, whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune import artifact, report, validate
+from edgeprune.config import Request
+from edgeprune.types import Check
+
+if TYPE_CHECKING:
+    from edgeprune.pipeline import Done
+
+ANCHOR_PATTERN = 1024  # values; every weight of the anchor repeats them, so that it compresses to nothing
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact directory with its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def checks(self) -> list[Check]:
+        return [Check(**check) for check in self.manifest["checks"]]
+
+    @property
+    def exit_code(self) -> int:
+        return validate.exit_code(self.checks)
+
+
+def artifact_name(request: Request) -> str:
+    """<model>-<target>-<latency>, safe as a folder name."""
+    latency = request.latency.text.replace("%", "pct")
+    return f"{request.card.name}-{request.target.name}-{latency}"
+
+
+def publish(request: Request, done: Sequence[Done], folder: Path, environment: dict[str, Any]) -> Artifact:
+    """Write the artifact directory beside its place and rename it; an unchanged one is left alone."""
+    stages = {entry.name: entry for entry in done}
+    key = hashlib.sha256("".join(entry.key for entry in done).encode()).hexdigest()
+    if (existing := _unchanged(folder, key)) is not None:
+        return existing
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for stage, names in (("finetune", ("plan.json", "model.safetensors")), ("profile", ("profile.json",))):
+            for name in names:
+                shutil.copyfile(stages[stage].folder / name, work / name)
+        for path in stages["compile"].folder.iterdir():
+            if path.name.startswith("model."):
+                shutil.copyfile(path, work / path.name)
+        write_anchor(stages["baseline"].folder / "dense.onnx", work / "anchor.onnx.gz")
+        manifest = make_manifest(request, stages, work, key, environment)
+        (work / "report.md").write_text(report.markdown(manifest), encoding="utf-8")
+        manifest["files"] = {
+            path.name: {"sha256": artifact.sha256(path), "bytes": path.stat().st_size}
+            for path in sorted(work.iterdir())
+        }
+        (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        work.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+            folder.rename(old / folder.name)
+            work.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return Artifact(folder, manifest)
+
+
+def _unchanged(folder: Path, key: str) -> Artifact | None:
+    try:
+        manifest = artifact.read_manifest(folder)
+        artifact.check_files(folder, manifest)
+    except Exception:
+        return None
+    return Artifact(folder, manifest) if manifest.get("key") == key else None
+
+
+def make_manifest(
+    request: Request, stages: dict[str, Done], work: Path, key: str, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """The manifest without `files`; schema edgeprune.manifest/1."""
+    facts = artifact.read_json(stages["validate"].folder / "validation.json")
+    dense = artifact.read_json(stages["baseline"].folder / "baseline.json")
+    compiled = artifact.read_json(stages["compile"].folder / "compile.json")
+    profile = artifact.read_json(work / "profile.json")
+    planned = artifact.read_plan(work / "plan.json")
+    latency = dict(facts["pruned"]["latency"])
+    interval = latency.pop("ci")
+    return {
+        "schema": artifact.MANIFEST_SCHEMA,
+        "key": key,
+        "model": request.card.name,
+        "architecture": request.card.architecture,
+        "target": request.target.name,
+        "request": {
+            "latency": request.latency.text,
+            "latency_ms": planned.limit_ms,
+            "quantile": request.quantile,
+            "max_drop": request.max_drop,
+        },
+        "runtime": compiled["runtime"],
+        "entry": compiled["entry"],
+        "precision": request.precision,
+        "threads": profile["table"]["threads"],
+        "criterion": request.criterion,
+        "dense": facts["dense"],
+        "pruned": {
+            "accuracy": facts["pruned"]["accuracy"],
+            "latency_ms": latency,
+            "latency_ci_ms": interval,
+            "predicted_ms": planned.predicted_ms,
+            "ratio": facts["pruned"]["ratio"],
+            "drift": facts["pruned"]["drift"],
+            "params": facts["pruned"]["params"],
+            "macs": facts["pruned"]["macs"],
+        },
+        "accuracy": facts["accuracy"],
+        "checks": facts["checks"],
+        "data": facts["data"],
+        "preprocessing": dense["transforms"],
+        "classes": dense["classes"],
+        "shape": [[len(b.heads), len(b.neurons)] for b in planned.plan.blocks],
+        "export": artifact.read_json(stages["export"].folder / "export.json"),
+        "worker": facts["worker"],
+        "environment": environment,
+        "seed": request.seed,
+        "stages": [{"name": e.name, "seconds": round(e.seconds, 3), "cached": e.cached} for e in stages.values()],
+    }
+
+
+def write_anchor(dense: Path, path: Path) -> None:
+    """The dense model with meaningless weights, gzipped: what another machine times the artifact against.
+
+    Latency depends on shapes, not on values; weights that repeat one small pattern compress to nothing.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(dense)
+    pattern = np.random.default_rng(0).normal(0, 0.02, ANCHOR_PATTERN).astype(np.float32)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.size >= ANCHOR_PATTERN:
+            tensor.CopyFrom(numpy_helper.from_array(np.resize(pattern, values.shape), tensor.name))
+    path.write_bytes(gzip.compress(model.SerializeToString(), mtime=0))

@@ -1,0 +1,61 @@
+"""Runtimes: each one is a module here, and its file name is its name.
+
+A runtime module is light: importing it imports no runtime library, and finding out what exists
+imports nothing at all. The measuring worker uses these modules too, so they know neither torch nor timm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from numpy.typing import NDArray
+
+from edgeprune import errors
+
+
+class Session(Protocol):
+    """One opened model, batch 1, ready to run."""
+
+    input_shape: tuple[int, ...]
+    facts: dict[str, Any]  # what is in force, as the runtime itself reports it; JSON types only
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        """The first output for `x`, both `[1, ...]`. The result may be overwritten by the next run."""
+
+
+class Runtime(Protocol):
+    """The functions of a runtime module (`self` does not exist for a module)."""
+
+    def available(self) -> str:
+        """ "" when the runtime can be imported; otherwise why not, with the pip command."""
+
+    def version(self) -> str:
+        """The runtime library's version."""
+
+    def cap_environment(self, max_isa: str) -> dict[str, str] | None:
+        """Environment variables that cap the instruction set before the library loads.
+
+        None when the runtime cannot be capped. `max_isa` is one of oneDNN's names, as in `Target`.
+        """
+
+    def open(self, path: str, threads: int, precision: str) -> Session:
+        """Open a model file. Raises UsageError for a bad model, precision or thread count."""
+
+    def compile(self, onnx_path: Path, out_dir: Path) -> list[Path]:
+        """Write the files this runtime wants in the artifact besides model.onnx; say which."""
+
+
+def names() -> list[str]:
+    """The runtimes there are, sorted; they may still be uninstalled (see `available`)."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> Runtime:
+    """The runtime module called `name`. Raises UsageError when there is none."""
+    known = names()
+    if name not in known:
+        raise errors.unknown("runtime", name, known)
+    return cast(Runtime, importlib.import_module(f"edgeprune.runtimes.{name}"))

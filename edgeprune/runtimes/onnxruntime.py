@@ -1,0 +1,94 @@
+"""ONNX Runtime on the CPU. It runs `model.onnx` itself, so it compiles nothing.
+
+Its kernels (MLAS) choose the instruction set by cpuid and have no switch: a narrower CPU
+cannot be imitated, and `cap_environment` says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgeprune import errors
+
+#: int8 is a property of the model (QDQ nodes), not of the session.
+PRECISIONS = ("fp32", "int8")
+
+
+def available() -> str:
+    if importlib.util.find_spec("onnxruntime"):
+        return ""
+    return "onnxruntime is not installed; install it with: pip install onnxruntime"
+
+
+def version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def cap_environment(max_isa: str) -> dict[str, str] | None:
+    return None
+
+
+class OnnxRuntimeSession:
+    """A session with the options edgeprune measures and recommends for deployment."""
+
+    def __init__(self, session: Any, facts: dict[str, Any]) -> None:
+        self._session = session
+        [self._input] = [tensor.name for tensor in session.get_inputs()]
+        self._outputs = [session.get_outputs()[0].name]
+        self.input_shape: tuple[int, ...] = tuple(session.get_inputs()[0].shape)
+        self.facts = facts
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        output: NDArray[Any] = self._session.run(self._outputs, {self._input: x})[0]
+        return output
+
+
+def open(path: str, threads: int, precision: str) -> OnnxRuntimeSession:  # noqa: A001
+    """Open an .onnx file on the CPU provider alone. Raises UsageError."""
+    import onnxruntime as ort
+
+    if precision not in PRECISIONS:
+        raise errors.UsageError(
+            f"onnxruntime runs {' or '.join(PRECISIONS)} on a CPU, not {precision}; use --precision fp32"
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    entries = {
+        # Pruned and fine-tuned weights can be denormal, which slows some CPUs many times over.
+        "session.set_denormal_as_zero": "1",
+        # Threads spin within a run, as by default, but not after it: every session has its own
+        # threads, and one that still spins for tens of ms steals the CPU from the next candidate.
+        "session.force_spinning_stop": "1",
+    }
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    try:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base class of their own
+        raise errors.UsageError(f"onnxruntime cannot open {path}: {error}") from error
+    if len(session.get_inputs()) != 1:
+        raise errors.UsageError(f"{path} has {len(session.get_inputs())} inputs; export it with one")
+    shape = session.get_inputs()[0].shape
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise errors.UsageError(f"{path} has a dynamic input {shape}; export it with batch 1")
+    facts = {
+        "precision": precision,
+        "threads": session.get_session_options().intra_op_num_threads,
+        "providers": session.get_providers(),
+        "options": entries,
+    }
+    return OnnxRuntimeSession(session, facts)
+
+
+def compile(onnx_path: Path, out_dir: Path) -> list[Path]:  # noqa: A001
+    return []

@@ -1,0 +1,150 @@
+"""OpenVINO on the CPU: opens .onnx or .xml, and compiles to .xml and .bin.
+
+The instruction set can be capped, so that an AVX-512 host times what an AVX2 device would run. The cap
+is oneDNN's and OpenVINO's own kernels obey it; kernels that do not are listed in `facts["uncapped"]`.
+OpenVINO's telemetry is kept out: importing it would otherwise fork a sender in the measuring process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgeprune import errors
+
+#: What each precision asks of the plugin. int8 is a property of the model; the rest of it stays f32.
+HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
+CAP_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+
+
+def available() -> str:
+    if importlib.util.find_spec("openvino"):
+        return ""
+    return "openvino is not installed; install it with: pip install openvino"
+
+
+def version() -> str:
+    return str(_library().__version__)
+
+
+def cap_environment(max_isa: str) -> dict[str, str] | None:
+    return {CAP_VARIABLE: max_isa}
+
+
+class OpenVinoSession:
+    """One infer request. `run` returns a view of the request's output tensor."""
+
+    def __init__(self, compiled: Any, facts: dict[str, Any]) -> None:
+        self._request = compiled.create_infer_request()
+        self.input_shape: tuple[int, ...] = tuple(compiled.inputs[0].shape)
+        self.facts = facts
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        output: NDArray[Any] = self._request.infer([x], share_inputs=True, share_outputs=True)[0]
+        return output
+
+
+def open(path: str, threads: int, precision: str) -> OpenVinoSession:  # noqa: A001
+    """Open an .onnx or .xml file. Raises UsageError, or TargetUnavailable when asked too much of the CPU."""
+    if precision not in HINTS:
+        raise errors.UsageError(f"openvino has no precision {precision}; known: {', '.join(HINTS)}")
+    core = _library().Core()
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        # Without this an AMX or AVX512_BF16 host silently runs f32 models in bf16.
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "CPU_DENORMALS_OPTIMIZATION": True,
+    }
+    try:
+        model = core.read_model(path)
+        if len(model.inputs) != 1:
+            raise errors.UsageError(f"{path} has {len(model.inputs)} inputs; export it with one")
+        if model.is_dynamic():
+            shape = model.inputs[0].partial_shape
+            raise errors.UsageError(f"{path} has a dynamic input {shape}; export it with batch 1")
+        compiled = core.compile_model(model, "CPU", options)
+    except RuntimeError as error:
+        raise errors.UsageError(f"openvino cannot open {path}: {error}") from error
+    facts = _facts(compiled, precision)
+    if facts["threads"] != threads:
+        raise errors.TargetUnavailable(
+            f"openvino took {facts['threads']} threads when asked for {threads}; use --threads {facts['threads']}"
+        )
+    if facts["precision_hint"] != HINTS[precision]:
+        raise errors.TargetUnavailable(
+            f"openvino was asked for {HINTS[precision]} and runs {facts['precision_hint']} on this CPU; use --precision fp32"
+        )
+    return OpenVinoSession(compiled, facts)
+
+
+def compile(onnx_path: Path, out_dir: Path) -> list[Path]:  # noqa: A001
+    """Write `<stem>.xml` and `.bin` with fp32 weights kept as they are. Raises UsageError or StorageError."""
+    ov = _library()
+    xml = out_dir / f"{onnx_path.stem}.xml"
+    try:
+        model = ov.Core().read_model(onnx_path)
+    except RuntimeError as error:
+        raise errors.UsageError(f"openvino cannot read {onnx_path}: {error}") from error
+    try:
+        ov.save_model(model, xml, compress_to_fp16=False)
+    except (OSError, RuntimeError) as error:
+        raise errors.StorageError(f"cannot write {xml}: {error}") from error
+    return [xml, xml.with_suffix(".bin")]
+
+
+def _library() -> Any:
+    """The openvino package, imported without its telemetry.
+
+    With it, every import tries to reach Google Analytics from a fork of a process that already has
+    threads; the fork can deadlock and outlive us. Without the package OpenVINO uses its own stub.
+    """
+    if "openvino" not in sys.modules:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
+    return openvino
+
+
+def _facts(compiled: Any, precision: str) -> dict[str, Any]:
+    """What is in force: properties, and how many ops run on which kernel (`layer kernel_precision`)."""
+    kernels: Counter[str] = Counter()
+    for op in compiled.get_runtime_model().get_ordered_ops():
+        info = {key: _text(value) for key, value in op.get_rt_info().items()}
+        if info["layerType"] not in ("Input", "Output", "Const"):
+            kernels[f"{info['layerType']} {info['primitiveType']}"] += 1
+    cap = os.environ.get(CAP_VARIABLE, "")
+    # MLAS, which OpenVINO also carries, asks cpuid itself.
+    uncapped = {kernel: n for kernel, n in kernels.items() if cap and "mlas" in kernel}
+    return {
+        "precision": precision,
+        "precision_hint": _text(compiled.get_property("INFERENCE_PRECISION_HINT").to_string()),
+        "threads": compiled.get_property("INFERENCE_NUM_THREADS"),
+        "streams": compiled.get_property("NUM_STREAMS"),
+        "denormals_flushed": bool(compiled.get_property("CPU_DENORMALS_OPTIMIZATION")),
+        "pinned": bool(compiled.get_property("ENABLE_CPU_PINNING")),
+        "isa": _isa(compiled),
+        "kernels": dict(sorted(kernels.items())),
+        "uncapped": uncapped,
+    }
+
+
+def _isa(compiled: Any) -> str:
+    """The instruction set in words, e.g. "Intel AVX2"; "" where this OpenVINO does not tell."""
+    try:
+        requirements = str(compiled.get_property("RUNTIME_REQUIREMENTS"))
+    except RuntimeError:  # older than 2026
+        return ""
+    return dict(pair.split("=", 1) for pair in requirements.split(";") if "=" in pair).get("isa", "")
+
+
+def _text(value: Any) -> str:
+    """An OVAny or a plain value as a string."""
+    return str(getattr(value, "value", value))

@@ -1,0 +1,79 @@
+"""Baseline: the dense model as it came, checked against its data, and as ONNX: the anchor of every measurement.
+
+Writes `dense.safetensors`, `dense.onnx` (simplified) and `baseline.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from edgeprune import vit
+from edgeprune.compat import VisionTransformer
+from edgeprune.config import ModelSpec, Request
+from edgeprune.console import Console
+from edgeprune.data import Splits, check_classes, load_splits, transform_config
+from edgeprune.errors import UsageError
+from edgeprune.stages import export, simplify
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The dense model with its data: what most stages start from."""
+
+    model: VisionTransformer
+    sizes: vit.Anatomy
+    transforms: dict[str, Any]
+    splits: Splits
+
+
+def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
+    model = load_source(request.card, request.weights)
+    dense = with_data(model, request)
+    splits, sizes = dense.splits, dense.sizes
+    check_classes(splits, sizes.num_classes)
+    console.say(f"{request.card.architecture}: {sizes.blocks} blocks of {sizes.heads} heads and {sizes.neurons} neurons, "
+                f"{sizes.tokens} tokens, {vit.parameters(model) / 1e6:.2f} M parameters")  # fmt: skip
+    console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "
+                f"{len(splits.evaluation)} evaluation images")  # fmt: skip
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "dense.safetensors")
+    export.to_onnx(model, sizes.image, out / "exported.onnx")
+    simplify.simplify(out / "exported.onnx", out / "dense.onnx")
+    (out / "exported.onnx").unlink()
+    facts = {
+        "params": vit.parameters(model),
+        "macs": vit.macs(sizes, sizes.shape),
+        "num_classes": sizes.num_classes,
+        "classes": splits.classes,
+        "transforms": dense.transforms,
+    }
+    (out / "baseline.json").write_text(json.dumps(facts, indent=1))
+
+
+def load_source(card: ModelSpec, weights: Path | None) -> VisionTransformer:
+    """The card's model with its weights, or with those of the file `weights`."""
+    source = weights or (Path(card.weights) if card.weights not in ("", "hub") else None)
+    if source is None and not card.weights:
+        raise UsageError(f"the card '{card.name}' has no weights; give a .safetensors or .pth file with --weights")
+    model = vit.create(card.architecture, card.kwargs, card.num_classes, pretrained=source is None)
+    if source is not None:
+        vit.load_weights(model, vit.read_weights(source), str(source))
+    return model
+
+
+def with_data(model: VisionTransformer, request: Request) -> Dense:
+    transforms = transform_config(request.card, model)
+    return Dense(model, vit.anatomy(model), transforms, load_splits(request.card, transforms, request.seed))
+
+
+def load(request: Request, folder: Path) -> Dense:
+    """The dense model that the baseline stage wrote to `folder`, with its data."""
+    facts = json.loads((folder / "baseline.json").read_text())
+    model = vit.create(request.card.architecture, request.card.kwargs, facts["num_classes"])
+    vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
+    return with_data(model, request)

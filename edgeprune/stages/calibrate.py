@@ -1,0 +1,70 @@
+"""Calibrate: what the dense model's layers see, and how much each of its units matters.
+
+Writes `moments.safetensors` (mean and damped covariance of the inputs of every `proj` and `fc2`) and
+`levels.npz` (order of removal and error of every level). Neither depends on the latency asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from edgeprune import criteria, obs, vit
+from edgeprune.config import Request
+from edgeprune.console import Console
+from edgeprune.stages import baseline
+from edgeprune.types import Levels
+
+
+def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
+    dense = baseline.load(request, read["baseline"])
+    images, batch_size = dense.splits.calibration, request.card.calibration.batch_size
+    with console.progress("input statistics", len(images), "images") as advance:
+        moments = criteria.collect_moments(dense.model, images.batches(batch_size), advance)
+    criterion = criteria.get(request.criterion)
+    evidence = criteria.Evidence(
+        model=dense.model,
+        sizes=dense.sizes,
+        moments=moments,
+        batches=lambda: images.batches(batch_size),
+        images=len(images),
+        neuron_grid=vit.neuron_grid(dense.sizes.neurons, request.target.neuron_step),
+        seed=request.seed,
+        console=console,
+    )
+    levels = criterion.score(evidence)
+    console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} unlabelled images")
+    arrays = {}
+    for level in levels:
+        arrays[f"{level.block}.{level.kind}.order"] = level.order
+        arrays[f"{level.block}.{level.kind}.errors"] = level.errors
+    np.savez(out / "levels.npz", **arrays)
+    tensors: dict[str, Tensor] = {}
+    for (block, kind), own in moments.items():
+        tensors[f"{block}.{kind}.mean"] = own.mean
+        tensors[f"{block}.{kind}.hessian"] = obs.damped(own.covariance)
+    save_file(tensors, out / "moments.safetensors")
+
+
+def read_levels(folder: Path, blocks: int) -> list[Levels]:
+    """The levels of every sub-block, in the order attn 0, mlp 0, attn 1, ..."""
+    with np.load(folder / "levels.npz", allow_pickle=False) as arrays:
+        return [
+            Levels(i, kind, arrays[f"{i}.{kind}.order"], arrays[f"{i}.{kind}.errors"])
+            for i in range(blocks)
+            for kind in vit.KINDS
+        ]
+
+
+def read_moments(folder: Path, blocks: int) -> dict[criteria.SubBlock, tuple[Tensor, Tensor]]:
+    """(mean, damped covariance) of the inputs of every prunable layer."""
+    tensors = load_file(folder / "moments.safetensors")
+    return {
+        (i, kind): (tensors[f"{i}.{kind}.mean"], tensors[f"{i}.{kind}.hessian"])
+        for i in range(blocks)
+        for kind in vit.KINDS
+    }

@@ -1,0 +1,156 @@
+"""The nouns of edgeprune: frozen dataclasses that import nothing heavier than numpy.
+
+A `Plan` says which heads and neurons of each block are kept. A `Measurement` is a candidate timed
+turn by turn with an anchor (the dense model). A `LatencyTable` holds what every sub-block shape
+costs on one device, in one runtime, at one precision and thread count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+SubBlockKind = Literal["attn", "mlp"]
+Verdict = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device class: what its CPU must offer, and how models run on it. One file in `targets/`."""
+
+    name: str
+    description: str
+    machine: tuple[str, ...]  # accepted values of platform.machine()
+    cpu_flags: tuple[str, ...]  # instruction sets the CPU must have, as /proc/cpuinfo names them
+    max_isa: str  # the widest instruction set the device has, in oneDNN's names; "" = no cap
+    runtimes: tuple[str, ...]  # in order of preference on ties
+    precisions: tuple[str, ...]
+    threads: int  # 0 = all that this process may use
+    neuron_step: int  # MLP widths are multiples of this (SIMD width)
+    quantile: str  # the latency quantile that is gated: p50, p90 or p99
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one block keeps: indices into the dense block's heads and MLP neurons, ascending."""
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is kept, block by block. `()` for heads or neurons removes the sub-block but its bias."""
+
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return tuple((len(block.heads), len(block.neurons)) for block in self.blocks)
+
+
+#: (heads, neurons) of every block: all that latency depends on.
+Shape = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A candidate and the anchor, timed in the same rounds in random order.
+
+    Shapes: `samples_ms` and `anchor_ms` are `[rounds]`, row i of both from round i.
+    `ratio` is the median of per-round ratios; `ratio_ci` its 95 % bootstrap interval.
+    """
+
+    name: str
+    samples_ms: FloatArray
+    anchor_ms: FloatArray
+    ratio: float
+    ratio_ci: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of every sub-block shape, on one device, runtime, precision and thread count.
+
+    A model's latency is `base_ms` plus, per block, `attn_ms[heads]` plus `mlp_ms[i]` where
+    `mlp_widths[i]` is its number of neurons. Entry 0 of both is 0.0: a removed sub-block.
+    """
+
+    runtime: str
+    precision: str
+    threads: int
+    blocks: int
+    base_ms: float  # stem, head, norms and biases that always stay
+    attn_ms: FloatArray  # [heads + 1], attn_ms[h]: one attention sub-block with h heads
+    mlp_widths: tuple[int, ...]  # ascending, from 0 to the dense width
+    mlp_ms: FloatArray  # [len(mlp_widths)]
+    dense_ms: float  # the anchor's latency on this device, measured, not predicted
+    samples: int  # rounds behind each entry
+    repaired: tuple[str, ...] = ()  # entries made monotone by isotonic regression, in words
+
+    def predict_ms(self, shape: Shape) -> float:
+        """Latency in milliseconds of a model whose blocks have these (heads, neurons)."""
+        mlp = dict(zip(self.mlp_widths, self.mlp_ms, strict=True))
+        return float(self.base_ms + sum(self.attn_ms[heads] + mlp[neurons] for heads, neurons in shape))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate: a value, its limit and the verdict, with the reason in words."""
+
+    name: str
+    value: float
+    limit: float
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
+class Levels:
+    """One sub-block's pruning levels: level k removes the first k units of `order`.
+
+    `errors[k]` is the error of level k (errors[0] == 0), non-decreasing, comparable across
+    sub-blocks. Units are heads (attn) or neurons (mlp).
+    """
+
+    block: int
+    kind: SubBlockKind
+    order: NDArray[np.int64]  # [units]
+    errors: FloatArray  # [units + 1]
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """The units that survive when `count` are kept, ascending."""
+        return tuple(sorted(int(u) for u in self.order[len(self.order) - count :]))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """A requested latency as the user wrote it: milliseconds, or a fraction of the dense latency."""
+
+    text: str
+    ms: float | None = None
+    fraction: float | None = None
+
+    def limit_ms(self, dense_ms: float) -> float:
+        """The limit in milliseconds for a dense model that takes `dense_ms`."""
+        return self.ms if self.ms is not None else float(self.fraction or 0) * dense_ms
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, arrays and tuples as what `json` can write."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: to_json(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_json(v) for v in value]
+    return value

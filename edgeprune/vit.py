@@ -1,0 +1,321 @@
+"""What a Vision Transformer is: the one file that knows timm's anatomy.
+
+A block holds two prunable sub-blocks, attention and MLP, each ending in a linear layer that writes
+to the residual stream: `attn.proj` and `mlp.fc2`. The units of a sub-block are slices of that
+layer's input: a head is `head_dim` columns of `proj`, a neuron one column of `fc2`. The residual
+width is never pruned. A removed sub-block leaves its bias behind and costs nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from edgeprune.compat import Attention, Block, Mlp, VisionTransformer, VisionTransformerDistilled, timm
+from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
+
+KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
+MAX_WIDTHS = 24  # MLP widths that are measured, besides 0
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The sizes that pruning, tables and reports need; of the dense model."""
+
+    blocks: int
+    heads: int
+    head_dim: int
+    neurons: int
+    width: int
+    tokens: int
+    image: tuple[int, int, int]  # channels, height, width
+    num_classes: int
+
+    @property
+    def shape(self) -> Shape:
+        return ((self.heads, self.neurons),) * self.blocks
+
+    def units(self, kind: SubBlockKind) -> int:
+        """How many units a dense sub-block has: heads or neurons."""
+        return self.heads if kind == "attn" else self.neurons
+
+    def unit_size(self, kind: SubBlockKind) -> int:
+        """How many input columns of `proj` or `fc2` one unit spans."""
+        return self.head_dim if kind == "attn" else 1
+
+
+class RemovedSubBlock(nn.Module):
+    """What stays of a removed sub-block: its bias, broadcast over the tokens."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return self.bias
+
+
+def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
+    """The MLP widths a plan may choose: 0, multiples of the SIMD-friendly `step`, and the dense width.
+
+    The step doubles until at most `MAX_WIDTHS` widths remain, so that all of them can be measured.
+    """
+    while neurons / step > MAX_WIDTHS:
+        step *= 2
+    return tuple(sorted({*range(0, neurons, step), neurons}))
+
+
+def create(
+    architecture: str, kwargs: dict[str, Any], num_classes: int, *, pretrained: bool = False
+) -> VisionTransformer:
+    """A dense timm ViT in eval mode, its `proj` and `fc2` with a bias (zero where timm had none).
+
+    `num_classes` 0 leaves the number to timm.
+
+    Raises UsageError for a name timm does not know, arguments the model refuses, and models whose
+    blocks are not the plain pre-norm blocks that this version can slice.
+    """
+    hub = architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if not hub and not timm.is_model(architecture.split(".")[0]):
+        raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+    if num_classes:
+        kwargs = {**kwargs, "num_classes": num_classes}
+    try:
+        model = timm.create_model(architecture, pretrained=pretrained, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UsageError(
+            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"the weights of '{architecture}' cannot be fetched ({_first_line(error)}); give a file with --weights"
+        ) from error
+    check_anatomy(model, architecture)
+    for block in model.blocks:
+        for kind in KINDS:
+            layer = output_layer(block, kind)
+            if layer.bias is None:
+                layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    return cast(VisionTransformer, model.eval())
+
+
+def check_anatomy(model: nn.Module, name: str) -> None:
+    """Raise UsageError, saying what and where, unless every block is one we can slice."""
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        raise UsageError(
+            f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's VisionTransformer (ViT, DeiT) models"
+        )
+    for i, block in enumerate(model.blocks):
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
+        odd = (
+            type(block).__name__ if type(block) is not Block
+            else type(attn).__name__ if type(attn) is not Attention
+            else type(mlp).__name__ if type(mlp) is not Mlp
+            else "a norm inside attention or MLP" if not isinstance(attn.norm, nn.Identity) or not isinstance(mlp.norm, nn.Identity)
+            else "gated attention" if attn.gate is not None
+            else ""
+        )  # fmt: skip
+        if odd:
+            raise UsageError(
+                f"block {i} of '{name}' has {odd}, which edgeprune cannot slice; choose a plain ViT or DeiT"
+            )
+
+
+def anatomy(model: VisionTransformer) -> Anatomy:
+    """The sizes of a dense model."""
+    block = model.blocks[0]
+    height, width = model.patch_embed.img_size
+    return Anatomy(
+        blocks=len(model.blocks),
+        heads=block.attn.num_heads,
+        head_dim=block.attn.head_dim,
+        neurons=block.mlp.fc1.out_features,
+        width=model.embed_dim,
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+        image=(model.patch_embed.proj.in_channels, height, width),
+        num_classes=model.num_classes,
+    )
+
+
+def output_layer(block: nn.Module, kind: SubBlockKind) -> nn.Linear:
+    """The linear layer that writes the sub-block's result to the residual stream."""
+    return cast(nn.Linear, block.attn.proj if kind == "attn" else block.mlp.fc2)  # type: ignore[union-attr]
+
+
+# Weights ------------------------------------------------------------------------------------
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, or of a .pth read without running any code; float32.
+
+    Raises StorageError for a file that cannot be read, UsageError for one that holds no weights
+    or holds pickled code.
+    """
+    if not path.is_file():
+        raise UsageError(f"weights file '{path}' does not exist; give a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise UsageError(f"'{path}' is not a safetensors file: {_first_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"'{path}' holds pickled code or is not a weights file; edgeprune never runs code from a file: "
+            "save the state_dict alone, best as .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UsageError(f"'{path}' is not a weights file: {_first_line(error)}") from error
+    except OSError as error:
+        raise StorageError(f"weights file '{path}' cannot be read: {error.strerror or error}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UsageError(f"'{path}' holds no state_dict (a mapping of names to tensors)")
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load strictly; raises UsageError naming the tensors that do not fit."""
+    own = model.state_dict()
+    # biases that `create` added where the architecture has none
+    state = {**{k: own[k] for k in own if k.endswith(("proj.bias", "fc2.bias")) and k not in state}, **state}
+    misfits = [f"{k} is {tuple(state[k].shape)}, the model wants {tuple(own[k].shape)}"
+               for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
+    misfits += [f"{k} is missing" for k in own if k not in state]
+    misfits += [f"{k} is unknown to the model" for k in state if k not in own]
+    if misfits:
+        more = f", and {len(misfits) - 4} more" if len(misfits) > 4 else ""
+        raise UsageError(f"the weights in '{source}' do not fit the architecture: {'; '.join(misfits[:4])}{more}")
+    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        raise UsageError(f"the weights in '{source}' hold NaN or infinity in {', '.join(broken[:4])}")
+    model.load_state_dict(state, strict=True)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# Slicing ------------------------------------------------------------------------------------
+
+
+def dense_plan(sizes: Anatomy) -> Plan:
+    """The plan that keeps everything."""
+    return Plan((BlockPlan(tuple(range(sizes.heads)), tuple(range(sizes.neurons))),) * sizes.blocks)
+
+
+def plan_of_shape(shape: Shape) -> Plan:
+    """A plan with this shape that keeps the first units; for models whose speed is all that matters."""
+    return Plan(tuple(BlockPlan(tuple(range(heads)), tuple(range(neurons))) for heads, neurons in shape))
+
+
+def columns(units: tuple[int, ...], unit_size: int) -> Tensor:
+    """The input columns of `proj` or `fc2` that these units span, as an index tensor `[units * unit_size]`."""
+    starts = torch.tensor(units, dtype=torch.long)[:, None] * unit_size
+    return (starts + torch.arange(unit_size)).flatten()
+
+
+def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
+    """A copy of a dense model that keeps only the plan's heads and neurons; plain modules, static shapes.
+
+    Its output equals the dense model's with the removed columns of `proj` and `fc2` set to zero.
+    Raises UsageError when the plan does not fit the model.
+    """
+    sizes = anatomy(model)
+    check_plan(plan, sizes)
+    model = copy.deepcopy(model)
+    for block, keep in zip(model.blocks, plan.blocks, strict=True):
+        if not keep.heads:
+            block.attn, block.norm1 = RemovedSubBlock(block.attn.proj.bias), nn.Identity()
+        elif len(keep.heads) < sizes.heads:
+            attn, kept = block.attn, columns(keep.heads, sizes.head_dim)
+            rows = (torch.arange(3)[:, None] * attn.attn_dim + kept).flatten()
+            attn.qkv = _linear(attn.qkv, rows=rows)
+            attn.proj = _linear(attn.proj, cols=kept)
+            attn.num_heads, attn.attn_dim = len(keep.heads), len(kept)
+        if not keep.neurons:
+            block.mlp, block.norm2 = RemovedSubBlock(block.mlp.fc2.bias), nn.Identity()
+        elif len(keep.neurons) < sizes.neurons:
+            kept = torch.tensor(keep.neurons)
+            block.mlp.fc1 = _linear(block.mlp.fc1, rows=kept)
+            block.mlp.fc2 = _linear(block.mlp.fc2, cols=kept)
+    return model
+
+
+def check_plan(plan: Plan, sizes: Anatomy) -> None:
+    """Raise UsageError unless the plan names existing units, ascending, for every block."""
+    if len(plan.blocks) != sizes.blocks:
+        raise UsageError(f"the plan has {len(plan.blocks)} blocks, the model {sizes.blocks}")
+    for i, block in enumerate(plan.blocks):
+        for what, units, count in (("heads", block.heads, sizes.heads), ("neurons", block.neurons, sizes.neurons)):
+            if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < count):
+                raise UsageError(f"block {i} of the plan: {what} must be ascending numbers from 0 to {count - 1}")
+
+
+def _linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None = None) -> nn.Linear:
+    weight, bias = layer.weight.detach(), layer.bias
+    if rows is not None:
+        weight = weight[rows]
+        bias = None if bias is None else bias[rows]
+    if cols is not None:
+        weight = weight[:, cols]
+    sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    sliced.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        sliced.bias = nn.Parameter(bias.detach().clone())
+    return sliced
+
+
+# Running ------------------------------------------------------------------------------------
+
+
+def embed(model: VisionTransformer, images: Tensor) -> Tensor:
+    """`[n, channels, height, width]` -> the residual stream before block 0, `[n, tokens, width]`."""
+    return cast(Tensor, model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))))
+
+
+def classify(model: VisionTransformer, stream: Tensor) -> Tensor:
+    """The residual stream after the last block -> logits `[n, classes]`."""
+    return cast(Tensor, model.forward_head(model.norm(stream)))
+
+
+def streams(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:
+    """The residual stream after each block, `[n, tokens, width]`, then the logits `[n, classes]`."""
+    x = embed(model, images)
+    for block in model.blocks:
+        x = block(x)
+        yield x
+    yield classify(model, x)
+
+
+# Size ---------------------------------------------------------------------------------------
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(sizes: Anatomy, shape: Shape) -> int:
+    """Multiply-adds of one image through a model of this shape (linear layers, attention, stem, head)."""
+    n, c, d = sizes.tokens, sizes.width, sizes.head_dim
+    channels, height, width = sizes.image
+    total = channels * height * width * c + c * sizes.num_classes
+    for heads, neurons in shape:
+        total += n * c * heads * d * 4 + 2 * n * n * heads * d
+        total += 2 * n * c * neurons
+    return total

@@ -1,0 +1,221 @@
+"""python -m pytest tests/latency/test_clock.py
+
+The null runtime's "model" is a text file: `sleep MS`, `noisy`, `print`, `die`, `hang` or `fork`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeprune import errors
+from edgeprune.latency.clock import Clock, race
+
+NULL_RUNTIME = """
+import os, sys, time
+import numpy as np
+
+def available(): return ""
+def version(): return "0"
+def cap_environment(max_isa): return None
+def compile(onnx_path, out_dir): return []
+
+class Session:
+    input_shape = (1, 3)
+    def __init__(self, text, threads, precision):
+        self.text, self.calls = text, 0
+        self.facts = {"precision": precision, "threads": threads, "text": text}
+    def run(self, x):
+        self.calls += 1
+        word, _, value = self.text.partition(" ")
+        if word == "sleep":
+            time.sleep(float(value) / 1000)
+        if word == "print":
+            print("printed"); os.system("echo printed by a child")
+        if self.calls > 1:  # load runs once
+            if word == "die":
+                print("the reason", file=sys.stderr); os._exit(7)
+            if word == "hang":
+                time.sleep(1000)
+        return 2 * x
+
+def open(path, threads, precision):
+    with __builtins__["open"](path) as file:
+        text = file.read()
+    if text == "bad":
+        raise ValueError("a bad model")
+    return Session(text, threads, precision)
+"""
+WORKER = """
+import sys
+from edgeprune import runtimes
+runtimes.__path__.append({folder!r})
+from edgeprune.latency import worker
+worker.main()
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    (tmp_path / "null.py").write_text(NULL_RUNTIME)
+    return [sys.executable, "-c", WORKER.format(folder=str(tmp_path))]
+
+
+@pytest.fixture
+def clock(command: list[str]) -> Iterator[Clock]:
+    with Clock("null", threads=1, command=command) as clock:
+        yield clock
+
+
+def model(folder: Path, text: str) -> Path:
+    path = folder / f"{text.replace(' ', '-')}.txt"
+    path.write_text(text)
+    return path
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pid: int) -> bool:
+    for _ in range(100):
+        if not alive(pid):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ratios(clock: Clock, tmp_path: Path) -> None:
+    clock.load("dense", model(tmp_path, "sleep 4"))
+    clock.load("half", model(tmp_path, "sleep 2"))
+    seen: list[tuple[int, float]] = []
+    measured = clock.measure(["half", "dense"], "dense", budget_s=10, on_round=lambda *a: seen.append(a))
+    assert list(measured) == ["half", "dense"]
+    half = measured["half"]
+    assert 0.4 < half.ratio < 0.75
+    assert half.ratio_ci[0] <= half.ratio <= half.ratio_ci[1]
+    assert len(half.samples_ms) == len(half.anchor_ms) == len(seen) >= 40
+    assert measured["dense"].ratio == 1.0
+
+
+def test_the_budget_ends_it_but_never_before_nine_rounds(clock: Clock, tmp_path: Path) -> None:
+    clock.load("a", model(tmp_path, "sleep 1"))
+    clock.load("b", model(tmp_path, "sleep 1.5"))
+    assert len(clock.measure(["b"], "a", budget_s=0.0)["b"].samples_ms) == 9
+    assert len(clock.measure(["b"], "a", ci=0.0, max_rounds=30)["b"].samples_ms) == 30
+
+
+def test_a_race_between_two_workers(command: list[str], tmp_path: Path) -> None:
+    with Clock("null", threads=1, command=command) as one, Clock("null", threads=1, command=command) as two:
+        one.load("m", model(tmp_path, "sleep 2"))
+        two.load("m", model(tmp_path, "sleep 4"))
+        slow, anchor = race([(two, "m"), (one, "m")], 1, budget_s=5, max_rounds=60)
+    assert 1.4 < slow.ratio < 2.6 and anchor.ratio == 1.0
+
+
+def test_predict_runs_images_in_order(clock: Clock, tmp_path: Path) -> None:
+    clock.load("m", model(tmp_path, "sleep 0"))
+    images = np.random.default_rng(0).standard_normal((130, 3), dtype=np.float32)
+    np.testing.assert_array_equal(clock.predict("m", images), 2 * images)
+    with pytest.raises(errors.UsageError, match=r"takes \(1, 3\), not \(1, 4\)"):
+        clock.predict("m", np.zeros((1, 4), np.float32))
+    with pytest.raises(errors.UsageError, match="no images"):
+        clock.predict("m", images[:0])
+
+
+def test_what_the_library_prints_stays_out_of_the_protocol(clock: Clock, tmp_path: Path) -> None:
+    clock.load("m", model(tmp_path, "print"))
+    assert clock.predict("m", np.ones((1, 3), np.float32)).tolist() == [[2, 2, 2]]
+
+
+def test_info_facts_and_unload(clock: Clock, tmp_path: Path) -> None:
+    assert clock.info["runtime"] == "null" and clock.info["threads"] == 1 and clock.info["max_isa"] == ""
+    assert clock.load("m", model(tmp_path, "sleep 0"))["precision"] == "fp32"
+    assert clock.facts["m"]["threads"] == 1
+    clock.unload("m")
+    with pytest.raises(errors.UsageError, match="unknown loaded model 'm'"):
+        clock.unload("m")
+
+
+def test_errors_of_the_worker_keep_their_class_and_the_worker_lives(clock: Clock, tmp_path: Path) -> None:
+    with pytest.raises(errors.StorageError, match="there is no model file"):
+        clock.load("m", tmp_path / "nothing.onnx")
+    with pytest.raises(errors.EdgepruneError, match="a bad model"):
+        clock.load("m", model(tmp_path, "bad"))
+    clock.load("m", model(tmp_path, "sleep 0"))
+
+
+def test_a_dead_worker_says_why(clock: Clock, tmp_path: Path) -> None:
+    clock.load("m", model(tmp_path, "die"))
+    with pytest.raises(errors.TargetUnavailable, match=r"during 'predict' \(exit code 7\)(.|\n)*the reason"):
+        clock.predict("m", np.ones((1, 3), np.float32))
+    with pytest.raises(errors.UsageError, match="clock is closed"):
+        clock.load("m", tmp_path)
+
+
+def test_a_hanging_worker_is_killed(command: list[str], tmp_path: Path) -> None:
+    with Clock("null", threads=1, command=command, timeout_s=1.5) as clock:
+        clock.load("m", model(tmp_path, "hang"))
+        with pytest.raises(errors.TargetUnavailable, match=r"did not answer 'predict' within 1\.5 s"):
+            clock.predict("m", np.ones((1, 3), np.float32))
+        assert not alive(clock.info["pid"])
+
+
+def test_ctrl_c_leaves_no_worker(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock.load("m", model(tmp_path, "hang"))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            clock.measure(["m"], "m")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert wait_until_gone(clock.info["pid"])
+
+
+def test_a_killed_parent_leaves_no_worker(command: list[str], tmp_path: Path) -> None:
+    script = (
+        "from edgeprune.latency.clock import Clock; import sys, numpy as np\n"
+        f"c = Clock('null', threads=1, command={command!r})\n"
+        f"c.load('m', {str(model(tmp_path, 'hang'))!r})\n"
+        "print(c.info['pid'], flush=True)\n"
+        "c.predict('m', np.ones((1, 3), np.float32))\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    env = {**os.environ, "PYTHONPATH": root}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=env)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    time.sleep(0.3)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert wait_until_gone(pid)
+
+
+def test_refusals(command: list[str]) -> None:
+    with pytest.raises(errors.UsageError, match="did you mean 'onnxruntime'"):
+        Clock("onnxruntme", threads=1)
+    with pytest.raises(errors.UsageError, match="at least 1 thread"):
+        Clock("null", threads=0, command=command)
+    with pytest.raises(errors.TargetUnavailable, match="null cannot be held to AVX2"):
+        Clock("null", threads=1, max_isa="AVX2", command=command)
+    with pytest.raises(errors.TargetUnavailable, match="died during 'start'"):
+        Clock("null", threads=1, command=[sys.executable, "-c", "raise SystemExit(3)"])

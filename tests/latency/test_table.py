@@ -1,0 +1,97 @@
+"""python -m pytest tests/latency/test_table.py"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from edgeprune import errors
+from edgeprune.latency.table import build_table, isotonic, table_from_json, table_to_json
+from edgeprune.types import LatencyTable, Measurement
+
+
+def measured(ms: float, dense_ms: float = 12.0, rounds: int = 50) -> Measurement:
+    ratio = ms / dense_ms
+    return Measurement("m", np.full(rounds, ms), np.full(rounds, dense_ms), ratio, (ratio, ratio))
+
+
+def table(attn: dict[int, float], mlp: dict[int, float]) -> LatencyTable:
+    """4 blocks, 3 heads, 64 neurons, dense 12 ms; arguments are milliseconds of whole models."""
+    return build_table(
+        {h: measured(ms) for h, ms in attn.items()},
+        {w: measured(ms) for w, ms in mlp.items()},
+        heads=3, width=64, blocks=4, dense_ms=12.0, runtime="null", precision="fp32", threads=1,
+    )  # fmt: skip
+
+
+ATTN = {0: 8.0, 1: 9.2, 2: 10.8}  # dense 12: the sub-block costs 1 ms
+MLP = {0: 6.0, 16: 8.0, 32: 10.0}  # dense 12: the sub-block costs 1.5 ms
+
+
+def test_prices_are_differences_of_whole_models_per_block() -> None:
+    made = table(ATTN, MLP)
+    np.testing.assert_allclose(made.attn_ms, [0, 0.3, 0.7, 1.0])
+    np.testing.assert_allclose(made.mlp_ms, [0, 0.5, 1.0, 1.5])
+    assert made.mlp_widths == (0, 16, 32, 64)
+    assert made.base_ms == pytest.approx(2.0)
+    assert (made.samples, made.repaired) == (50, ())
+
+
+def test_every_measured_model_is_predicted_and_the_dense_one_exactly() -> None:
+    made = table(ATTN, MLP)
+    assert made.predict_ms(((3, 64),) * 4) == pytest.approx(12.0, abs=1e-12)
+    for h, ms in ATTN.items():
+        assert made.predict_ms(((h, 64),) * 4) == pytest.approx(ms)
+    for w, ms in MLP.items():
+        assert made.predict_ms(((3, w),) * 4) == pytest.approx(ms)
+
+
+def test_a_slower_smaller_shape_is_repaired_and_reported() -> None:
+    made = table({0: 8.0, 1: 10.8, 2: 9.2}, MLP)
+    np.testing.assert_allclose(made.attn_ms, [0, 0.5, 0.5, 1.0])
+    assert made.repaired == (
+        "attention with 1 heads: 0.7000 ms became 0.5000 ms per block",
+        "attention with 2 heads: 0.3000 ms became 0.5000 ms per block",
+    )
+
+
+@pytest.mark.parametrize(("attn", "mlp"), [({0: 8.0, 2: 9.0}, MLP), (ATTN, {16: 8.0})])
+def test_a_missing_entry_is_refused(attn: dict[int, float], mlp: dict[int, float]) -> None:
+    with pytest.raises(errors.UsageError, match="not measured"):
+        table(attn, mlp)
+
+
+def test_sizes_beyond_the_dense_model_are_refused() -> None:
+    with pytest.raises(errors.UsageError, match="exceed"):
+        table(ATTN, {**MLP, 128: 13.0})
+
+
+def test_isotonic_is_the_least_squares_optimum() -> None:
+    """Brute force: every way to cut 5 values into blocks of equal price."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = rng.integers(0, 9, 5).astype(float)
+        best = np.inf
+        for cuts in itertools.product([False, True], repeat=4):
+            label = np.cumsum([0, *cuts])
+            fit = np.array([values[label == k].mean() for k in label])
+            if (np.diff(fit) >= 0).all():
+                best = min(best, float(((fit - values) ** 2).sum()))
+        found = isotonic(values)
+        assert (np.diff(found) >= 0).all()
+        assert ((found - values) ** 2).sum() == pytest.approx(best, abs=1e-9)
+
+
+def test_round_trip_through_json() -> None:
+    made = table({0: 8.0, 1: 10.8, 2: 9.2}, MLP)
+    again = table_from_json(json.loads(json.dumps(table_to_json(made))))
+    assert table_to_json(again) == table_to_json(made)
+    assert again.predict_ms(((1, 16),) * 4) == made.predict_ms(((1, 16),) * 4)
+
+
+def test_something_else_is_not_a_table() -> None:
+    with pytest.raises(errors.UsageError, match="not a latency table"):
+        table_from_json({"runtime": "x"})
