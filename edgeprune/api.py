@@ -101,6 +101,6 @@ def profile(
 
 def validate(artifact: str | Path, *, threads: int = 0, console: Console = SILENT) -> dict[str, Any]:
     """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch."""
-    from edgeprune.validate import validate_artifact
+    from edgeprune.checks import validate_artifact
 
     return validate_artifact(Path(artifact), threads=threads, console=console)

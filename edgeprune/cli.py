@@ -80,7 +80,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, value: str | None) -> N
         name = key.replace("-", "_")
         if name not in known:
             raise UsageError(f"{value}: {errors.unknown('key', key, [str(k).replace('_', '-') for k in known])}")
-        if known[name].multiple and not isinstance(setting, list):  # type: ignore[attr-defined]
+        if known[name].multiple and not isinstance(setting, list):
             setting = [setting]
         ctx.default_map = {**(ctx.default_map or {}), name: setting}
 
@@ -275,9 +275,9 @@ def validate(artifact: str, threads: int, output_format: str, quiet: bool, verbo
     Example: edgeprune validate artifacts/digits-cpu-avx2-10ms
     """
     from edgeprune import api
+    from edgeprune.checks import exit_code
     from edgeprune.console import Console
     from edgeprune.types import Check
-    from edgeprune.validate import exit_code
 
     found = api.validate(artifact, threads=threads, console=Console(quiet=quiet, verbose=verbose))
     code = exit_code(Check(**check) for check in found["checks"])

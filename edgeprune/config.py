@@ -203,10 +203,10 @@ def parse(cls: type[T], table: dict[str, Any], where: str) -> T:
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UsageError(f"{where}: '{key}' must be a table")
-        return parse(hint, value, f"{where} [{key}]")  # type: ignore[type-var]
+        return parse(hint, value, f"{where} [{key}]")
     origin = typing.get_origin(hint)
     if origin is tuple:
         if not isinstance(value, list):

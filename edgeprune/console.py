@@ -47,7 +47,7 @@ class Console:
     def progress(self, what: str, total: float, unit: str) -> Iterator[Advance]:
         """A bar on a terminal, a line every few seconds elsewhere; yields `advance(done, info)`."""
         if self.quiet:
-            yield lambda done, info="": None
+            yield _ignore
         elif self.rich.is_terminal:
             columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(),
                        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
@@ -82,6 +82,10 @@ class Console:
                 )
 
         return advance
+
+
+def _ignore(done: float, info: str = "") -> None:
+    """Progress that nobody sees."""
 
 
 SILENT = Console(quiet=True)

@@ -56,14 +56,15 @@ class Images(Dataset[Any]):
             image, label = self._read(index)
             return self.transform(image), int(label)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reader = getattr(self.source, "reader", None)
+            reader: Any = getattr(self.source, "reader", None)
             name = reader.filename(index, absolute=True) if hasattr(reader, "filename") else f"image {index}"
             return Corrupt(str(name), str(error) or type(error).__name__)
 
     def _read(self, index: int) -> tuple[Any, int]:
         reader = getattr(self.source, "reader", None)
         if reader is None:
-            return self.source[index]  # type: ignore[no-any-return]
+            image, label = self.source[index]
+            return image, label
         file, label = reader[index][:2]  # not source[index]: timm replaces an unreadable image by its neighbour
         image = file if isinstance(file, Image.Image) else Image.open(file)
         return image.convert("RGB"), label
@@ -137,7 +138,7 @@ class Splits:
         }
 
 
-def transform_config(spec: ModelSpec, model: torch.nn.Module) -> dict[str, Any]:
+def transform_config(spec: ModelSpec, model: Any) -> dict[str, Any]:
     """timm's data config of the model, with what the card overrides."""
     config: dict[str, Any] = dict(resolve_model_data_config(model))
     image = model.patch_embed.img_size

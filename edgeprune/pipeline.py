@@ -257,12 +257,18 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+#: Files that only show or carry results: editing them makes no finished stage stale.
+PRESENTATION = ("cli.py", "api.py", "console.py", "publish.py", "report", "__main__.py")
+
+
 @cache
 def code_key() -> str:
-    """sha256 of edgeprune's own source."""
+    """sha256 of edgeprune's own source, as far as it decides results."""
     digest = hashlib.sha256()
     package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in PRESENTATION:
+            continue
         digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import artifact, report, validate
+from edgeprune import artifact, checks, report
 from edgeprune.config import Request
 from edgeprune.types import Check
 
@@ -37,7 +37,7 @@ class Artifact:
 
     @property
     def exit_code(self) -> int:
-        return validate.exit_code(self.checks)
+        return checks.exit_code(self.checks)
 
 
 def artifact_name(request: Request) -> str:

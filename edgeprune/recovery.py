@@ -8,6 +8,7 @@ pruned model really sees, so that its residual stream meets the dense one again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ def survivors(
     sizes = vit.anatomy(dense)
     pruned = vit.slice_model(dense, plan)
     for i, keep in enumerate(plan.blocks):
-        for kind, units in (("attn", keep.heads), ("mlp", keep.neurons)):
+        for kind in vit.KINDS:
+            units = keep.heads if kind == "attn" else keep.neurons
             if len(units) == sizes.units(kind):
                 continue
             layer = vit.output_layer(dense.blocks[i], kind)
@@ -61,64 +63,68 @@ def sequential(dense: VisionTransformer, pruned: VisionTransformer, batches: Seq
     return accepted, tried
 
 
-def _step(block: nn.Module, kind: SubBlockKind, x: Tensor) -> Tensor:
+def _step(block: Any, kind: SubBlockKind, x: Tensor) -> Tensor:
     """The residual stream after one sub-block."""
     return x + _scale(block, kind)(_call(block, kind, x))
 
 
-def _call(block: nn.Module, kind: SubBlockKind, x: Tensor) -> Tensor:
-    norm, sub = (block.norm1, block.attn) if kind == "attn" else (block.norm2, block.mlp)
-    return sub(norm(x))  # type: ignore[operator, no-any-return]
+def _call(block: Any, kind: SubBlockKind, x: Tensor) -> Tensor:
+    norm = block.norm1 if kind == "attn" else block.norm2
+    return _sub_block(block, kind)(norm(x))
 
 
-def _scale(block: nn.Module, kind: SubBlockKind) -> nn.Module:
-    return block.ls1 if kind == "attn" else block.ls2  # type: ignore[return-value]
+def _scale(block: Any, kind: SubBlockKind) -> nn.Module:
+    return block.ls1 if kind == "attn" else block.ls2
 
 
-def _refit(block: nn.Module, kind: SubBlockKind, have: list[Tensor], wanted: list[Tensor], fit: int) -> bool:
+def _refit(block: Any, kind: SubBlockKind, have: list[Tensor], wanted: list[Tensor], fit: int) -> bool:
+    """Solve one sub-block's last layer (or what stays of it, a bias); True if it held up on held-out images."""
     gain = getattr(_scale(block, kind), "gamma", torch.ones(()))
-    if bool((gain.abs() < 1e-12).any()):
+    if bool((gain.abs() < 1e-12).any()):  # LayerScale hides this sub-block: nothing to learn from its output
         return False
-    sub = block.attn if kind == "attn" else block.mlp
-    removed = isinstance(sub, vit.RemovedSubBlock)
-    inputs: list[Tensor] = []
-    hook = (
-        None if removed else vit.output_layer(block, kind).register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-    )
-    missing = [(w - x) / gain - _call(block, kind, x) for w, x in zip(wanted, have, strict=True)]
-    if hook is not None:
-        hook.remove()
+    inputs, outputs = _observe(block, kind, have)
+    missing = [(w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True)]
+    columns = inputs[0].shape[-1]
     moments = Moments()
-    width = missing[0].shape[-1]
-    columns = 0 if removed else inputs[0].shape[-1]
-    joint = [m if removed else torch.cat([z, m], -1) for z, m in zip(inputs or missing, missing, strict=True)]
-    for x in joint[:fit]:
-        moments.add(x)
+    for z, m in zip(inputs[:fit], missing[:fit], strict=True):
+        moments.add(torch.cat([z, m], -1))
     mean, covariance = moments.mean, moments.covariance
-    if removed:
-        change, shift = torch.zeros(width, 0, dtype=torch.float64), mean
-    else:
+    change = torch.zeros(missing[0].shape[-1], columns, dtype=torch.float64)
+    if columns:
         hessian = obs.damped(covariance[:columns, :columns], RIDGE)
         change = torch.linalg.solve(hessian, covariance[:columns, columns:]).T
-        shift = mean[columns:] - change @ mean[:columns]
+    shift = mean[columns:] - change @ mean[:columns]
     before = after = 0.0
-    for i in range(fit, len(joint)) if fit < len(joint) else range(len(joint)):
-        correction = shift.float() + (0 if removed else inputs[i] @ change.T.float())
-        before += float(((missing[i]) * gain).square().sum())
-        after += float(((missing[i] - correction) * gain).square().sum())
+    for z, m in zip(inputs[fit:] or inputs, missing[fit:] or missing, strict=True):
+        before += float((m * gain).square().sum())
+        after += float(((m - z @ change.T.float() - shift.float()) * gain).square().sum())
     if not after < before:
         return False
-    if removed:
-        sub.bias += shift.to(sub.bias.dtype)  # type: ignore[operator, union-attr]
-    else:
-        layer = vit.output_layer(block, kind)
-        layer.weight += change.to(layer.weight.dtype)
-        layer.bias += shift.to(layer.bias.dtype)
+    layer = _sub_block(block, kind) if columns == 0 else vit.output_layer(block, kind)
+    layer.bias += shift.float()
+    if columns:
+        layer.weight += change.float()
     return True
 
 
-def _write(block: nn.Module, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> None:
-    sub = block.attn if kind == "attn" else block.mlp
+def _observe(block: Any, kind: SubBlockKind, have: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs `[n, tokens, columns]` of the sub-block's last layer (no columns if removed) and the sub-block's outputs."""
+    if isinstance(_sub_block(block, kind), vit.RemovedSubBlock):
+        return [x[..., :0] for x in have], [_call(block, kind, x) for x in have]
+    inputs: list[Tensor] = []
+    hook = vit.output_layer(block, kind).register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    try:
+        return inputs, [_call(block, kind, x) for x in have]
+    finally:
+        hook.remove()
+
+
+def _sub_block(block: Any, kind: SubBlockKind) -> Any:
+    return block.attn if kind == "attn" else block.mlp
+
+
+def _write(block: Any, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> None:
+    sub = _sub_block(block, kind)
     if isinstance(sub, vit.RemovedSubBlock):
         sub.bias.copy_(bias)
     else:

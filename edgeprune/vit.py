@@ -92,7 +92,7 @@ def create(
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
     try:
-        model = timm.create_model(architecture, pretrained=pretrained, **kwargs)
+        model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UsageError(
             f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
@@ -102,6 +102,7 @@ def create(
             f"the weights of '{architecture}' cannot be fetched ({_first_line(error)}); give a file with --weights"
         ) from error
     check_anatomy(model, architecture)
+    block: Any
     for block in model.blocks:
         for kind in KINDS:
             layer = output_layer(block, kind)
@@ -110,7 +111,7 @@ def create(
     return cast(VisionTransformer, model.eval())
 
 
-def check_anatomy(model: nn.Module, name: str) -> None:
+def check_anatomy(model: Any, name: str) -> None:
     """Raise UsageError, saying what and where, unless every block is one we can slice."""
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise UsageError(
@@ -134,7 +135,7 @@ def check_anatomy(model: nn.Module, name: str) -> None:
 
 def anatomy(model: VisionTransformer) -> Anatomy:
     """The sizes of a dense model."""
-    block = model.blocks[0]
+    block: Any = model.blocks[0]
     height, width = model.patch_embed.img_size
     return Anatomy(
         blocks=len(model.blocks),
@@ -148,9 +149,9 @@ def anatomy(model: VisionTransformer) -> Anatomy:
     )
 
 
-def output_layer(block: nn.Module, kind: SubBlockKind) -> nn.Linear:
+def output_layer(block: Any, kind: SubBlockKind) -> nn.Linear:
     """The linear layer that writes the sub-block's result to the residual stream."""
-    return cast(nn.Linear, block.attn.proj if kind == "attn" else block.mlp.fc2)  # type: ignore[union-attr]
+    return cast(nn.Linear, block.attn.proj if kind == "attn" else block.mlp.fc2)
 
 
 # Weights ------------------------------------------------------------------------------------
@@ -239,6 +240,7 @@ def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
     sizes = anatomy(model)
     check_plan(plan, sizes)
     model = copy.deepcopy(model)
+    block: Any
     for block, keep in zip(model.blocks, plan.blocks, strict=True):
         if not keep.heads:
             block.attn, block.norm1 = RemovedSubBlock(block.attn.proj.bias), nn.Identity()
@@ -268,7 +270,8 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
 
 
 def _linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None = None) -> nn.Linear:
-    weight, bias = layer.weight.detach(), layer.bias
+    weight: Tensor = layer.weight.detach()
+    bias: Tensor | None = layer.bias
     if rows is not None:
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
@@ -286,12 +289,12 @@ def _linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None
 
 def embed(model: VisionTransformer, images: Tensor) -> Tensor:
     """`[n, channels, height, width]` -> the residual stream before block 0, `[n, tokens, width]`."""
-    return cast(Tensor, model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))))
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
 def classify(model: VisionTransformer, stream: Tensor) -> Tensor:
     """The residual stream after the last block -> logits `[n, classes]`."""
-    return cast(Tensor, model.forward_head(model.norm(stream)))
+    return model.forward_head(model.norm(stream))
 
 
 def streams(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:

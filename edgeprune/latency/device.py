@@ -168,11 +168,15 @@ def widest_isa(flags: Iterable[str] | None = None) -> str:
 
 
 def needs_cap(target: Target, flags: Iterable[str] | None = None) -> bool:
-    """Whether this CPU has wider instruction sets than the target, and must be capped to imitate it."""
+    """Whether this CPU has wider registers than the target, so that it must be capped to imitate it.
+
+    fp32 kernels differ by register width alone: AVX2_VNNI runs them as AVX2 does.
+    Raises UsageError for a max_isa that oneDNN does not know (OpenVINO would silently ignore it).
+    """
     if not target.max_isa:
         return False
-    order = list(ISAS)
-    if target.max_isa not in order:
-        raise errors.unknown(f"max_isa in target {target.name}:", target.max_isa, order)
+    if target.max_isa not in ISAS:
+        raise errors.unknown(f"max_isa in target {target.name}:", target.max_isa, ISAS)
+    widths = list(dict.fromkeys(isa.split("_")[0] for isa in ISAS))
     widest = widest_isa(flags)
-    return bool(widest) and order.index(widest) > order.index(target.max_isa)
+    return bool(widest) and widths.index(widest.split("_")[0]) > widths.index(target.max_isa.split("_")[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     )
     levels = criterion.score(evidence)
     console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} unlabelled images")
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for level in levels:
         arrays[f"{level.block}.{level.kind}.order"] = level.order
         arrays[f"{level.block}.{level.kind}.errors"] = level.errors

@@ -191,8 +191,8 @@ def _cache(
             logits, tokens = teach(teacher, pixels, recipe)
             parts.append((pixels, labels, logits, tokens.half()))
             advance(len(labels), "")
-    pixels, labels, logits, tokens = zip(*parts, strict=True)
-    return torch.cat(pixels), torch.cat(labels), torch.cat(logits), torch.cat(tokens, dim=1)
+    columns = list(zip(*parts, strict=True))
+    return torch.cat(columns[0]), torch.cat(columns[1]), torch.cat(columns[2]), torch.cat(columns[3], dim=1)
 
 
 def feature_layers(blocks: int, count: int) -> list[int]:

@@ -84,9 +84,16 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.say(f"dense: {dense_ms:.2f} ms; a head costs {built.attn_ms[-1] / dense.sizes.heads * 1e3:.0f} µs, 8 neurons "
                 f"{built.mlp_ms[-1] / dense.sizes.neurons * 8e3:.1f} µs, what always stays {built.base_ms:.2f} ms "
                 f"({len(anchor_samples)} rounds, widest interval ± {max(map(half_width, measured.values())):.1%})")  # fmt: skip
+    if facts.get("uncapped"):
+        kernels = ", ".join(f"{count} {kernel}" for kernel, count in facts["uncapped"].items())
+        console.warn(
+            f"this CPU has wider instructions than {request.target.max_isa}; {runtime} is held to it but for {kernels}, "
+            f"so a true {request.target.name} device may be slower: run `edgeprune validate` there"
+        )
     document = {
         "schema": SCHEMA,
         "device": device.fingerprint(),
+        "target": request.target,
         "runtime": runtime,
         "anchor_ms": {name: dense_ms * m.ratio / races[runtime].ratio for name, m in races.items()},
         "anchor": {
@@ -99,9 +106,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }
     (out / "profile.json").write_text(json.dumps(to_json(document), indent=1))
-    np.savez_compressed(
-        out / "samples.npz", dense=anchor_samples, **{name: m.samples_ms for name, m in measured.items()}
-    )
+    samples: dict[str, Any] = {"dense": anchor_samples, **{name: m.samples_ms for name, m in measured.items()}}
+    np.savez_compressed(out / "samples.npz", **samples)
 
 
 def read_profile(folder: Path) -> tuple[dict[str, Any], LatencyTable]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeprune import artifact, validate, vit
+from edgeprune import artifact, checks, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Images
@@ -37,23 +37,23 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         clock.load("dense", read["baseline"] / "dense.onnx")
         clock.load("pruned", read["compile"] / compiled["entry"])
         console.say(f"timing {runtime}, turn by turn with the dense model")
-        measured = validate.measure(clock, "dense", "pruned", request.quantile)
+        measured = checks.measure(clock, "dense", "pruned", request.quantile)
         images = dense.splits.evaluation
-        accuracy = validate.accuracy(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
+        accuracy = checks.accuracy(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
     drift = float(np.median(measured.anchor_ms)) / anchor_ms - 1
     if abs(drift) > 0.05:
         console.say(
             f"the machine runs {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} than when it was profiled; latencies are corrected"
         )
-    checks = [validate.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)]
+    gates = [checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)]
     if request.max_drop is not None:
-        checks.append(validate.accuracy_check(accuracy, request.max_drop))
-    for check in checks:
+        gates.append(checks.accuracy_check(accuracy, request.max_drop))
+    for check in gates:
         console.say(f"{check.name}: {check.verdict} ({check.reason})")
     dense_latency = {key: document["anchor"][key] * anchor_ms / table.dense_ms for key in ("p50", "p90")}
     facts = {
         "runtime": runtime,
-        "checks": [asdict(check) for check in checks],
+        "checks": [asdict(check) for check in gates],
         "dense": {"accuracy": accuracy.dense, "latency_ms": dense_latency, "params": _params(read), "macs": vit.macs(dense.sizes, dense.sizes.shape)},
         "pruned": {
             "accuracy": accuracy.pruned, "latency": latency_ms(measured, anchor_ms), "ratio": measured.ratio, "drift": drift,

@@ -5,15 +5,22 @@ Knows nothing of torch or of how the artifact came to be.
 
 from __future__ import annotations
 
+import gzip
+import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from edgeprune import errors
+from edgeprune import artifact, errors
+from edgeprune.config import parse
+from edgeprune.console import SILENT, Console
+from edgeprune.latency import device
 from edgeprune.latency.clock import Clock
-from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms, verdict
-from edgeprune.types import Check, Measurement, Verdict
+from edgeprune.latency.statistics import latency_ms, quantile_ci_ms, quantile_ms, verdict
+from edgeprune.types import Check, Measurement, Target, Verdict
 
 SECONDS = 30.0
 MIN_ROUNDS = {"p50": 100, "p90": 200, "p99": 700}
@@ -80,3 +87,47 @@ def exit_code(checks: Iterable[Check]) -> int:
     if "fail" in verdicts:
         return errors.GATE_FAILED
     return errors.INCONCLUSIVE if "inconclusive" in verdicts else errors.PASSED
+
+
+def validate_artifact(folder: Path, *, threads: int = 0, console: Console = SILENT) -> dict[str, Any]:
+    """Check a finished artifact again, on this machine: every file's hash, then the latency contract.
+
+    The anchor is the artifact's own copy of the dense model (its weights mean nothing, its shapes do). On
+    the device that built it, the profile's anchor latency counts; on another one, the anchor's latency now.
+    Raises UsageError for a damaged artifact, TargetUnavailable when the target or runtime is not here.
+    """
+    manifest = artifact.read_manifest(folder)
+    artifact.check_files(folder, manifest)
+    profile = artifact.read_json(folder / "profile.json")
+    target = parse(Target, profile["target"], str(folder / "profile.json"))
+    missing = device.missing_flags(target)
+    if missing:
+        raise errors.TargetUnavailable(f"target '{target.name}' needs {', '.join(missing)}, which this CPU lacks")
+    runtime, request = manifest["runtime"], manifest["request"]
+    count, why = device.usable_threads(threads or manifest["threads"])
+    console.say(f"{runtime}, {manifest['precision']}, {count} threads ({why})")
+    max_isa = target.max_isa if device.needs_cap(target) else ""
+    with (
+        tempfile.TemporaryDirectory(prefix="edgeprune-") as work,
+        Clock(runtime, precision=manifest["precision"], threads=count, max_isa=max_isa) as clock,
+    ):
+        anchor = Path(work) / "anchor.onnx"
+        anchor.write_bytes(gzip.decompress((folder / "anchor.onnx.gz").read_bytes()))
+        clock.load("dense", anchor)
+        clock.load("pruned", folder / manifest["entry"])
+        measured = measure(clock, "dense", "pruned", request["quantile"])
+    same = profile["device"] == device.fingerprint() and count == manifest["threads"]
+    now = float(np.median(measured.anchor_ms))
+    anchor_ms = profile["anchor_ms"][runtime] if same else now
+    if same:
+        console.say(f"the device of the profile; it runs at {anchor_ms / now:.0%} of its speed then")
+    else:
+        console.say(f"not the device of the profile: the dense model's latency here and now, {now:.2f} ms, counts")
+    check = latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])
+    return {
+        "artifact": str(folder),
+        "same_device": same,
+        "anchor_ms": anchor_ms,
+        "latency": latency_ms(measured, anchor_ms),
+        "checks": [asdict(check)],
+    }

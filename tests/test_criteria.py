@@ -1,0 +1,188 @@
+"""python -m pytest tests/test_criteria.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from edgeprune import criteria, obs, vit
+from edgeprune.console import SILENT
+from edgeprune.criteria import Evidence
+from edgeprune.errors import UsageError
+
+SIZES = [5, 3, 1, 4]  # of the batches
+SUB_BLOCKS = [(i, kind) for i in range(3) for kind in vit.KINDS]
+
+
+@pytest.fixture(scope="module")
+def evidence(make_vit: Callable[..., Any], make_images: Callable[..., Any]) -> Evidence:
+    return gather(make_vit(), list(make_images(sum(SIZES)).split(SIZES)))
+
+
+def gather(model: Any, pixels: list[torch.Tensor], label: int = 0) -> Evidence:
+    def batches() -> Iterator[Any]:
+        for part in pixels:
+            yield part, torch.full((len(part),), label)
+
+    moments = criteria.collect_moments(model, batches(), lambda done, info: None)
+    return Evidence(
+        model=model, sizes=vit.anatomy(model), moments=moments, batches=batches, images=sum(map(len, pixels)),
+        neuron_grid=vit.neuron_grid(24, 8), seed=0, console=SILENT,
+    )  # fmt: skip
+
+
+def test_the_shipped_criteria_are_found() -> None:
+    assert {"fisher", "magnitude", "ziplm"} <= set(criteria.names())
+    assert criteria.DEFAULT in criteria.names()
+
+
+def test_an_unknown_criterion_gets_a_suggestion() -> None:
+    with pytest.raises(UsageError, match="unknown criterion 'fischer'; did you mean 'fisher'"):
+        criteria.get("fischer")
+
+
+@pytest.mark.parametrize("name", criteria.names())
+class TestEveryCriterion:
+    def test_levels_are_sound(self, evidence: Evidence, name: str) -> None:
+        levels = criteria.get(name).score(evidence)
+        assert [(level.block, level.kind) for level in levels] == SUB_BLOCKS
+        for level in levels:
+            units = evidence.sizes.units(level.kind)
+            assert level.order.dtype == np.int64 and sorted(level.order.tolist()) == list(range(units))
+            assert level.errors.dtype == np.float64 and level.errors.shape == (units + 1,)
+            assert level.errors[0] == 0 and np.isfinite(level.errors).all() and (np.diff(level.errors) >= 0).all()
+            assert level.errors[-1] > 0
+            assert level.kept(units) == tuple(range(units)) and level.kept(0) == ()
+            assert set(level.kept(units - 1)) == set(range(units)) - {level.order[0]}
+
+    def test_the_same_evidence_gives_the_same_levels(self, evidence: Evidence, name: str) -> None:
+        first, second = (criteria.get(name).score(evidence) for _ in range(2))
+        for a, b in zip(first, second, strict=True):
+            assert np.array_equal(a.order, b.order) and np.array_equal(a.errors, b.errors)
+
+    def test_labels_do_not_matter(self, evidence: Evidence, name: str) -> None:
+        pixels = [part for part, _ in evidence.batches()]
+        for a, b in zip(
+            criteria.get(name).score(evidence),
+            criteria.get(name).score(gather(evidence.model, pixels, label=4)),
+            strict=True,
+        ):
+            assert np.array_equal(a.order, b.order) and np.array_equal(a.errors, b.errors)
+
+    def test_the_model_is_left_alone(self, evidence: Evidence, name: str) -> None:
+        before = {k: v.clone() for k, v in evidence.model.state_dict().items()}
+        criteria.get(name).score(evidence)
+        assert all(torch.equal(before[k], v) for k, v in evidence.model.state_dict().items())
+        assert all(p.grad is None for p in evidence.model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in evidence.model.modules())
+
+    def test_it_says_what_it_is(self, name: str) -> None:
+        assert (criteria.get(name).__doc__ or "").strip()
+
+    def test_dead_neurons_do_no_harm(self, make_vit: Callable[..., Any], make_images: Any, name: str) -> None:
+        """An MLP whose neurons never fire: all moments zero."""
+        model = make_vit()
+        with torch.no_grad():
+            model.blocks[1].mlp.fc1.weight.zero_()
+            model.blocks[1].mlp.fc1.bias.fill_(-100.0)
+        for level in criteria.get(name).score(gather(model, [make_images(4)])):
+            assert np.isfinite(level.errors).all()
+            assert sorted(level.order.tolist()) == list(range(len(level.order)))
+
+
+def weights_of(evidence: Evidence, at: tuple[int, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Weight and damped covariance of a sub-block's last layer, the covariance by numpy."""
+    inputs: list[torch.Tensor] = []
+    layer = vit.output_layer(evidence.model.blocks[at[0]], at[1])
+    hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+    with torch.no_grad():
+        for pixels, _ in evidence.batches():
+            evidence.model(pixels)
+    hook.remove()
+    x = torch.cat([part.flatten(0, 1) for part in inputs]).double().numpy()
+    covariance = np.cov(x.T, bias=True)
+    h = covariance + obs.DAMPING * np.diag(covariance).mean() * np.eye(len(covariance))
+    return layer.weight.detach().double().numpy(), h
+
+
+@pytest.mark.parametrize("at", SUB_BLOCKS)
+def test_moments_are_those_of_all_tokens(evidence: Evidence, at: tuple[int, Any]) -> None:
+    _, h = weights_of(evidence, at)
+    np.testing.assert_allclose(obs.damped(evidence.moments[at].covariance).numpy(), h, rtol=1e-4, atol=1e-6)
+    assert evidence.moments[at].count == sum(SIZES) * 17
+
+
+@pytest.mark.parametrize("at", SUB_BLOCKS)
+def test_magnitude_is_the_share_of_squared_norm(evidence: Evidence, at: tuple[int, Any]) -> None:
+    level = criteria.get("magnitude").score(evidence)[SUB_BLOCKS.index(at)]
+    w, size = weights_of(evidence, at)[0], evidence.sizes.unit_size(at[1])
+    norms = [float((w[:, u * size : (u + 1) * size] ** 2).sum()) for u in range(len(level.order))]
+    assert level.order.tolist() == sorted(range(len(norms)), key=norms.__getitem__)
+    for k in range(len(norms) + 1):
+        assert level.errors[k] == pytest.approx(sum(norms[u] for u in level.order[:k]) / sum(norms), rel=1e-5)
+
+
+@pytest.mark.parametrize("at", SUB_BLOCKS)
+def test_ziplm_is_the_relative_error_of_the_best_survivors(evidence: Evidence, at: tuple[int, Any]) -> None:
+    level = criteria.get("ziplm").score(evidence)[SUB_BLOCKS.index(at)]
+    (w, h), size = weights_of(evidence, at), evidence.sizes.unit_size(at[1])
+    for k in range(len(level.order) + 1):
+        kept = sorted(u * size + i for u in level.order[k:] for i in range(size))
+        new = np.zeros_like(w)
+        if kept:
+            new[:, kept] = np.linalg.solve(h[np.ix_(kept, kept)], h[kept] @ w.T).T
+        change = w - new
+        want = np.trace(change @ h @ change.T) / np.trace(w @ h @ w.T)
+        assert level.errors[k] == pytest.approx(want, rel=1e-3, abs=1e-6)
+    assert level.errors[-1] == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(("at", "kept"), [((0, "attn"), 2), ((2, "attn"), 0), ((1, "mlp"), 8), ((2, "mlp"), 16)])
+def test_fisher_equals_a_slow_loop_over_images(evidence: Evidence, at: tuple[int, Any], kept: int) -> None:
+    """The directional derivative of -log p(y), image by image, from the gradient of weight and bias."""
+    level = criteria.get("fisher").score(evidence)[SUB_BLOCKS.index(at)]
+    model, sizes = evidence.model, evidence.sizes
+    layer, size = vit.output_layer(model.blocks[at[0]], at[1]), sizes.unit_size(at[1])
+    units = sizes.units(at[1])
+    columns = torch.tensor(
+        sorted(int(u) * size + i for u in level.order[units - kept :] for i in range(size))
+    ).long()  # fmt: skip
+    hessian, mean = obs.damped(evidence.moments[at].covariance), evidence.moments[at].mean
+    new, bias = obs.refit(layer.weight.detach(), layer.bias.detach(), mean, hessian, columns)
+    dw, db = -layer.weight.detach().double(), bias - layer.bias.detach()
+    dw[:, columns] += new
+    generator, squares = torch.Generator().manual_seed(0), []
+    for pixels, _ in evidence.batches():
+        with torch.no_grad():
+            drawn = torch.multinomial(model(pixels).softmax(-1), 1, generator=generator)[:, 0]
+        for image, label in zip(pixels, drawn, strict=True):
+            loss = F.cross_entropy(model(image[None]), label[None])
+            gw, gb = torch.autograd.grad(loss, [layer.weight, layer.bias])
+            squares.append(float((gw * dw).sum() + (gb * db).sum()) ** 2)
+    want = float(np.mean(squares))
+    assert want > 0
+    assert level.errors[units - kept] >= want * (1 - 1e-3)  # never less: levels are made non-decreasing
+    grid = [units - k for k in reversed(evidence.grid(at[1]))]
+    before = grid[grid.index(units - kept) - 1]
+    if level.errors[units - kept] > level.errors[before]:
+        assert level.errors[units - kept] == pytest.approx(want, rel=1e-3)
+
+
+def test_fisher_in_small_groups_is_the_same(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgeprune.criteria import fisher
+
+    want = fisher.score(evidence)
+    monkeypatch.setattr(fisher, "CHANGES_BYTES", 1)
+    for a, b in zip(want, fisher.score(evidence), strict=True):
+        assert np.array_equal(a.order, b.order)
+        np.testing.assert_allclose(a.errors, b.errors, rtol=1e-5)
+
+
+def test_make_levels_makes_errors_monotone() -> None:
+    level = criteria.make_levels((1, "mlp"), [2, 0, 1], np.array([0.0, 2.0, 1.0, 3.0]))
+    assert level.errors.tolist() == [0.0, 2.0, 2.0, 3.0] and level.kept(1) == (1,)
