@@ -114,7 +114,7 @@ def check_files(folder: Path, manifest: dict[str, Any], names: tuple[str, ...] |
             bad.append(f"{name} is not in the manifest")
         elif not path.is_file():
             bad.append(f"{name} is missing")
-        elif sha256(path) != files[name].get("sha256"):
+        elif not isinstance(files[name], dict) or sha256(path) != files[name].get("sha256"):
             bad.append(f"{name} has changed since it was built")
     if bad:
         raise UsageError(f"the artifact '{folder}' is damaged: {'; '.join(bad)}; build it again")

@@ -100,9 +100,8 @@ def validate_artifact(folder: Path, *, threads: int = 0, console: Console = SILE
     artifact.check_files(folder, manifest)
     profile = artifact.read_json(folder / "profile.json")
     target = parse(Target, profile["target"], str(folder / "profile.json"))
-    missing = device.missing_flags(target)
-    if missing:
-        raise errors.TargetUnavailable(f"target '{target.name}' needs {', '.join(missing)}, which this CPU lacks")
+    if reason := device.unfit(target):
+        raise errors.TargetUnavailable(f"target '{target.name}' is not here: {reason}")
     runtime, request = manifest["runtime"], manifest["request"]
     count, why = device.usable_threads(threads or manifest["threads"])
     console.say(f"{runtime}, {manifest['precision']}, {count} threads ({why})")

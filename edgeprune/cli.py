@@ -343,11 +343,24 @@ def _load_card(name: str) -> Any:
 def _fits(target: Any) -> str:
     from edgeprune.latency import device
 
-    missing = device.missing_flags(target)
-    return f"{target.description}{f'  (not here: this CPU lacks {chr(44).join(missing)})' if missing else ''}"
+    reason = device.unfit(target)
+    return f"{target.description}{f'  (not here: {reason})' if reason else ''}"
 
 
-cli.add_command(_listing("targets", _load_target, _fits))
+targets = _listing("targets", _load_target, _fits)
+
+
+@targets.command()
+def detect() -> None:
+    """Name the shipped target that fits this machine best, and why."""
+    from edgeprune import config
+    from edgeprune.latency import device
+
+    best, reason = device.detect(config.load_target(name) for name in config.names("targets"))
+    click.echo(f"{best.name}: {reason}")
+
+
+cli.add_command(targets)
 cli.add_command(_listing("models", _load_card, lambda card: card.description))
 
 

@@ -171,9 +171,9 @@ def _path(kind: str, name: str) -> Path | None:
 def _timm_knows(name: str) -> bool:
     if not any(part in name for part in ("vit", "deit")):  # spares a mistyped card name the import of timm
         return False
-    from edgeprune import vit
+    from edgeprune.compat import timm
 
-    return bool(vit.timm.is_model(name.split(".")[0]))
+    return bool(timm.is_model(name.split(".")[0]))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

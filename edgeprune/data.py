@@ -66,8 +66,10 @@ class Images(Dataset[Any]):
             image, label = self.source[index]
             return image, label
         file, label = reader[index][:2]  # not source[index]: timm replaces an unreadable image by its neighbour
-        image = file if isinstance(file, Image.Image) else Image.open(file)
-        return image.convert("RGB"), label
+        if isinstance(file, Image.Image):
+            return file.convert("RGB"), label
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), label
 
     def note(self, bad: Corrupt) -> None:
         """Count an unreadable image; raises UsageError once more than 1 % are."""
@@ -217,11 +219,16 @@ def _timm_sources(
         raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
     if local and not Path(data.dir).is_dir():
         raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
-    train = _create(data, data.train_split, where)
     split = data.eval_split
     if data.name == "folder":
         parts = (split, *(s for s in EVAL_SPLITS if s != split))
         split = next((s for s in parts if (Path(data.dir) / s).is_dir()), "")
+        if split and not (Path(data.dir) / data.train_split).is_dir():
+            # timm would read the whole folder instead, evaluation images included
+            raise UsageError(
+                f"'{data.dir}' has a folder '{split}' but no folder '{data.train_split}'; add the training images"
+            )
+    train = _create(data, data.train_split, where)
     evaluation = _create(data, split, where) if split else train
     indices = np.arange(len(train))
     if split:

@@ -60,7 +60,7 @@ class Moments:
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     """C + damping * mean(diag C) * I; positive definite also where units are dead or samples few."""
-    ridge = damping * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    ridge = (damping * covariance.diagonal().mean()).clamp_min(1e-30)  # a layer whose inputs are all constant
     return covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
 
 

@@ -219,10 +219,10 @@ def preflight(request: Request, out: Path, cache_dir: Path) -> None:
         raise UsageError(
             f"precision '{request.precision}' is not one of target '{request.target.name}': {', '.join(request.target.precisions)}"
         )
-    missing = device.missing_flags(request.target)
-    if missing:
-        raise TargetUnavailable(f"target '{request.target.name}' needs {', '.join(missing)}, which this CPU lacks; "
-                                "see `edgeprune targets` for one that fits")  # fmt: skip
+    if reason := device.unfit(request.target):
+        raise TargetUnavailable(
+            f"target '{request.target.name}' is not here: {reason}; `edgeprune targets detect` names one that fits"
+        )
     if request.weights is not None and not request.weights.is_file():
         raise UsageError(f"weights file '{request.weights}' does not exist; give a .safetensors or .pth file")
     for folder, option in ((out, "--out"), (cache_dir, "--cache-dir")):

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -102,12 +101,14 @@ def create(
             f"the weights of '{architecture}' cannot be fetched ({_first_line(error)}); give a file with --weights"
         ) from error
     check_anatomy(model, architecture)
+    before = set(model.state_dict())
     block: Any
     for block in model.blocks:
         for kind in KINDS:
             layer = output_layer(block, kind)
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    model.added_biases = frozenset(set(model.state_dict()) - before)  # what foreign weights may lack
     return cast(VisionTransformer, model.eval())
 
 
@@ -177,10 +178,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"'{path}' holds pickled code or is not a weights file; edgeprune never runs code from a file: "
             "save the state_dict alone, best as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UsageError(f"'{path}' is not a weights file: {_first_line(error)}") from error
     except OSError as error:
         raise StorageError(f"weights file '{path}' cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # whatever else torch finds in a file that it cannot read
+        raise UsageError(f"'{path}' is not a weights file: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -193,8 +194,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load strictly; raises UsageError naming the tensors that do not fit."""
     own = model.state_dict()
-    # biases that `create` added where the architecture has none
-    state = {**{k: own[k] for k in own if k.endswith(("proj.bias", "fc2.bias")) and k not in state}, **state}
+    added: Iterable[str] = getattr(model, "added_biases", ())
+    state = {**{k: own[k] for k in added if k in own}, **state}
     misfits = [f"{k} is {tuple(state[k].shape)}, the model wants {tuple(own[k].shape)}"
                for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
     misfits += [f"{k} is missing" for k in own if k not in state]

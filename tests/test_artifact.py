@@ -156,7 +156,7 @@ def test_a_folder_without_a_manifest_is_no_artifact(tmp_path: Path) -> None:
 
 def test_a_manifest_of_another_schema_is_refused(saved: tuple[Path, Any]) -> None:
     (saved[0] / "manifest.json").write_text('{"schema": "other/1"}')
-    with pytest.raises(UsageError, match="is not of schema edgeprune.manifest/1"):
+    with pytest.raises(UsageError, match=r"is not of schema edgeprune\.manifest/1"):
         artifact.read_manifest(saved[0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +226,15 @@ def test_grey_and_transparent_images_become_rgb(image_folder: Callable[..., Path
     assert sum(len(y) for _, y in folder(where).evaluation.batches(4)) == 16
 
 
+def test_files_are_closed(image_folder: Callable[..., Path]) -> None:
+    images = folder(image_folder()).evaluation
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        list(images.batches(4))
+        gc.collect()
+    assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
+
+
 # Transforms ---------------------------------------------------------------------------------
 
 
@@ -244,7 +255,9 @@ def test_the_card_overrides_the_transform(tiny_vit: Any) -> None:
 def test_pixels_are_normalised() -> None:
     from PIL import Image
 
-    tensor = data.eval_transform({**CONFIG, "mean": (0.2,) * 3, "std": (0.4,) * 3})(Image.new("RGB", (40, 40), (255,) * 3))
+    tensor = data.eval_transform({**CONFIG, "mean": (0.2,) * 3, "std": (0.4,) * 3})(
+        Image.new("RGB", (40, 40), (255,) * 3)
+    )
     torch.testing.assert_close(tensor, torch.full((3, 32, 32), 2.0))
 
 
@@ -257,5 +270,5 @@ def test_training_without_augmentation_sees_the_evaluation_transform() -> None:
 
 
 def test_an_augmentation_that_timm_does_not_know_is_refused() -> None:
-    with pytest.raises(UsageError, match="augment.*hflop"):
+    with pytest.raises(UsageError, match=r"augment.*hflop"):
         data.train_transform(CONFIG, {"hflop": 0.5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 from collections.abc import Callable
@@ -241,6 +242,7 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["torch.save", "pickle", "old torch.save"])
 def test_code_in_a_pth_is_refused_and_does_not_run(tmp_path: Path, how: str) -> None:
     path, victim = tmp_path / "evil.pth", tmp_path / "victim"
@@ -381,7 +383,7 @@ def test_neuron_grid(neurons: int, step: int) -> None:
     assert grid[0] == 0 and grid[-1] == neurons
     assert list(grid) == sorted(set(grid)) and len(grid) <= vit.MAX_WIDTHS + 1
     assert all(width % step == 0 for width in grid[:-1])
-    assert len({b - a for a, b in zip(grid[:-1], grid[1:-1], strict=False)}) <= 1  # even steps but for the last
+    assert len({b - a for a, b in itertools.pairwise(grid[:-1])}) <= 1  # even steps but for the last
 
 
 def test_neuron_grid_of_deit_tiny() -> None:

@@ -84,7 +84,9 @@ def obs_order(evidence: Evidence, at: SubBlock) -> tuple[list[int], list[float],
 
 def make_levels(at: SubBlock, order: list[int], errors: np.ndarray) -> Levels:
     """Levels with errors made non-decreasing: a level can be no better than one that removes less."""
-    errors = np.maximum.accumulate(np.asarray(errors, dtype=np.float64))
+    errors = np.array(errors, dtype=np.float64)
+    errors[0] = 0.0
+    errors = np.maximum.accumulate(errors)
     return Levels(at[0], at[1], np.asarray(order, dtype=np.int64), errors)
 
 

@@ -160,6 +160,31 @@ def missing_flags(target: Target, flags: Iterable[str] | None = None) -> list[st
     return [flag for flag in target.cpu_flags if flag not in have]
 
 
+def unfit(target: Target, flags: Iterable[str] | None = None, machine: str | None = None) -> str:
+    """Why this machine cannot run what is built for the target, in words; "" when it can."""
+    here = machine or platform.machine()
+    if here not in target.machine:
+        return f"it is for {' or '.join(target.machine)}, and this is {here}"
+    missing = missing_flags(target, flags)
+    return f"this CPU lacks {', '.join(missing)}" if missing else ""
+
+
+def detect(targets: Iterable[Target]) -> tuple[Target, str]:
+    """The target that asks the most of a CPU and still fits this one, with the reason in words.
+
+    Raises TargetUnavailable when none fits.
+    """
+    targets = list(targets)
+    reasons = {target.name: unfit(target) for target in targets}
+    fitting = [target for target in targets if not reasons[target.name]]
+    if not fitting:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise errors.TargetUnavailable(f"no shipped target fits this machine ({listed}); write one, see README")
+    best = max(fitting, key=lambda target: len(target.cpu_flags))
+    left = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    return best, f"{cpu_model()} has {', '.join(best.cpu_flags)}" + (f" ({left})" if left else "")
+
+
 def widest_isa(flags: Iterable[str] | None = None) -> str:
     """The widest instruction set in oneDNN's names; "" on a CPU that is not x86."""
     have = cpu_flags() if flags is None else frozenset(flags)

@@ -58,7 +58,7 @@ def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -
 def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, Any]:
     """Greatest difference, relative to the greatest logit, and top-1 agreement of the ONNX with torch.
 
-    Raises EdgepruneError above `MAX_ERROR` or where a label differs that torch is sure of.
+    Raises EdgepruneError above `MAX_ERROR`.
     """
     import onnxruntime
 

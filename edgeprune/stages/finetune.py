@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -93,22 +95,35 @@ def fit(
 
     Raises UsageError when the loss stops being a number.
     """
-    own_size = student.patch_embed.img_size[0]
-    sizes = recipe.sizes or (own_size,) * len(recipe.epochs)
+    own_size = student.patch_embed.img_size
+    sizes: tuple[int | None, ...] = recipe.sizes or (None,) * len(recipe.epochs)
+    if teacher is not None and recipe.sizes:
+        raise UsageError("the recipe has 'sizes', but a teacher only sees the model's own image size; leave them out")
     if len(sizes) != len(recipe.epochs):
         raise UsageError(
             f"the recipe has {len(recipe.epochs)} 'epochs' but {len(sizes)} 'sizes'; give one of each per phase"
         )
+    random.seed(seed)  # timm's augmentation draws from all three
+    np.random.seed(seed)
     torch.manual_seed(seed)
     for phase, (size, epochs) in enumerate(zip(sizes, recipe.epochs, strict=True)):
         if epochs <= 0:
             continue
-        if student.patch_embed.img_size != (size, size):
+        if size is not None:
             student.set_input_size(img_size=(size, size))
         images = train.with_transform(train_transform(config, recipe.augment, size))
-        _phase(student, images, recipe, epochs, teacher, seed + 1000 * phase, console, f"tuning at {size} px")
-    if student.patch_embed.img_size != (own_size, own_size):
-        student.set_input_size(img_size=(own_size, own_size))
+        _phase(
+            student,
+            images,
+            recipe,
+            epochs,
+            teacher,
+            seed + 1000 * phase,
+            console,
+            f"tuning at {size or own_size[0]} px",
+        )
+    if student.patch_embed.img_size != own_size:
+        student.set_input_size(img_size=own_size)
     student.eval()
 
 
@@ -206,7 +221,7 @@ def teach(teacher: VisionTransformer, pixels: Tensor, recipe: Recipe) -> tuple[T
     """The teacher's logits `[n, classes]` and token features `[layers, n, tokens, width]`."""
     *hidden, logits = vit.streams(teacher, pixels)
     chosen = feature_layers(len(hidden), recipe.token_layers)
-    return logits, torch.stack([hidden[i] for i in chosen]) if chosen else logits.new_zeros(0)
+    return logits, torch.stack([hidden[i] for i in chosen]) if chosen else logits.new_zeros(0, len(pixels), 1, 1)
 
 
 def _loss(student: VisionTransformer, pixels: Tensor, labels: Tensor, targets: Targets, recipe: Recipe) -> Tensor:

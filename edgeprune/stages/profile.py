@@ -177,8 +177,8 @@ def shape_models(model: VisionTransformer, grid: tuple[int, ...], folder: Path, 
     sizes = vit.anatomy(model)
     paths: dict[str, Path] = {}
     shapes = {f"heads{h}": (h, sizes.neurons) for h in range(sizes.heads)}
-    shapes["neurons0"] = (sizes.heads, 0)
     marker = marker_width(sizes)
+    shapes.update({f"neurons{w}": (sizes.heads, w) for w in grid[:-1] if w == 0 or w > marker})
     with console.progress("shape models", len(shapes) + 1, "exports") as advance:
         for name, shape in shapes.items():
             paths[name] = folder / f"{name}.onnx"
@@ -187,7 +187,7 @@ def shape_models(model: VisionTransformer, grid: tuple[int, ...], folder: Path, 
         marked = folder / "marked.onnx"
         _export(model, (sizes.heads, marker), sizes, marked)
         advance(1, "")
-    for width in grid[1:-1]:
+    for width in (w for w in grid[1:-1] if w <= marker):
         paths[f"neurons{width}"] = folder / f"neurons{width}.onnx"
         onnx.save(cut(onnx.load(marked), marker, width), paths[f"neurons{width}"])
     marked.unlink()
@@ -211,7 +211,9 @@ def marker_width(sizes: vit.Anatomy) -> int:
 
 
 def cut(model: onnx.ModelProto, marker: int, width: int) -> onnx.ModelProto:
-    """Cut every weight dimension of size `marker` to `width`."""
+    """Cut every weight dimension of size `marker` to `width`, which is at most `marker`."""
+    if width > marker:
+        raise ValueError(f"a model of width {marker} cannot be cut to {width}")
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor)
         if marker in values.shape:

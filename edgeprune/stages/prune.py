@@ -109,6 +109,7 @@ def search(
     if limit * AIM < lowest:
         raise Infeasible(f"{limit:.2f} ms cannot be reached: the lowest that {request.card.name} can reach on {request.target.name} "
                          f"is about {lowest / AIM:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
+    console.say(f"margin: the solver aims at {AIM:.0%} of the limit, so that the measurement's interval fits below it")
     tries: list[dict[str, object]] = []
     best: tuple[float, Plan] | None = None
     seen: dict[Shape, float] = {}

@@ -1,0 +1,560 @@
+"""python -m pytest tests/test_end_to_end.py
+
+The whole way on a small card, through the command line; one build of two latencies serves most tests. Nothing here
+depends on how fast or how noisy the machine is: verdicts are compared with their own numbers, not wished for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import small
+import torch
+from small import Result, Workspace
+from test_docs import manifest_errors
+
+import edgeprune
+from edgeprune import api, config, errors, pipeline, report
+from edgeprune.stages import prune, validate
+
+LATENCIES = ("2x", "70%")
+SHARED = ("baseline", "profile", "calibrate")
+OWN = ("prune", "finetune", "export", "simplify", "compile", "validate")
+FILES = {
+    "anchor.onnx.gz",
+    "manifest.json",
+    "model.onnx",
+    "model.safetensors",
+    "plan.json",
+    "profile.json",
+    "report.md",
+}
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return small.workspace(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def family(space: Workspace) -> Result:
+    """`edgeprune build --latency 2x --latency 70% --format json`, once."""
+    return space.build("--latency", LATENCIES[0], "--latency", LATENCIES[1], "--format", "json")
+
+
+@pytest.fixture(scope="session")
+def artifacts(space: Workspace, family: Result) -> list[Path]:
+    assert family.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), family.err
+    return [Path(built["path"]) for built in family.document["artifacts"]]
+
+
+@pytest.fixture
+def cache_copy(space: Workspace, family: Result, tmp_path: Path) -> Path:
+    """A cache of this test's own, with all that the family build has finished."""
+    return Path(shutil.copytree(space.cache, tmp_path / "cache"))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = small.strict_json((folder / "manifest.json").read_text())
+    return document
+
+
+def gates(checks: list[dict[str, Any]]) -> int:
+    """The exit code that these verdicts mean."""
+    verdicts = {check["verdict"] for check in checks}
+    assert verdicts <= {"pass", "fail", "inconclusive"}
+    return (
+        errors.GATE_FAILED
+        if "fail" in verdicts
+        else errors.INCONCLUSIVE
+        if "inconclusive" in verdicts
+        else errors.PASSED
+    )
+
+
+def done(cache: Path) -> dict[str, int]:
+    """When each finished stage folder was written, in ns."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in cache.glob("*/done.json")}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Train --------------------------------------------------------------------------------------
+
+
+def test_training_writes_half_precision_weights_that_know_something(space: Workspace) -> None:
+    from safetensors.torch import load_file
+
+    assert space.trained.code == errors.PASSED, space.trained.err
+    facts = space.trained.document
+    state = load_file(facts["weights"])
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert facts["images"] == 599
+    assert facts["accuracy"] > 20, "no better than guessing one of ten digits"
+
+
+# Build --------------------------------------------------------------------------------------
+
+
+def test_the_exit_code_is_what_the_checks_say(family: Result, artifacts: list[Path]) -> None:
+    codes = [gates(manifest(folder)["checks"]) for folder in artifacts]
+    assert family.code == (errors.GATE_FAILED if errors.GATE_FAILED in codes else max(codes))
+    assert family.document["exit_code"] == family.code
+
+
+def test_stdout_is_the_manifests_and_stderr_the_story(family: Result, artifacts: list[Path]) -> None:
+    built = family.document["artifacts"]
+    assert [entry["manifest"] for entry in built] == [manifest(folder) for folder in artifacts]
+    for stage in (*SHARED, *OWN):
+        assert f"▸ {stage}" in family.err
+    assert "Traceback" not in family.err
+
+
+def test_the_artifacts_are_named_and_whole(space: Workspace, artifacts: list[Path]) -> None:
+    assert [folder.name for folder in artifacts] == ["small-here-2x", "small-here-70pct"]
+    assert {folder.name for folder in space.out.iterdir()} >= {folder.name for folder in artifacts}
+    assert not [path for path in space.out.iterdir() if path.name.startswith(".")], "half-written folders are left"
+    assert not [path for path in space.cache.iterdir() if path.name.startswith(".")], "half-written stages are left"
+    for folder in artifacts:
+        assert {path.name for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_manifest_is_valid(artifacts: list[Path], which: int) -> None:
+    assert manifest_errors(manifest(artifacts[which])) == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_every_file_has_its_hash_and_size(artifacts: list[Path], which: int) -> None:
+    folder = artifacts[which]
+    files = manifest(folder)["files"]
+    assert set(files) == FILES - {"manifest.json"}
+    for name, facts in files.items():
+        content = (folder / name).read_bytes()
+        assert facts == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+@pytest.mark.parametrize(("which", "share"), [(0, 0.5), (1, 0.7)])
+def test_the_manifest_agrees_with_itself_and_its_files(artifacts: list[Path], which: int, share: float) -> None:
+    document = manifest(artifacts[which])
+    profile = json.loads((artifacts[which] / "profile.json").read_text())
+    plan = json.loads((artifacts[which] / "plan.json").read_text())
+    pruned, anchor_ms = document["pruned"], profile["anchor_ms"]["onnxruntime"]
+    assert document["request"]["latency_ms"] == pytest.approx(share * profile["table"]["dense_ms"])
+    assert pruned["latency_ms"]["p50"] == pytest.approx(pruned["ratio"] * anchor_ms)
+    assert pruned["latency_ci_ms"][0] <= pruned["latency_ms"]["p50"] <= pruned["latency_ci_ms"][1]
+    assert document["dense"]["latency_ms"]["p50"] == pytest.approx(profile["anchor"]["p50"])
+    assert document["shape"] == plan["shape"] == [[len(b["heads"]), len(b["neurons"])] for b in plan["blocks"]]
+    assert pruned["predicted_ms"] == plan["predicted_ms"] <= document["request"]["latency_ms"]
+    assert (document["runtime"], document["threads"], document["entry"]) == ("onnxruntime", 1, "model.onnx")
+    assert document["data"]["evaluation"] == document["accuracy"]["images"] == 599
+    assert document["data"]["unreadable"] == []
+    [check] = document["checks"]
+    assert (check["name"], check["value"]) == ("latency p50", pruned["latency_ms"]["p50"])
+
+
+def test_pruning_pays(artifacts: list[Path]) -> None:
+    fast, slow = (manifest(folder) for folder in artifacts)
+    for document, ratio in ((fast, 0.5), (slow, 0.7)):
+        # A gate may fail by a hair on a noisy machine; a third beyond the limit is a defect.
+        assert document["pruned"]["ratio"] < 1.33 * ratio
+        assert document["pruned"]["params"] < document["dense"]["params"]
+        assert document["pruned"]["macs"] < document["dense"]["macs"]
+    assert fast["pruned"]["predicted_ms"] < slow["pruned"]["predicted_ms"]
+    assert fast["dense"] == slow["dense"]
+
+
+def test_the_dense_accuracy_is_the_trained_one(space: Workspace, artifacts: list[Path]) -> None:
+    """Measured through ONNX in the worker, on the same images: one image apart at most for rounding."""
+    trained = space.trained.document["accuracy"]
+    assert manifest(artifacts[0])["dense"]["accuracy"] == pytest.approx(trained, abs=100 / 599 + 1e-9)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_onnx_equals_the_torch_model(artifacts: list[Path], which: int, tmp_path: Path) -> None:
+    """In bare onnxruntime, in a process that has nothing but numpy, against `edgeprune.load`."""
+    pixels = np.random.default_rng(0).standard_normal((5, 3, 32, 32), dtype=np.float32)
+    np.save(tmp_path / "pixels.npy", pixels)
+    code = (
+        "import sys, numpy, onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
+        "pixels = numpy.load(sys.argv[2])\n"
+        "numpy.save(sys.argv[3], numpy.concatenate([session.run(['logits'], {'pixels': x[None]})[0] for x in pixels]))\n"
+        "assert not {'torch', 'edgeprune', 'onnx'} & set(sys.modules)\n"
+    )
+    files = [artifacts[which] / "model.onnx", tmp_path / "pixels.npy", tmp_path / "logits.npy"]
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True, cwd=tmp_path, timeout=60)
+    model = edgeprune.load(artifacts[which])
+    assert not model.training
+    with torch.no_grad():
+        want = model(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(np.load(files[2]), want, atol=1e-4 * float(np.abs(want).max()))
+
+
+def test_the_loaded_model_has_the_plans_sizes(artifacts: list[Path]) -> None:
+    document = manifest(artifacts[0])
+    model: Any = edgeprune.load(artifacts[0])
+    assert sum(p.numel() for p in model.parameters()) == document["pruned"]["params"]
+    for block, (heads, neurons) in zip(model.blocks, document["shape"], strict=True):
+        assert getattr(block.attn, "num_heads", 0) == heads
+        assert (block.mlp.fc1.out_features if hasattr(block.mlp, "fc1") else 0) == neurons
+
+
+def test_the_anchor_is_the_dense_graph_without_its_weights(space: Workspace, artifacts: list[Path]) -> None:
+    packed = (artifacts[0] / "anchor.onnx.gz").read_bytes()
+    anchor = onnx.load_from_string(gzip.decompress(packed))
+    [baseline] = space.cache.glob("baseline-*")
+    dense = onnx.load(baseline / "dense.onnx")
+    assert [node.op_type for node in anchor.graph.node] == [node.op_type for node in dense.graph.node]
+    assert [tuple(t.dims) for t in anchor.graph.initializer] == [tuple(t.dims) for t in dense.graph.initializer]
+    assert len(packed) < (baseline / "dense.onnx").stat().st_size / 5
+    session = onnxruntime.InferenceSession(gzip.decompress(packed), providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, {"pixels": np.zeros((1, 3, 32, 32), np.float32)})[0]).all()
+
+
+def test_latencies_share_what_does_not_depend_on_them(space: Workspace, artifacts: list[Path]) -> None:
+    first, second = (manifest(folder)["stages"] for folder in artifacts)
+    assert [stage["name"] for stage in first] == [stage["name"] for stage in second] == [*SHARED, *OWN]
+    assert {stage["name"] for stage in second if stage["cached"]} == set(SHARED)
+    assert not any(stage["cached"] for stage in first)
+    assert [s["seconds"] for s in first][:3] == [s["seconds"] for s in second][:3]
+    profiles = [(folder / "profile.json").read_bytes() for folder in artifacts]
+    assert profiles[0] == profiles[1]
+
+
+# Again --------------------------------------------------------------------------------------
+
+
+def test_the_same_command_again_does_no_work(space: Workspace, family: Result, artifacts: list[Path]) -> None:
+    before, files = done(space.cache), [snapshot(folder) for folder in artifacts]
+    start = time.monotonic()
+    again = space.build("--latency", LATENCIES[0], "--latency", LATENCIES[1], "--format", "json")
+    seconds = time.monotonic() - start
+    assert (again.code, again.out) == (family.code, family.out)
+    assert done(space.cache) == before
+    assert [snapshot(folder) for folder in artifacts] == files
+    assert again.err.count("done before") == 2 * len(pipeline.PIPELINE)
+    assert seconds < 10
+
+
+def test_a_lost_artifact_comes_back_from_the_cache(
+    space: Workspace, artifacts: list[Path], tmp_path: Path, cache_copy: Path
+) -> None:
+    before = done(cache_copy)
+    built = space.build("--latency", "2x", "--format", "json", cache=cache_copy, out=tmp_path / "elsewhere")
+    folder = tmp_path / "elsewhere" / "small-here-2x"
+    assert built.code == gates(manifest(artifacts[0])["checks"])
+    assert done(cache_copy) == before
+    for name in FILES - {"manifest.json", "report.md"}:  # these two say which stages were cached
+        assert (folder / name).read_bytes() == (artifacts[0] / name).read_bytes()
+    assert all(stage["cached"] for stage in manifest(folder)["stages"])
+
+
+def test_a_damaged_cache_is_noticed(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
+    [exported] = [p for p in cache_copy.glob("export-*") if read_key(p) in keys_of(space, "2x", cache_copy)]
+    (exported / "exported.onnx").write_bytes(b"not what was written")
+    rows = space.build("--latency", "2x", "--dry-run", "--format", "json", cache=cache_copy, out=tmp_path).document
+    assert [row["stage"] for row in rows if not row["done"]] == ["export"]
+
+
+def read_key(folder: Path) -> str:
+    return str(json.loads((folder / "done.json").read_text())["key"])
+
+
+def keys_of(space: Workspace, latency: str, cache: Path) -> set[str]:
+    """The keys of all stages of the small card at this latency."""
+    request, _ = api.request(str(space.card), target=str(space.target), latency=latency, runtime="onnxruntime")
+    keys: dict[str, str] = {}
+    for stage in pipeline.PIPELINE:
+        keys[stage.name] = pipeline.stage_key(stage, request, keys)
+    return set(keys.values())
+
+
+def test_rebuild_does_everything_again(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
+    """And what was built on the old measurements is not mixed with the new ones afterwards."""
+    generous = ["--latency", "1000ms", "--format", "json"]
+    first = space.build(*generous, cache=cache_copy, out=tmp_path / "first")
+    before = done(cache_copy)
+    again = space.build(*generous, "--rebuild", cache=cache_copy, out=tmp_path / "again")
+    assert again.code == first.code == errors.PASSED, again.err
+    assert "done before" not in again.err
+    [stages] = [entry["manifest"]["stages"] for entry in again.document["artifacts"]]
+    assert not any(stage["cached"] for stage in stages)
+    mine = {name for name, when in done(cache_copy).items() if when != before.get(name)}
+    assert sorted(name.rpartition("-")[0] for name in mine) == sorted([*SHARED, *OWN])
+    # "2x" is still in the cache, made with the first profile; the profile in the cache is a new one.
+    space.build("--latency", "2x", "--format", "json", cache=cache_copy, out=tmp_path / "after")
+    document = manifest(tmp_path / "after" / "small-here-2x")
+    profile = json.loads((tmp_path / "after" / "small-here-2x" / "profile.json").read_text())
+    assert document["dense"]["latency_ms"]["p50"] == pytest.approx(profile["anchor"]["p50"])
+    assert document["request"]["latency_ms"] == pytest.approx(profile["table"]["dense_ms"] / 2)
+
+
+def test_dry_run_says_what_would_run_and_runs_nothing(space: Workspace, artifacts: list[Path], tmp_path: Path) -> None:
+    before = done(space.cache)
+    asked = ["--latency", "2x", "--latency", "80%", "--dry-run"]
+    rows = space.build(*asked, "--format", "json", out=tmp_path / "out")
+    assert (rows.code, rows.err) == (errors.PASSED, "")
+    found = {(row["stage"], row["latency"]): row["done"] for row in rows.document}
+    shared = {(stage, "every latency"): True for stage in SHARED}
+    own = {(stage, latency): latency == "2x" for stage in OWN for latency in ("2x", "80%")}
+    assert found == {**shared, **own}
+    text = space.build(*asked, out=tmp_path / "out")
+    assert text.code == errors.PASSED
+    assert text.out.count("done before") == len(SHARED) + len(OWN)
+    assert text.out.count("would run") == len(OWN)
+    assert done(space.cache) == before
+    assert not list((tmp_path / "out").glob("*")), "a dry run writes no artifact"
+
+
+def test_the_same_latency_table_gives_the_same_plan(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
+    """Byte for byte: calibration, solver and re-fit are deterministic. The plan's own timing is taken from the table
+    here, since two measurements are never alike."""
+    request, _ = api.request(str(space.card), target=str(space.target), latency="55%", runtime="onnxruntime")
+    plans, weights = [], []
+    for name in ("one", "two"):
+        cache = tmp_path / name
+        cache.mkdir()
+        for stage in ("baseline", "profile"):
+            [source] = cache_copy.glob(f"{stage}-*")
+            shutil.copytree(source, cache / source.name)
+
+        def predicted(clock: Any, dense: Any, plan: Any, request: Any, table: Any) -> Any:
+            ms = table.predict_ms(plan.shape) * 1.03  # so that the search goes on for a round or two
+            return ms, (ms, ms)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prune, "measure", predicted)
+            folder = pipeline.run_until("prune", request, cache).folder
+        plans.append((folder / "plan.json").read_bytes())
+        weights.append((folder / "pruned.safetensors").read_bytes())
+    assert plans[0] == plans[1]
+    assert weights[0] == weights[1]
+
+
+# Options ------------------------------------------------------------------------------------
+
+
+def test_a_generous_latency_builds_the_dense_model_and_says_so(
+    space: Workspace, family: Result, cache_copy: Path, tmp_path: Path
+) -> None:
+    built = space.build("--latency", "1000ms", cache=cache_copy, out=tmp_path)
+    assert built.code == errors.PASSED, built.err
+    assert "the dense model already meets 1000.00 ms" in built.err
+    document = manifest(tmp_path / "small-here-1000ms")
+    assert document["shape"] == [[3, 192]] * 3
+    assert document["pruned"]["params"] == document["dense"]["params"]
+    assert document["pruned"]["accuracy"] == document["dense"]["accuracy"]
+    assert document["accuracy"]["agreement"] == 100
+    assert 0.75 < document["pruned"]["ratio"] < 1.33, "the dense model against itself"
+    assert "PASS" in built.out
+    assert str(tmp_path / "small-here-1000ms") in built.out
+
+
+def test_max_drop_is_a_second_gate(space: Workspace, artifacts: list[Path], cache_copy: Path, tmp_path: Path) -> None:
+    """It changes the last stage alone, and its verdict follows from the accuracies."""
+    built = space.build("--latency", "2x", "--max-drop", "0.0", cache=cache_copy, out=tmp_path)
+    document = manifest(tmp_path / "small-here-2x")
+    assert {stage["name"] for stage in document["stages"] if not stage["cached"]} == {"validate"}
+    assert document["request"]["max_drop"] == 0.0
+    assert [check["name"] for check in document["checks"]] == ["latency p50", "accuracy drop"]
+    drop = document["checks"][1]
+    assert drop["value"] == pytest.approx(document["accuracy"]["dense"] - document["accuracy"]["pruned"])
+    assert drop["verdict"] == ("pass" if drop["value"] <= 0 else "fail")
+    assert built.code == gates(document["checks"])
+
+
+def test_a_failed_gate_ends_with_1_and_keeps_the_artifact(
+    space: Workspace, artifacts: list[Path], cache_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = validate.checks.accuracy
+
+    def worse(*arguments: Any) -> Any:
+        found = real(*arguments)
+        return type(found)(**{**vars(found), "pruned": found.dense - 5.0})
+
+    monkeypatch.setattr(validate.checks, "accuracy", worse)
+    built = space.build("--latency", "2x", "--max-drop", "4", cache=cache_copy, out=tmp_path)
+    assert built.code == errors.GATE_FAILED
+    assert "FAIL: accuracy drop" in built.out
+    assert manifest(tmp_path / "small-here-2x")["checks"][1]["verdict"] == "fail"
+    assert "FAIL: accuracy drop" in (tmp_path / "small-here-2x" / "report.md").read_text()
+
+
+def test_openvino_brings_its_own_files(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    built = space.build("--latency", "1000ms", "--runtime", "openvino", cache=cache_copy, out=tmp_path)
+    assert built.code == errors.PASSED, built.err
+    folder = tmp_path / "small-here-1000ms"
+    document = manifest(folder)
+    assert manifest_errors(document) == []
+    assert {path.name for path in folder.iterdir()} == FILES | {"model.xml", "model.bin"}
+    assert (document["runtime"], document["entry"]) == ("openvino", "model.xml")
+    assert document["accuracy"]["agreement"] == 100
+    baselines = list(cache_copy.glob("baseline-*"))
+    assert len(baselines) == 1, "the dense model does not depend on the runtime"
+
+
+def test_a_config_file_holds_the_options_and_the_command_line_wins(
+    space: Workspace, family: Result, tmp_path: Path
+) -> None:
+    file = tmp_path / "build.toml"
+    file.write_text(
+        f'model = "{space.card}"\ntarget = "{space.target}"\nlatency = ["2x", "90%"]\nruntime = "onnxruntime"\n'
+        f'cache-dir = "{space.cache}"\nout = "{tmp_path / "out"}"\n'
+    )
+    rows = small.run("build", "--config", file, "--dry-run", "--format", "json")
+    assert rows.code == errors.PASSED, rows.err
+    assert {row["latency"] for row in rows.document} == {"every latency", "2x", "90%"}
+    assert [row["done"] for row in rows.document if row["latency"] == "2x"] == [True] * len(OWN)
+    rows = small.run("build", "--config", file, "--latency", "30%", "--dry-run", "--format", "json")
+    assert {row["latency"] for row in rows.document} == {"every latency", "30%"}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('latncy = "2x"', "unknown key 'latncy'; did you mean 'latency'?"),
+        ("latency = ", "is not valid TOML"),
+    ],
+)
+def test_a_config_file_with_mistakes_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "build.toml"
+    file.write_text(text)
+    refused = small.run("build", "--config", file, "--target", "cpu-avx2", "--latency", "2x")
+    assert refused.code == errors.UsageError.exit_code
+    assert str(file) in refused.err
+    assert says in refused.err
+
+
+# The other commands -------------------------------------------------------------------------
+
+
+def test_profile_answers_from_the_cache(space: Workspace, artifacts: list[Path]) -> None:
+    asked = ["profile", space.card, "--target", space.target, "--runtime", "onnxruntime", "--cache-dir", space.cache]
+    start = time.monotonic()
+    found = small.run(*asked, "--format", "json")
+    assert found.code == errors.PASSED, found.err
+    assert time.monotonic() - start < 10
+    assert found.document == json.loads((artifacts[0] / "profile.json").read_text())
+    table = found.document["table"]
+    assert len(table["attn_ms"]) == 4
+    assert table["mlp_widths"] == [0, 32, 64, 96, 128, 160, 192]
+    assert table["attn_ms"] == sorted(table["attn_ms"])
+    assert table["mlp_ms"] == sorted(table["mlp_ms"])
+    assert table["base_ms"] + 3 * (table["attn_ms"][-1] + table["mlp_ms"][-1]) == pytest.approx(table["dense_ms"])
+    text = small.run(*asked)
+    assert text.code == errors.PASSED
+    assert "3 heads" in text.out
+    assert "192 neurons" in text.out
+
+
+def test_report_of_one_is_report_md(artifacts: list[Path]) -> None:
+    found = small.run("report", artifacts[0])
+    assert found.code == errors.PASSED
+    assert found.out.strip() == (artifacts[0] / "report.md").read_text().strip()
+    assert found.out.splitlines()[0] == "# small on here at 2x"
+
+
+def test_report_of_several_compares_them(artifacts: list[Path]) -> None:
+    found = small.run("report", *artifacts)
+    assert found.code == errors.PASSED
+    lines = found.out.strip().splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "small here 2x" in lines[2]
+    assert "small here 70%" in lines[3]
+    assert found.out.strip() == report.comparison([manifest(folder) for folder in artifacts]).strip()
+
+
+def test_validate_measures_again_without_torch(artifacts: list[Path], tmp_path: Path) -> None:
+    """On the device of the profile its anchor counts; the exit code is the verdict's."""
+    code = (
+        "import sys, edgeprune.checks as checks\n"
+        "checks.SECONDS = 3.0\n"
+        "from edgeprune.cli import main\n"
+        "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "validate", str(artifacts[0]), "--format", "json"],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert "torch was imported" not in ran.stderr
+    found = small.strict_json(ran.stdout)
+    document = manifest(artifacts[0])
+    assert found["same_device"] is True
+    assert ran.returncode == found["exit_code"] == gates(found["checks"])
+    [check] = found["checks"]
+    assert check["limit"] == document["request"]["latency_ms"]
+    assert found["latency"]["p50"] == check["value"]
+    assert found["latency"]["p50"] == pytest.approx(document["pruned"]["latency_ms"]["p50"], rel=0.5)
+
+
+def test_validate_in_words(artifacts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.checks.SECONDS", 1.0)
+    found = small.run("validate", artifacts[1])
+    assert found.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE)
+    assert re.match(r"(PASS|FAIL|INCONCLUSIVE): latency p50 \d+\.\d\d", found.out)
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"manifest.json"}))
+def test_one_changed_byte_is_noticed(artifacts: list[Path], tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    found = small.run("validate", folder, "--format", "json")
+    assert found.code == errors.UsageError.exit_code
+    assert name in found.document["error"]
+    assert "build it again" in found.err
+    assert "Traceback" not in found.err
+
+
+def test_a_missing_file_and_no_artifact_at_all(artifacts: list[Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
+    (folder / "model.onnx").unlink()
+    found = small.run("validate", folder)
+    assert (found.code, "model.onnx is missing" in found.err) == (errors.UsageError.exit_code, True)
+    for command in ("validate", "report"):
+        found = small.run(command, tmp_path)
+        assert found.code == errors.UsageError.exit_code
+        assert f"'{tmp_path}' is not an artifact" in found.err
+    with pytest.raises(errors.UsageError, match=r"plan\.json has changed"):
+        (folder / "plan.json").write_text((folder / "plan.json").read_text().replace('"heads":[', '"heads":[ ', 1))
+        edgeprune.load(folder)
+
+
+def test_json_is_alone_on_the_stdout_of_a_real_process(space: Workspace, family: Result, tmp_path: Path) -> None:
+    """Native libraries write to the file descriptor itself: only a process of its own can tell."""
+    command = ["build", space.card, "--target", space.target, "--runtime", "onnxruntime", "--latency", "95%",
+               "--epochs", "0", "--cache-dir", space.cache, "--out", tmp_path, "--format", "json"]  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, "-c", small.QUICK, *map(str, command)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=180, env={**os.environ, "NO_COLOR": "1", "CI": "1"},
+    )  # fmt: skip
+    document = small.strict_json(ran.stdout)
+    assert ran.returncode == document["exit_code"] == gates(document["artifacts"][0]["manifest"]["checks"]), ran.stderr
+    assert "\x1b" not in ran.stderr
+    assert "profile: done before" in ran.stderr
+
+
+def test_the_readme_names_every_file_of_the_artifact(artifacts: list[Path]) -> None:
+    readme = (config.shipped("models").parent / "README.md").read_text()
+    for name in FILES:
+        assert f"`{name}`" in readme

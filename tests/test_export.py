@@ -1,0 +1,203 @@
+"""python -m pytest tests/test_export.py
+
+An export takes more than a second, so the module exports each plan once and checks many things on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from edgeprune import vit
+from edgeprune.console import SILENT
+from edgeprune.errors import EdgepruneError
+from edgeprune.stages import export, profile, simplify
+from edgeprune.types import BlockPlan, Plan
+
+PLANS = {
+    "dense": vit.plan_of_shape(((3, 96),) * 2),
+    "mixed": Plan((BlockPlan((0, 2), (1, 5, 9, 40)), BlockPlan((1,), tuple(range(0, 96, 3))))),
+    "partly removed": Plan((BlockPlan((), tuple(range(16))), BlockPlan((0, 1, 2), ()))),
+    "all removed": vit.plan_of_shape(((0, 0),) * 2),
+}
+
+
+@pytest.fixture(scope="module")
+def dense(make_vit: Callable[..., Any]) -> Any:
+    return make_vit(depth=2, mlp_ratio=2)
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def exported(
+    request: pytest.FixtureRequest, dense: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Path, Path]:
+    """The sliced model, its ONNX and its simplified ONNX."""
+    folder = tmp_path_factory.mktemp("export")
+    model = vit.slice_model(dense, PLANS[request.param])
+    export.to_onnx(model, (3, 32, 32), folder / "exported.onnx")
+    simplify.simplify(folder / "exported.onnx", folder / "model.onnx")
+    return model, folder / "exported.onnx", folder / "model.onnx"
+
+
+def operators(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def weight_shapes(model: onnx.ModelProto) -> Counter[tuple[int, ...]]:
+    """The shapes of all constants of more than 8 numbers (the rest are shapes and indices)."""
+    return Counter(tuple(t.dims) for t in model.graph.initializer if np.prod(t.dims) > 8)
+
+
+# Export -------------------------------------------------------------------------------------
+
+
+def test_onnx_equals_torch_before_and_after_simplification(
+    exported: tuple[Any, Path, Path], make_images: Callable[..., Any]
+) -> None:
+    model, *paths = exported
+    for path in paths:
+        facts = export.compare(model, path, make_images(6))
+        assert facts["max_error"] < 1e-5 and facts["agreement"] == 1.0 and facts["images"] == 6
+
+
+def test_input_and_output_are_named_and_static(exported: tuple[Any, Path, Path]) -> None:
+    for path in exported[1:]:
+        graph = onnx.load(path).graph
+        shapes = [(v.name, [d.dim_value for d in v.type.tensor_type.shape.dim]) for v in (*graph.input, *graph.output)]
+        assert shapes == [("pixels", [1, 3, 32, 32]), ("logits", [1, 5])]
+        assert not [d for v in graph.input for d in v.type.tensor_type.shape.dim if d.dim_param]
+
+
+def test_the_opset_is_fixed_and_the_model_sound(exported: tuple[Any, Path, Path]) -> None:
+    for path in exported[1:]:
+        model = onnx.load(path)
+        assert {o.domain: o.version for o in model.opset_import}[""] == export.OPSET
+        onnx.checker.check_model(model, full_check=True)
+        assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+
+
+def test_everything_is_in_one_file(exported: tuple[Any, Path, Path]) -> None:
+    folder = exported[1].parent
+    assert sorted(p.name for p in folder.iterdir()) == ["exported.onnx", "model.onnx"]
+    assert not [t for t in onnx.load(exported[1], load_external_data=False).graph.initializer if t.external_data]
+
+
+def test_a_removed_sub_block_costs_no_operator(exported: tuple[Any, Path, Path]) -> None:
+    """Two layer norms per whole block, one per half, and the last; a Softmax and a Gelu per attention and MLP."""
+    model, _, path = exported
+    attns = sum(not isinstance(b.attn, vit.RemovedSubBlock) for b in model.blocks)
+    mlps = sum(not isinstance(b.mlp, vit.RemovedSubBlock) for b in model.blocks)
+    found = operators(onnx.load(path))
+    assert (found["LayerNormalization"], found["Softmax"], found["Gelu"]) == (1 + attns + mlps, attns, mlps)
+    assert found["Conv"] == 1
+
+
+def test_export_says_nothing_on_stdout(dense: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    export.to_onnx(vit.slice_model(dense, PLANS["all removed"]), (3, 32, 32), tmp_path / "x.onnx")
+    simplify.simplify(tmp_path / "x.onnx", tmp_path / "y.onnx")
+    assert capfd.readouterr().out == ""
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_a_wrong_onnx_is_found(exported: tuple[Any, Path, Path], make_images: Callable[..., Any]) -> None:
+    """The comparison fails for a model whose head is a little off."""
+    wrong = copy.deepcopy(exported[0])
+    with torch.no_grad():
+        wrong.head.bias += 0.05
+    with pytest.raises(EdgepruneError, match="the ONNX differs from torch"):
+        export.compare(wrong, exported[2], make_images(2))
+
+
+def test_a_nan_is_no_agreement(exported: tuple[Any, Path, Path], make_images: Callable[..., Any]) -> None:
+    broken = copy.deepcopy(exported[0])
+    with torch.no_grad():
+        broken.head.bias[0] = float("nan")
+    with pytest.raises(EdgepruneError, match="differs from torch by nan"):
+        export.compare(broken, exported[2], make_images(2))
+
+
+def test_a_simplification_that_is_not_confirmed_is_refused(
+    exported: tuple[Any, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxsim
+
+    monkeypatch.setattr(onnxsim, "simplify", lambda model, *_, **__: (model, False))
+    with pytest.raises(EdgepruneError, match=r"could not confirm that the simplified 'exported\.onnx'"):
+        simplify.simplify(exported[1], tmp_path / "y.onnx")
+    assert not (tmp_path / "y.onnx").exists()
+
+
+# Shape models -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shapes(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("shapes")
+    return profile.shape_models(dense, (0, 16, 40, 64, 96), folder, SILENT)
+
+
+def test_shape_models_are_one_per_shape_but_the_dense_one(shapes: dict[str, Path]) -> None:
+    assert set(shapes) == {"heads0", "heads1", "heads2", "neurons0", "neurons16", "neurons40", "neurons64"}
+    folder = next(iter(shapes.values())).parent
+    assert sorted(p.name for p in folder.iterdir()) == sorted(f"{name}.onnx" for name in shapes)
+
+
+@pytest.mark.parametrize("width", [16, 40])
+def test_a_cut_model_is_like_one_exported_at_that_width(
+    shapes: dict[str, Path], dense: Any, tmp_path: Path, width: int
+) -> None:
+    direct = tmp_path / "direct.onnx"
+    profile._export(dense, (3, width), vit.anatomy(dense), direct)
+    cut, want = onnx.load(shapes[f"neurons{width}"]), onnx.load(direct)
+    assert operators(cut) == operators(want)
+    assert weight_shapes(cut) == weight_shapes(want)
+    assert (48, width) in weight_shapes(cut) or (width, 48) in weight_shapes(cut)
+
+
+def test_shape_models_run_and_compute(shapes: dict[str, Path], dense: Any, make_images: Callable[..., Any]) -> None:
+    """Also the cut ones hold the dense model's own weights, so they compute what the sliced model does."""
+    for name, path in shapes.items():
+        kind, count = (name[:5], int(name[5:])) if name.startswith("heads") else (name[:7], int(name[7:]))
+        shape = (count, 96) if kind == "heads" else (3, count)
+        onnx.checker.check_model(onnx.load(path), full_check=True)
+        assert export.compare(vit.slice_model(dense, vit.plan_of_shape((shape,) * 2)), path, make_images(2))
+
+
+def test_a_marker_that_is_also_a_value_is_refused() -> None:
+    graph = onnx.GraphProto(initializer=[numpy_helper.from_array(np.array([1, 89], dtype=np.int64), "shape")])
+    with pytest.raises(ValueError, match="'shape' holds the marker width 89"):
+        profile.cut(onnx.ModelProto(graph=graph), 89, 16)
+
+
+def test_cut_does_not_pretend_to_a_width_above_the_marker() -> None:
+    """There is nothing to cut it from: the table would list a time for a width that was never run."""
+    graph = onnx.GraphProto(initializer=[numpy_helper.from_array(np.zeros((89, 4), dtype=np.float32), "weight")])
+    with pytest.raises(ValueError):
+        profile.cut(onnx.ModelProto(graph=graph), 89, 96)
+
+
+@pytest.mark.parametrize("step", [8, 16])
+@pytest.mark.parametrize("width", [48, 192, 384, 768, 1024, 1280])
+def test_the_marker_is_a_prime_that_is_no_other_size_and_not_below_the_grid(width: int, step: int) -> None:
+    for neurons in {width // 2 * k for k in range(2, 10)}:
+        sizes = vit.Anatomy(2, 3, width // 3, neurons, width, 197, (3, 224, 224), 1000)
+        marker = profile.marker_width(sizes)
+        assert all(marker % d for d in range(2, marker)) and marker < neurons
+        assert marker not in (197, 196, width, 3 * width, 1000, 3, 224)
+        assert marker >= vit.neuron_grid(neurons, step)[-2]
+
+
+def test_a_marker_avoids_the_sizes_that_are_prime() -> None:
+    sizes = vit.Anatomy(2, 3, 16, 200, 199, 197, (3, 224, 224), 193)
+    assert profile.marker_width(sizes) == 191
