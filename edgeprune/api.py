@@ -33,6 +33,7 @@ def request(
     precision: str = "fp32",
     threads: int = 0,
     seed: int = 0,
+    strict_clock: bool = False,
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError."""
     texts = [latency] if isinstance(latency, str) else list(latency)
@@ -52,7 +53,7 @@ def request(
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion, runtime=runtime,
-        precision=precision, threads=threads, seed=seed,
+        precision=precision, threads=threads, seed=seed, strict_clock=strict_clock,
     )  # fmt: skip
     return made, latencies
 
@@ -99,8 +100,10 @@ def profile(
     return artifact.read_json(done.folder / "profile.json")
 
 
-def validate(artifact: str | Path, *, threads: int = 0, console: Console = SILENT) -> dict[str, Any]:
+def validate(
+    artifact: str | Path, *, threads: int = 0, strict_clock: bool = False, console: Console = SILENT
+) -> dict[str, Any]:
     """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch."""
     from edgeprune.checks import validate_artifact
 
-    return validate_artifact(Path(artifact), threads=threads, console=console)
+    return validate_artifact(Path(artifact), threads=threads, strict_clock=strict_clock, console=console)

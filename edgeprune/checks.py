@@ -23,6 +23,7 @@ from edgeprune.latency.statistics import latency_ms, quantile_ci_ms, quantile_ms
 from edgeprune.types import Check, Measurement, Target, Verdict
 
 SECONDS = 30.0
+DRIFT = 0.05  # of the anchor's latency, above which drift is worth a line
 MIN_ROUNDS = {"p50": 100, "p90": 200, "p99": 700}
 
 
@@ -42,12 +43,27 @@ def measure(clock: Clock, dense: str, pruned: str, quantile: str) -> Measurement
     return clock.measure([pruned], dense, ci=0.004, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS)[pruned]
 
 
+def corrected(measured: Measurement, profiled_ms: float, *, strict: bool, console: Console) -> tuple[float, float]:
+    """The anchor latency that counts, in ms, and the drift: how much slower the anchor runs than when profiled.
+
+    Drift is corrected by taking the profile's anchor latency; with `strict` the machine is taken as it is now.
+    """
+    now = float(np.median(measured.anchor_ms))
+    drift = now / profiled_ms - 1
+    if abs(drift) > DRIFT:
+        console.say(
+            f"the dense model takes {now:.2f} ms now and took {profiled_ms:.2f} ms when profiled: the machine is {abs(drift):.0%} "
+            f"{'slower' if drift > 0 else 'faster'}, {'and the strict clock counts it so' if strict else 'which is corrected'}"
+        )
+    return (now if strict else profiled_ms), drift
+
+
 def latency_check(measured: Measurement, anchor_ms: float, limit_ms: float, quantile: str) -> Check:
     """pass only if the whole interval is within the limit, fail only if all of it is beyond."""
     value, interval = quantile_ms(measured, anchor_ms, quantile), quantile_ci_ms(measured, anchor_ms, quantile)
     name, rounds = f"latency {quantile}", len(measured.samples_ms)
     if value is None or interval is None:
-        return Check(name, float("nan"), limit_ms, "inconclusive", f"{rounds} samples are too few for {quantile}")
+        return Check(name, None, limit_ms, "inconclusive", f"{rounds} samples are too few for {quantile}")
     low, high = interval
     reason = f"95 % interval {low:.2f} to {high:.2f} ms from {rounds} rounds, limit {limit_ms:.2f} ms"
     return Check(name, value, limit_ms, verdict((low, high), limit_ms), reason)
@@ -89,7 +105,9 @@ def exit_code(checks: Iterable[Check]) -> int:
     return errors.INCONCLUSIVE if "inconclusive" in verdicts else errors.PASSED
 
 
-def validate_artifact(folder: Path, *, threads: int = 0, console: Console = SILENT) -> dict[str, Any]:
+def validate_artifact(
+    folder: Path, *, threads: int = 0, strict_clock: bool = False, console: Console = SILENT
+) -> dict[str, Any]:
     """Check a finished artifact again, on this machine: every file's hash, then the latency contract.
 
     The anchor is the artifact's own copy of the dense model (its weights mean nothing, its shapes do). On
@@ -116,12 +134,13 @@ def validate_artifact(folder: Path, *, threads: int = 0, console: Console = SILE
         clock.load("pruned", folder / manifest["entry"])
         measured = measure(clock, "dense", "pruned", request["quantile"])
     same = profile["device"] == device.fingerprint() and count == manifest["threads"]
-    now = float(np.median(measured.anchor_ms))
-    anchor_ms = profile["anchor_ms"][runtime] if same else now
     if same:
-        console.say(f"the device of the profile; it runs at {anchor_ms / now:.0%} of its speed then")
+        anchor_ms, _ = corrected(measured, profile["anchor_ms"][runtime], strict=strict_clock, console=console)
     else:
-        console.say(f"not the device of the profile: the dense model's latency here and now, {now:.2f} ms, counts")
+        anchor_ms = float(np.median(measured.anchor_ms))
+        console.say(
+            f"not the device of the profile: the dense model's latency here and now, {anchor_ms:.2f} ms, counts"
+        )
     check = latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])
     return {
         "artifact": str(folder),

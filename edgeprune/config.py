@@ -108,6 +108,7 @@ class Request:
     precision: str = "fp32"
     threads: int = 0  # 0 = all that this process may use
     seed: int = 0
+    strict_clock: bool = False  # take the machine as slow or fast as it now is: no correction for drift
 
 
 def shipped(kind: str) -> Path:
@@ -220,7 +221,8 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and not isinstance(hint, pytypes.GenericAlias) and type(value) is not hint:
-        raise UsageError(f"{where}: '{key}' must be a {hint.__name__}, not {value!r}")
+        kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+        raise UsageError(f"{where}: '{key}' must be {kinds.get(hint, hint.__name__)}, not {value!r}")
     return value
 
 

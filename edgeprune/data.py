@@ -6,6 +6,7 @@ goes to timm's `create_dataset` (`folder`, `torch/cifar10`, `hfds/...`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from edgeprune.compat import create_dataset, create_transform, resolve_model_data_config
 from edgeprune.config import DataSpec, ModelSpec
+from edgeprune.console import Console
 from edgeprune.errors import StorageError, UsageError
 
 MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
@@ -127,6 +129,13 @@ class Splits:
     seed: int
     source: str
 
+    def report(self, folder: Path, console: Console) -> None:
+        """Name the unreadable images met so far, and write them to `folder/unreadable.json` for the manifest."""
+        unreadable = {**self.train.corrupt, **self.calibration.corrupt, **self.evaluation.corrupt}
+        for name, reason in sorted(unreadable.items()):
+            console.warn(f"{name} cannot be read and is skipped: {reason}")
+        (folder / "unreadable.json").write_text(json.dumps(sorted(unreadable)))
+
     @property
     def facts(self) -> dict[str, Any]:
         """What the manifest records of the data."""
@@ -136,7 +145,6 @@ class Splits:
             "calibration": len(self.calibration),
             "evaluation": len(self.evaluation),
             "seed": self.seed,
-            "unreadable": sorted({*self.train.corrupt, *self.calibration.corrupt, *self.evaluation.corrupt}),
         }
 
 

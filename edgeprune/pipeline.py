@@ -71,7 +71,7 @@ PIPELINE = (
         "validate",
         validate.run,
         ("baseline", "profile", "finetune", "compile"),
-        ("quantile", "max_drop"),
+        ("quantile", "max_drop", "strict_clock"),
         per_latency=True,
     ),
 )
@@ -91,6 +91,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
     "quantile": lambda r: r.quantile,
     "max_drop": lambda r: r.max_drop,
+    "strict_clock": lambda r: r.strict_clock,
     "seed": lambda r: r.seed,
 }
 
@@ -106,6 +107,7 @@ class Done:
     folder: Path
     seconds: float
     cached: bool
+    digest: str  # of the key and the files: a stage that reads this one is stale when it was made anew
 
 
 def build(
@@ -128,7 +130,7 @@ def build(
     fresh: set[str] = set()  # keys run by this call: with --rebuild they still count as cached for the others
     for stage in PIPELINE:
         for one, finished in zip(families, done, strict=True):
-            key = stage_key(stage, one, {name: entry.key for name, entry in finished.items()})
+            key = stage_key(stage, one, {name: entry.digest for name, entry in finished.items()})
             where = f" for {one.latency.text}" if stage.per_latency and len(families) > 1 else ""
             finished[stage.name] = run_stage(
                 stage, one, key, finished, cache_dir, rebuild and key not in fresh, where, console
@@ -149,7 +151,7 @@ def run_until(
     preflight(request, cache_dir, cache_dir)
     finished: dict[str, Done] = {}
     for stage in PIPELINE:
-        key = stage_key(stage, request, {name: entry.key for name, entry in finished.items()})
+        key = stage_key(stage, request, {name: entry.digest for name, entry in finished.items()})
         finished[stage.name] = run_stage(stage, request, key, finished, cache_dir, rebuild, "", console)
         if stage.name == name:
             return finished[name]
@@ -162,9 +164,11 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
     keys: list[dict[str, str]] = [{} for _ in latencies]
     for stage in PIPELINE:
         for latency, known in zip(latencies, keys, strict=True):
-            known[stage.name] = stage_key(stage, replace(request, latency=latency), known)
+            key = stage_key(stage, replace(request, latency=latency), known)
+            record = _read_done(_folder(cache_dir, stage, key))
+            known[stage.name] = _digest(record) if record else key  # unknown yet: what reads it would run too
             label = latency.text if stage.per_latency else "every latency"
-            row = (stage.name, label, _read_done(_folder(cache_dir, stage, known[stage.name])) is not None)
+            row = (stage.name, label, record is not None)
             if row not in rows:
                 rows.append(row)
     return rows
@@ -185,7 +189,7 @@ def run_stage(
     record = None if force else _read_done(folder)
     if record is not None:
         console.stage(f"{stage.name}{where}: done before ({record['seconds']:.1f} s), nothing has changed")
-        return Done(stage.name, key, folder, record["seconds"], cached=True)
+        return Done(stage.name, key, folder, record["seconds"], cached=True, digest=_digest(record))
     console.stage(f"{stage.name}{where}")
     start = time.monotonic()
     read = {name: finished[name].folder for name in stage.reads}
@@ -195,9 +199,8 @@ def run_stage(
             stage.run(request, read, work, console)
             seconds = time.monotonic() - start
             files = {path.name: artifact.sha256(path) for path in sorted(work.iterdir())}
-            (work / "done.json").write_text(
-                json.dumps({"stage": stage.name, "key": key, "seconds": seconds, "files": files})
-            )
+            record = {"stage": stage.name, "key": key, "seconds": seconds, "files": files}
+            (work / "done.json").write_text(json.dumps(record))
             _replace(work, folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -207,11 +210,11 @@ def run_stage(
             f"finished stages are kept in '{cache_dir}'"
         ) from error
     console.say(f"{stage.name}: {seconds:.1f} s")
-    return Done(stage.name, key, folder, seconds, cached=False)
+    return Done(stage.name, key, folder, seconds, cached=False, digest=_digest(record))
 
 
-def preflight(request: Request, out: Path, cache_dir: Path) -> None:
-    """Refuse what can be refused before any work: names, target, weights, folders."""
+def check_request(request: Request) -> None:
+    """Refuse what can be refused before any work: names, target, precision, weights."""
     criteria.get(request.criterion)
     if request.runtime and request.runtime not in runtimes.names():
         raise unknown("runtime", request.runtime, runtimes.names())
@@ -225,6 +228,11 @@ def preflight(request: Request, out: Path, cache_dir: Path) -> None:
         )
     if request.weights is not None and not request.weights.is_file():
         raise UsageError(f"weights file '{request.weights}' does not exist; give a .safetensors or .pth file")
+
+
+def preflight(request: Request, out: Path, cache_dir: Path) -> None:
+    """`check_request`, and folders that cannot be written."""
+    check_request(request)
     for folder, option in ((out, "--out"), (cache_dir, "--cache-dir")):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -327,6 +335,11 @@ def _read_done(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError):
         return None
     return record if whole else None
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """sha256 over a finished stage's key and files."""
+    return hashlib.sha256(json.dumps([record["key"], record["files"]], sort_keys=True).encode()).hexdigest()
 
 
 def _replace(work: Path, folder: Path) -> None:

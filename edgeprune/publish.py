@@ -49,7 +49,7 @@ def artifact_name(request: Request) -> str:
 def publish(request: Request, done: Sequence[Done], folder: Path, environment: dict[str, Any]) -> Artifact:
     """Write the artifact directory beside its place and rename it; an unchanged one is left alone."""
     stages = {entry.name: entry for entry in done}
-    key = hashlib.sha256("".join(entry.key for entry in done).encode()).hexdigest()
+    key = hashlib.sha256("".join(entry.digest for entry in done).encode()).hexdigest()
     if (existing := _unchanged(folder, key)) is not None:
         return existing
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def make_manifest(
         },
         "accuracy": facts["accuracy"],
         "checks": facts["checks"],
-        "data": facts["data"],
+        "data": {**facts["data"], "unreadable": _unreadable(stages)},
         "preprocessing": dense["transforms"],
         "classes": dense["classes"],
         "shape": [[len(b.heads), len(b.neurons)] for b in planned.plan.blocks],
@@ -142,6 +142,12 @@ def make_manifest(
         "seed": request.seed,
         "stages": [{"name": e.name, "seconds": round(e.seconds, 3), "cached": e.cached} for e in stages.values()],
     }
+
+
+def _unreadable(stages: dict[str, Done]) -> list[str]:
+    """The images that any stage could not read."""
+    files = [stages[name].folder / "unreadable.json" for name in ("calibrate", "finetune", "validate")]
+    return sorted({name for path in files for name in json.loads(path.read_text())})
 
 
 def write_anchor(dense: Path, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +32,9 @@ def train(
     path = Path(out or f"{card.name}.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise StorageError(f"cannot write '{path}': {error.strerror}; choose another --out") from error

@@ -104,7 +104,7 @@ class Check:
     """One gate: a value, its limit and the verdict, with the reason in words."""
 
     name: str
-    value: float
+    value: float | None  # None when it could not be measured
     limit: float
     verdict: Verdict
     reason: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols: what matters is said below
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UsageError(f"'{path}' is not a safetensors file: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
@@ -202,7 +205,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     misfits += [f"{k} is unknown to the model" for k in state if k not in own]
     if misfits:
         more = f", and {len(misfits) - 4} more" if len(misfits) > 4 else ""
-        raise UsageError(f"the weights in '{source}' do not fit the architecture: {'; '.join(misfits[:4])}{more}")
+        raise UsageError(
+            f"the weights in '{source}' do not fit the architecture: {'; '.join(misfits[:4])}{more}; "
+            "give weights of this architecture, or change architecture and [kwargs] in the card"
+        )
     broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
     if broken:
         raise UsageError(f"the weights in '{source}' hold NaN or infinity in {', '.join(broken[:4])}")

@@ -8,6 +8,7 @@ import io
 import json
 import platform
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ logit_weight = 0.0
 token_weight = 0.0
 """
 
+#: The same with one block of one head: for tests that need a whole build and do not care of what.
+ONE = CARD.replace("depth = 3\nnum_heads = 3", "depth = 1\nnum_heads = 1").replace("small.", "one.")
+
 TARGET = f"""
 description = "whatever this machine is: one thread of ONNX Runtime"
 machine = ["{platform.machine()}"]
@@ -65,7 +69,7 @@ quantile = "p50"
 
 #: Measuring stops when the intervals are tight; these bound it on a noisy machine, in seconds.
 BUDGETS = {
-    "edgeprune.stages.profile.RACE_SECONDS": 1.0,
+    "edgeprune.stages.choose.RACE_SECONDS": 1.0,
     "edgeprune.stages.profile.TABLE_SECONDS": 4.0,
     "edgeprune.stages.prune.MEASURE_SECONDS": 3.0,
     "edgeprune.checks.SECONDS": 3.0,
@@ -105,11 +109,18 @@ def run(*arguments: object) -> Result:
 
     out, err = io.StringIO(), io.StringIO()
     code: Any = None
+
+    def show(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        if not issubclass(category, (DeprecationWarning, PendingDeprecationWarning, ResourceWarning)):
+            err.write(warnings.formatwarning(message, category, filename, lineno))
+
     with (
         mock.patch.object(sys, "argv", ["edgeprune", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
     ):
+        warnings.showwarning = show  # pytest would keep them to itself, and a user sees them
         try:
             cli.main()
         except SystemExit as stop:
@@ -150,11 +161,18 @@ class Workspace:
     def out(self) -> Path:
         return self.root / "artifacts"
 
-    def build(self, *arguments: object, cache: Path | None = None, out: Path | None = None) -> Result:
+    @property
+    def one(self) -> Path:
+        """A card of one block, with untrained weights."""
+        return self.root / "one.toml"
+
+    def build(
+        self, *arguments: object, card: Path | None = None, cache: Path | None = None, out: Path | None = None
+    ) -> Result:
         """`edgeprune build` of the small card for ONNX Runtime unless the arguments say otherwise."""
         own = [] if "--runtime" in arguments else ["--runtime", "onnxruntime"]
         with quick():
-            return run("build", self.card, "--target", self.target, "--cache-dir", cache or self.cache,
+            return run("build", card or self.card, "--target", self.target, "--cache-dir", cache or self.cache,
                        "--out", out or self.out, *own, *arguments)  # fmt: skip
 
 
@@ -166,6 +184,8 @@ def workspace(base: Path) -> Workspace:
     root = base / "small"
     root.mkdir()
     (root / "small.toml").write_text(CARD)
+    (root / "one.toml").write_text(ONE)
+    random_weights(root / "one.safetensors", depth=1, num_heads=1)
     (root / "here.toml").write_text(TARGET)
     torch.set_num_threads(1)
     weights = root / "small.safetensors"

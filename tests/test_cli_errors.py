@@ -287,7 +287,12 @@ def test_weights_that_do_not_fit_name_the_tensors(space: Workspace, tmp_path: Pa
 
 def test_weights_of_a_deeper_model_name_what_is_unknown(space: Workspace, tmp_path: Path) -> None:
     weights = small.random_weights(tmp_path / "deep.safetensors", depth=4)
-    check(build(space, tmp_path, **{"--weights": weights}), USAGE, "blocks.3.norm1.weight is unknown to the model")
+    check(
+        build(space, tmp_path, **{"--weights": weights}),
+        USAGE,
+        "blocks.3.attn.proj.bias is unknown to the model",
+        "more",
+    )
 
 
 def test_a_card_without_weights_wants_them(space: Workspace, tmp_path: Path) -> None:
@@ -306,11 +311,10 @@ def folder_card(space: Workspace, tmp_path: Path) -> Callable[..., Path]:
     """A card on an image folder, two classes, untrained weights."""
 
     def write(images: Path, classes: int = 2) -> Path:
-        small.random_weights(tmp_path / "two.safetensors", classes)
+        small.random_weights(tmp_path / "two.safetensors", classes, depth=2, num_heads=1)
         card = tmp_path / "two.toml"
-        text = small.CARD.replace("small.safetensors", "two.safetensors").replace(
-            '"digits"', f'"folder"\ndir = "{images}"'
-        )
+        text = small.ONE.replace("one.safetensors", "two.safetensors").replace("depth = 1", "depth = 2")
+        text = text.replace('"digits"', f'"folder"\ndir = "{images}"')
         card.write_text(
             text.replace("num_classes = 10", f"num_classes = {classes}").replace("images = 64", "images = 32")
         )
@@ -361,20 +365,26 @@ def corrupt(images: Path, part: str, count: int) -> list[Path]:
 def test_one_corrupt_image_of_hundreds_is_named_and_the_build_goes_on(
     space: Workspace, tmp_path: Path, image_folder: Callable[..., Path], folder_card: Callable[..., Path]
 ) -> None:
-    """One that is trained on, one that is judged on: both are in the manifest, and said."""
+    """One to calibrate on, one to tune on, one to judge on: all are said, and in the manifest."""
+    from edgeprune import config, data, vit
+
     images = image_folder(per_class=110)
-    bad = [*corrupt(images, "train", 1), *corrupt(images, "validation", 1)]
+    card = config.load_card(str(folder_card(images)))
+    network = vit.create(card.architecture, card.kwargs, card.num_classes)
+    splits = data.load_splits(card, data.transform_config(card, network), seed=0)
+    bad = []
+    for part in (splits.calibration, splits.train, splits.evaluation):
+        bad.append(Path(part.source.reader.filename(int(part.indices[0]), absolute=True)))
+        bad[-1].write_bytes(bad[-1].read_bytes()[:100])
+    command = build(space, tmp_path, card=tmp_path / "two.toml", **{"--latency": "60%"})
     with small.quick():
-        built = small.run(
-            *build(space, tmp_path, card=folder_card(images), **{"--latency": "1000ms"}), "--format", "json"
-        )
-    assert built.code == errors.PASSED, built.err
+        built = small.run(*command, "--format", "json")
+    assert built.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), built.err
     [artifact] = built.document["artifacts"]
     assert artifact["manifest"]["accuracy"]["images"] == 219
-    assert str(bad[1]) in artifact["manifest"]["data"]["unreadable"]
+    assert artifact["manifest"]["data"]["unreadable"] == sorted(map(str, bad))
     for path in bad:
         assert path.name in built.err, "an image that is skipped is named"
-    assert artifact["manifest"]["data"]["unreadable"] == sorted(str(path) for path in bad)
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])
@@ -488,8 +498,8 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds worker processes in /proc")
 def test_ctrl_c_ends_with_130_and_the_same_command_resumes(space: Workspace, tmp_path: Path) -> None:
-    command = [*build(space, tmp_path, **{"--latency": "1000ms"}), "--format", "json"]
-    endless = "import edgeprune.stages.profile as p; p.TABLE_SECONDS = 600; import edgeprune.latency.clock as c; c.WARM_RUNS = 10**9; "
+    command = [*build(space, tmp_path, card=space.one, **{"--latency": "1000ms"}), "--format", "json"]
+    endless = "import edgeprune.latency.clock as clock; clock.FEWEST_ROUNDS = 10**9; "
     process = subprocess.Popen(
         [sys.executable, "-c", endless + "from edgeprune.cli import main; main()", *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
@@ -502,9 +512,8 @@ def test_ctrl_c_ends_with_130_and_the_same_command_resumes(space: Workspace, tmp
     reader.start()
     try:
         wait_for(
-            lambda: any("grid: " in line for line in lines) or process.poll() is not None, 120, "the profile stage"
+            lambda: any("threads: " in line for line in lines) or process.poll() is not None, 120, "the profile stage"
         )
-        # Only the table's own worker lives this long: the runtimes' race is over, exports run in the process.
         wait_for(lambda: children(process.pid) or process.poll() is not None, 120, "the measuring worker")
         time.sleep(0.5)
         workers = children(process.pid)
@@ -525,12 +534,16 @@ def test_ctrl_c_ends_with_130_and_the_same_command_resumes(space: Workspace, tmp
     wait_for(lambda: not any(map(alive, workers)), 10, "the worker to end")
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "cache").iterdir()] == ["baseline"]
     assert not list((tmp_path / "out").iterdir())
-    with small.quick():
-        resumed = small.run(*command)
-    assert resumed.code == errors.PASSED, resumed.err
-    [artifact] = resumed.document["artifacts"]
+    # Native libraries write to the file descriptor itself: only a process of its own shows that stdout is JSON alone.
+    resumed = subprocess.run(
+        [sys.executable, "-c", small.QUICK, *map(str, command)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "CI": "1"},
+    )  # fmt: skip
+    assert resumed.returncode == errors.PASSED, resumed.stderr
+    assert "\x1b" not in resumed.stderr
+    [artifact] = small.strict_json(resumed.stdout)["artifacts"]
     assert [s["name"] for s in artifact["manifest"]["stages"] if s["cached"]] == ["baseline"]
-    assert (tmp_path / "out" / "small-here-1000ms" / "manifest.json").is_file()
+    assert (tmp_path / "out" / "one-here-1000ms" / "manifest.json").is_file()
 
 
 # Defects ------------------------------------------------------------------------------------

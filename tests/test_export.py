@@ -20,7 +20,8 @@ from onnx import numpy_helper
 from edgeprune import vit
 from edgeprune.console import SILENT
 from edgeprune.errors import EdgepruneError
-from edgeprune.stages import export, profile, simplify
+from edgeprune.stages import export, simplify
+from edgeprune.stages import shapes as stage_shapes
 from edgeprune.types import BlockPlan, Plan
 
 PLANS = {
@@ -144,7 +145,7 @@ def test_a_simplification_that_is_not_confirmed_is_refused(
 @pytest.fixture(scope="module")
 def shapes(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("shapes")
-    return profile.shape_models(dense, (0, 16, 40, 64, 96), folder, SILENT)
+    return stage_shapes.shape_models(dense, (0, 16, 40, 64, 96), folder, SILENT)
 
 
 def test_shape_models_are_one_per_shape_but_the_dense_one(shapes: dict[str, Path]) -> None:
@@ -158,7 +159,7 @@ def test_a_cut_model_is_like_one_exported_at_that_width(
     shapes: dict[str, Path], dense: Any, tmp_path: Path, width: int
 ) -> None:
     direct = tmp_path / "direct.onnx"
-    profile._export(dense, (3, width), vit.anatomy(dense), direct)
+    stage_shapes._export(dense, (3, width), vit.anatomy(dense), direct)
     cut, want = onnx.load(shapes[f"neurons{width}"]), onnx.load(direct)
     assert operators(cut) == operators(want)
     assert weight_shapes(cut) == weight_shapes(want)
@@ -177,14 +178,14 @@ def test_shape_models_run_and_compute(shapes: dict[str, Path], dense: Any, make_
 def test_a_marker_that_is_also_a_value_is_refused() -> None:
     graph = onnx.GraphProto(initializer=[numpy_helper.from_array(np.array([1, 89], dtype=np.int64), "shape")])
     with pytest.raises(ValueError, match="'shape' holds the marker width 89"):
-        profile.cut(onnx.ModelProto(graph=graph), 89, 16)
+        stage_shapes.cut(onnx.ModelProto(graph=graph), 89, 16)
 
 
 def test_cut_does_not_pretend_to_a_width_above_the_marker() -> None:
     """There is nothing to cut it from: the table would list a time for a width that was never run."""
     graph = onnx.GraphProto(initializer=[numpy_helper.from_array(np.zeros((89, 4), dtype=np.float32), "weight")])
     with pytest.raises(ValueError):
-        profile.cut(onnx.ModelProto(graph=graph), 89, 96)
+        stage_shapes.cut(onnx.ModelProto(graph=graph), 89, 96)
 
 
 @pytest.mark.parametrize("step", [8, 16])
@@ -192,7 +193,7 @@ def test_cut_does_not_pretend_to_a_width_above_the_marker() -> None:
 def test_the_marker_is_a_prime_that_is_no_other_size_and_not_below_the_grid(width: int, step: int) -> None:
     for neurons in {width // 2 * k for k in range(2, 10)}:
         sizes = vit.Anatomy(2, 3, width // 3, neurons, width, 197, (3, 224, 224), 1000)
-        marker = profile.marker_width(sizes)
+        marker = stage_shapes.marker_width(sizes)
         assert all(marker % d for d in range(2, marker)) and marker < neurons
         assert marker not in (197, 196, width, 3 * width, 1000, 3, 224)
         assert marker >= vit.neuron_grid(neurons, step)[-2]
@@ -200,4 +201,4 @@ def test_the_marker_is_a_prime_that_is_no_other_size_and_not_below_the_grid(widt
 
 def test_a_marker_avoids_the_sizes_that_are_prime() -> None:
     sizes = vit.Anatomy(2, 3, 16, 200, 199, 197, (3, 224, 224), 193)
-    assert profile.marker_width(sizes) == 191
+    assert stage_shapes.marker_width(sizes) == 191

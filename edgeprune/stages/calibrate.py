@@ -49,6 +49,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         tensors[f"{block}.{kind}.mean"] = own.mean
         tensors[f"{block}.{kind}.hessian"] = obs.damped(own.covariance)
     save_file(tensors, out / "moments.safetensors")
+    dense.splits.report(out, console)
 
 
 def read_levels(folder: Path, blocks: int) -> list[Levels]:

@@ -65,6 +65,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             student.load_state_dict(untuned)
             console.warn("tuning brought the model no closer to the dense one; the untuned weights are kept")
     save_file({k: v.contiguous() for k, v in student.state_dict().items()}, out / "model.safetensors")
+    dense.splits.report(out, console)
     (out / "finetune.json").write_text(
         json.dumps({"divergence_before": before, "divergence_after": after, "epochs": recipe.epochs})
     )

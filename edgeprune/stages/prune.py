@@ -23,7 +23,7 @@ from edgeprune.errors import Infeasible
 from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.solve import solve
-from edgeprune.stages import baseline, calibrate, export, profile, simplify
+from edgeprune.stages import baseline, calibrate, choose, export, profile, simplify
 from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Shape, to_json
 
 AIM = 0.98  # of the limit: room for the measurement's own interval
@@ -115,15 +115,16 @@ def search(
     seen: dict[Shape, float] = {}
     budget = AIM * limit
     low, high = lowest, table.dense_ms  # budgets known to be met, known to be too large
-    with Clock(
-        table.runtime, precision=table.precision, threads=table.threads, max_isa=profile.cap(request), seed=request.seed
-    ) as clock:
+    with choose.clock(request, table.runtime, table.threads) as clock:
         clock.load("dense", anchor)
         for attempt in range(1, ATTEMPTS + 1):
             plan = solve_plan(levels, table, budget)
             predicted = table.predict_ms(plan.shape)
             if plan.shape in seen:
-                break
+                if best is not None or predicted <= lowest:
+                    break
+                high = budget = predicted * (1 - 1e-9)  # the table's steps are coarse: the next cheaper plan
+                continue
             measured, ci = measure(clock, dense, plan, request, table)
             seen[plan.shape] = measured
             tries.append(

@@ -17,9 +17,8 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.errors import UsageError
-from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import latency_ms
-from edgeprune.stages import baseline, profile
+from edgeprune.stages import baseline, choose, profile
 
 BATCH = 64
 
@@ -31,20 +30,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     compiled = artifact.read_json(read["compile"] / "compile.json")
     runtime = compiled["runtime"]
     anchor_ms = document["anchor_ms"][runtime]
-    with Clock(
-        runtime, precision=table.precision, threads=table.threads, max_isa=profile.cap(request), seed=request.seed
-    ) as clock:
+    with choose.clock(request, runtime, table.threads) as clock:
         clock.load("dense", read["baseline"] / "dense.onnx")
         clock.load("pruned", read["compile"] / compiled["entry"])
         console.say(f"timing {runtime}, turn by turn with the dense model")
         measured = checks.measure(clock, "dense", "pruned", request.quantile)
         images = dense.splits.evaluation
         accuracy = checks.accuracy(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
-    drift = float(np.median(measured.anchor_ms)) / anchor_ms - 1
-    if abs(drift) > 0.05:
-        console.say(
-            f"the machine runs {abs(drift):.0%} {'slower' if drift > 0 else 'faster'} than when it was profiled; latencies are corrected"
-        )
+    anchor_ms, drift = checks.corrected(measured, anchor_ms, strict=request.strict_clock, console=console)
     gates = [checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)]
     if request.max_drop is not None:
         gates.append(checks.accuracy_check(accuracy, request.max_drop))
@@ -65,6 +58,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "worker": clock.info,
     }  # fmt: skip
     (out / "validation.json").write_text(json.dumps(facts, indent=1))
+    dense.splits.report(out, console)
     np.savez_compressed(out / "validation.npz", pruned=measured.samples_ms, dense=measured.anchor_ms)
 
 

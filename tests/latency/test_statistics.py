@@ -61,6 +61,8 @@ def test_tails_are_corrected_for_drift_since_the_profile() -> None:
     assert low < p90 < high
 
 
-@pytest.mark.parametrize(("ci", "expected"), [((8, 9), "pass"), ((9, 10), "pass"), ((9, 11), "inconclusive"), ((10.1, 11), "fail")])
+@pytest.mark.parametrize(
+    ("ci", "expected"), [((8, 9), "pass"), ((9, 10), "pass"), ((9, 11), "inconclusive"), ((10.1, 11), "fail")]
+)
 def test_verdict(ci: tuple[float, float], expected: str) -> None:
     assert statistics.verdict(ci, 10) == expected

@@ -22,7 +22,8 @@ def write_model(path: Path, batch: int | str = 1) -> Path:
     """Two linear layers with a ReLU, 32 -> 64 -> 10."""
     rng = np.random.default_rng(0)
     weights = [
-        onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in (("w", (32, 64)), ("v", (64, 10)))
+        onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        for name, shape in (("w", (32, 64)), ("v", (64, 10)))
     ]
     h = onnx.helper
     nodes = [
