@@ -106,6 +106,9 @@ class Images(Dataset[Any]):
     def take(self, count: int) -> Images:
         return Images(self.source, self.indices[:count], self.transform, self.what, self.corrupt)
 
+    def drop(self, count: int) -> Images:
+        return Images(self.source, self.indices[count:], self.transform, self.what, self.corrupt)
+
 
 class _Order(Sampler[int]):
     def __init__(self, order: np.ndarray) -> None:

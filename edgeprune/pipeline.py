@@ -7,7 +7,9 @@ code of edgeprune and the versions of the libraries; a finished folder is never 
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -255,30 +257,58 @@ def default_cache_dir() -> Path:
 def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
     """sha256 over all that the stage's result depends on."""
     asked = {name: to_json(ASKS[name](request)) for name in stage.asks}
+    code = code_key(stage.run.__module__)
+    if "criterion" in stage.asks:
+        code += code_key(f"edgeprune.criteria.{request.criterion}")
     parts = {
         "stage": stage.name,
         "asks": asked,
         "reads": [keys[name] for name in stage.reads],
-        "code": code_key(),
+        "code": code,
         "versions": versions(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-#: Files that only show or carry results: editing them makes no finished stage stale.
-PRESENTATION = ("cli.py", "api.py", "console.py", "publish.py", "report", "__main__.py")
+#: Modules that no import statement names: the worker is a process, runtimes are found by name.
+BY_NAME = {
+    "edgeprune.latency.clock": ["edgeprune.latency.worker"],
+    "edgeprune.runtimes": [f"edgeprune.runtimes.{name}" for name in runtimes.names()],
+}
 
 
 @cache
-def code_key() -> str:
-    """sha256 of edgeprune's own source, as far as it decides results."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        if path.relative_to(package).parts[0] in PRESENTATION:
+def code_key(module: str) -> str:
+    """sha256 of the source of a module of edgeprune and of all that it imports from edgeprune."""
+    seen: dict[str, bytes] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        spec = importlib.util.find_spec(name)
+        if name in seen or spec is None or spec.origin is None:
             continue
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return digest.hexdigest()
+        seen[name] = Path(spec.origin).read_bytes()
+        waiting += BY_NAME.get(name, [])
+        waiting += [found for found in _imports(ast.parse(seen[name])) if found.startswith("edgeprune.")]
+    return hashlib.sha256(b"".join(name.encode() + seen[name] for name in sorted(seen))).hexdigest()
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    """Modules that the source may import: `from a import b` may mean module a or module a.b."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module.startswith("edgeprune"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names if _is_module(node.module, alias.name)}
+    return found
+
+
+def _is_module(package: str, name: str) -> bool:
+    folder = Path(__file__).parent.joinpath(*package.split(".")[1:])
+    return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
 
 
 @cache
@@ -300,7 +330,7 @@ def environment() -> dict[str, Any]:
     from edgeprune import __version__
 
     return {
-        "edgeprune": __version__, "code": code_key()[:16], "python": platform.python_version(), "system": platform.platform(),
+        "edgeprune": __version__, "code": code_key(__name__)[:16], "python": platform.python_version(), "system": platform.platform(),
         "device": device.fingerprint(), "versions": versions(),
     }  # fmt: skip
 

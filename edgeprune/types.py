@@ -62,8 +62,9 @@ Shape = tuple[tuple[int, int], ...]
 class Measurement:
     """A candidate and the anchor, timed in the same rounds in random order.
 
-    Shapes: `samples_ms` and `anchor_ms` are `[rounds]`, row i of both from round i.
-    `ratio` is the median of per-round ratios; `ratio_ci` its 95 % bootstrap interval.
+    Shapes: `samples_ms` and `anchor_ms` are `[rounds that count]`, row i of both from the same round.
+    `ratio` is the median of per-round ratios; `ratio_ci` its 95 % bootstrap interval. Rounds in which
+    the machine was disturbed do not count, unless it was never calm: then all do and `calm` is False.
     """
 
     name: str
@@ -71,6 +72,8 @@ class Measurement:
     anchor_ms: FloatArray
     ratio: float
     ratio_ci: tuple[float, float]
+    raw_ms: FloatArray  # [2, all rounds]: candidate and anchor, in order of time
+    calm: bool = True
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ from edgeprune.types import Measurement
 #: Rounds that are run even when the time budget is over: fewer say nothing.
 FEWEST_ROUNDS = 9
 WARM_RUNS = 40
+#: How many times its time budget a measurement may take where the machine is disturbed.
+PATIENCE = 4
 #: The share of the budget that warming up may take.
 WARM_SHARE = 0.2
 PREDICT_CHUNK = 64
@@ -130,6 +132,7 @@ class Clock:
         min_rounds: int = 40,
         max_rounds: int = 1000,
         budget_s: float = 60.0,
+        quiet_ms: float | None = None,
         on_round: Callable[[int, float], None] | None = None,
     ) -> dict[str, Measurement]:
         """Time loaded models turn by turn with the loaded `anchor`; see `race`."""
@@ -141,6 +144,7 @@ class Clock:
             min_rounds=min_rounds,
             max_rounds=max_rounds,
             budget_s=budget_s,
+            quiet_ms=quiet_ms,
             seed=self.seed,
             on_round=on_round,
         )
@@ -233,6 +237,7 @@ def race(
     min_rounds: int = 40,
     max_rounds: int = 1000,
     budget_s: float = 60.0,
+    quiet_ms: float | None = None,
     seed: int = 0,
     on_round: Callable[[int, float], None] | None = None,
 ) -> list[Measurement]:
@@ -241,6 +246,8 @@ def race(
     Rounds go on until the half-width of every 95 % interval is at most `ci` of its ratio (0.01 = ± 1 %),
     after `min_rounds` at least, or until `max_rounds` or `budget_s` (warming up included) is over; 9
     rounds are always run. `on_round(rounds, seconds)` is called after each round.
+    With `quiet_ms`, the anchor's quiet latency, only rounds as calm as that count, and a machine that is
+    disturbed is given up to `PATIENCE` times the budget to calm down.
     Returns a Measurement per entry in order; the anchor's own ratio is 1.
     """
     for clock, name in entries:
@@ -252,7 +259,8 @@ def race(
     names = [name for _, name in entries]
     rows: list[list[float]] = []
     next_look = max(min_rounds, FEWEST_ROUNDS)
-    while len(rows) < max(max_rounds, FEWEST_ROUNDS):
+    calm = 0
+    while calm < max(max_rounds, FEWEST_ROUNDS):
         row = [math.nan] * len(entries)
         order = rng.permutation(len(entries)).tolist()
         # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
@@ -265,14 +273,21 @@ def race(
         seconds = time.monotonic() - began
         if on_round is not None:
             on_round(len(rows), seconds)
-        if len(rows) >= FEWEST_ROUNDS and seconds >= budget_s:
+        calm = len(rows) if quiet_ms is None else calm_count([row[anchor] for row in rows], quiet_ms)
+        patience_s = budget_s * (1 if calm >= min_rounds else PATIENCE)
+        if len(rows) >= FEWEST_ROUNDS and seconds >= (budget_s if quiet_ms is None else patience_s):
             break
-        if len(rows) >= next_look:
-            measured = statistics.summarise(names, np.array(rows).T, anchor, seed)
+        if calm >= next_look:
+            measured = statistics.summarise(names, np.array(rows).T, anchor, seed, quiet_ms)
             if all(statistics.half_width(measurement) <= ci for measurement in measured):
                 return measured
-            next_look = math.ceil(len(rows) * 1.1)  # looking costs a bootstrap per candidate
-    return statistics.summarise(names, np.array(rows).T, anchor, seed)
+            next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
+    return statistics.summarise(names, np.array(rows).T, anchor, seed, quiet_ms)
+
+
+def calm_count(anchor_ms: list[float], quiet_ms: float) -> int:
+    """How many of the rounds so far count."""
+    return int(statistics.calm_rounds(np.array(anchor_ms), quiet_ms).sum())
 
 
 def _environment() -> dict[str, str]:

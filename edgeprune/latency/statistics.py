@@ -10,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.types import FloatArray, Measurement, Verdict
 
 RESAMPLES = 1000
 #: Samples below which a tail quantile is not reported (MLPerf's early-stopping rule at 99 % confidence).
 MIN_SAMPLES = {"p90": 64, "p99": 662}
+#: A round is calm when the anchor's running median is at most this share above its quiet latency.
+CALM = 0.06
+CALM_WINDOW = 7  # rounds
+#: Calm rounds below which they do not speak for themselves.
+FEWEST_CALM = 20
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
@@ -32,33 +38,59 @@ def bootstrap_median_ci(values: FloatArray, seed: int = 0, resamples: int = RESA
     return interval
 
 
-def summarise(names: Sequence[str], samples_ms: FloatArray, anchor: int, seed: int = 0) -> list[Measurement]:
-    """One Measurement per row of `samples_ms` `[candidates, rounds]`; row `anchor` is the anchor."""
-    ratios = samples_ms / samples_ms[anchor]
+def summarise(
+    names: Sequence[str], samples_ms: FloatArray, anchor: int, seed: int = 0, quiet_ms: float | None = None
+) -> list[Measurement]:
+    """One Measurement per row of `samples_ms` `[candidates, rounds]`; row `anchor` is the anchor.
+
+    quiet_ms: the anchor's quiet latency; only rounds as calm as that count. None = all rounds count.
+    """
+    mask = np.ones(samples_ms.shape[1], dtype=bool)
+    if quiet_ms is not None:
+        mask = calm_rounds(samples_ms[anchor], quiet_ms)
+    calm = quiet_ms is None or int(mask.sum()) >= FEWEST_CALM
+    counted = samples_ms[:, mask] if calm else samples_ms
+    ratios = counted / counted[anchor]
     intervals = bootstrap_median_ci(ratios, seed)
     return [
         Measurement(
             name=name,
-            samples_ms=samples_ms[i].copy(),
-            anchor_ms=samples_ms[anchor].copy(),
+            samples_ms=counted[i].copy(),
+            anchor_ms=counted[anchor].copy(),
             ratio=float(np.median(ratios[i])),
             ratio_ci=(float(intervals[i, 0]), float(intervals[i, 1])),
+            raw_ms=samples_ms[[i, anchor]],
+            calm=calm,
         )
         for i, name in enumerate(names)
     ]
 
 
-def quiet_ms(samples_ms: FloatArray, windows: int = 8) -> tuple[float, str]:
-    """The sustained quiet latency: the median over the quieter half of the time, and that in words.
+def calm_rounds(anchor_ms: FloatArray, quiet_ms: float) -> NDArray[np.bool_]:
+    """Which rounds `[rounds]` were as calm as the profile's: the anchor's running median is near `quiet_ms`.
+
+    A disturbed machine does not slow all models alike: what another tenant takes from a shared core is
+    paid per synchronisation, so a small model pays more than its share and ratios shift. The median over
+    neighbouring rounds tells such stretches from a single slow run, and does not favour lucky anchors.
+    """
+    half = CALM_WINDOW // 2
+    padded = np.pad(anchor_ms, half, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
+    mask: NDArray[np.bool_] = np.median(windows, axis=1) <= (1 + CALM) * quiet_ms
+    return mask
+
+
+def quiet_ms(samples_ms: FloatArray, windows: int = 16) -> tuple[float, str]:
+    """The sustained quiet latency: the median over the quietest quarter of the time, and that in words.
 
     samples_ms: `[rounds]` in order of time. Load from elsewhere comes in stretches; a few lucky rounds are
-    not sustained, and a minimum is fragile. So the rounds are cut into stretches, and the half of them
-    with the lower medians counts.
+    not sustained, and a minimum is fragile. So the rounds are cut into stretches, and the quarter of them
+    with the lowest medians counts.
     """
     stretches = np.array_split(samples_ms, min(windows, len(samples_ms)))
-    quiet = sorted(stretches, key=lambda part: float(np.median(part)))[: (len(stretches) + 1) // 2]
+    quiet = sorted(stretches, key=lambda part: float(np.median(part)))[: (len(stretches) + 3) // 4]
     rounds = sum(len(part) for part in quiet)
-    how = f"the median of the {rounds} rounds in the quieter {len(quiet)} of {len(stretches)} stretches of time"
+    how = f"the median of the {rounds} rounds in the quietest {len(quiet)} of {len(stretches)} stretches of time"
     return float(np.median(np.concatenate(quiet))), how
 
 

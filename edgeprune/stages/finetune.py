@@ -30,6 +30,7 @@ from edgeprune.data import Images, train_transform
 from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 
+CHECK_IMAGES = 256
 CACHE_BYTES = 2 << 30  # teacher outputs above this size are computed again in every epoch
 
 
@@ -40,7 +41,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     student = artifact.rebuild(planned, read["prune"] / "pruned.safetensors")
     recipe = request.card.finetune
     shutil.copyfile(read["prune"] / "plan.json", out / "plan.json")
-    before = divergence(student, dense.model, dense.splits.calibration, recipe.batch_size)
+    check, train = divide(dense.splits.train)
+    before = divergence(student, dense.model, check, recipe.batch_size)
     untuned = {k: v.clone() for k, v in student.state_dict().items()}
     after = before
     if planned.plan == vit.dense_plan(dense.sizes):
@@ -50,16 +52,17 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     else:
         fit(
             student,
-            dense.splits.train,
+            train,
             recipe,
             dense.transforms,
             teacher=dense.model,
             seed=request.seed,
             console=console,
         )
-        after = divergence(student, dense.model, dense.splits.calibration, recipe.batch_size)
+        after = divergence(student, dense.model, check, recipe.batch_size)
         console.say(
-            f"divergence from the dense model on the calibration images: {before:.4f} nats before, {after:.4f} after tuning"
+            f"divergence from the dense model on {len(check)} images kept out of tuning: "
+            f"{before:.4f} nats before, {after:.4f} after"
         )
         if not after < before:
             student.load_state_dict(untuned)
@@ -69,6 +72,15 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     (out / "finetune.json").write_text(
         json.dumps({"divergence_before": before, "divergence_after": after, "epochs": recipe.epochs})
     )
+
+
+def divide(images: Images) -> tuple[Images, Images]:
+    """(check, train): a tenth of the training images, at most `CHECK_IMAGES`, judges the tuning and takes no part in it.
+
+    The calibration images cannot: the survivors were re-fitted on them.
+    """
+    count = min(CHECK_IMAGES, max(1, len(images) // 10))
+    return images.take(count), images.drop(count)
 
 
 @torch.no_grad()

@@ -162,9 +162,9 @@ def measure(
         simplify.simplify(exported, path)
         clock.load("candidate", path)
         rounds = MIN_ROUNDS[request.quantile]
-        measured = clock.measure(["candidate"], "dense", ci=0.004, min_rounds=rounds, budget_s=MEASURE_SECONDS)[
-            "candidate"
-        ]
+        measured = clock.measure(
+            ["candidate"], "dense", ci=0.004, min_rounds=rounds, budget_s=MEASURE_SECONDS, quiet_ms=table.dense_ms
+        )["candidate"]
         clock.unload("candidate")
     value = quantile_ms(measured, table.dense_ms, request.quantile)
     interval = quantile_ci_ms(measured, table.dense_ms, request.quantile)
