@@ -129,15 +129,15 @@ def build(
     preflight(request, out, cache_dir)
     families = [replace(request, latency=latency) for latency in latencies]
     done: list[dict[str, Done]] = [{} for _ in families]
-    fresh: set[str] = set()  # keys run by this call: with --rebuild they still count as cached for the others
+    made: dict[str, Done] = {}  # by key: what several latencies share is done once
     for stage in PIPELINE:
         for one, finished in zip(families, done, strict=True):
             key = stage_key(stage, one, {name: entry.digest for name, entry in finished.items()})
+            if key in made:
+                finished[stage.name] = replace(made[key], cached=True)
+                continue
             where = f" for {one.latency.text}" if stage.per_latency and len(families) > 1 else ""
-            finished[stage.name] = run_stage(
-                stage, one, key, finished, cache_dir, rebuild and key not in fresh, where, console
-            )
-            fresh.add(key)
+            made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, rebuild, where, console)
     artifacts = []
     for one, finished in zip(families, done, strict=True):
         folder = out / publish.artifact_name(one)

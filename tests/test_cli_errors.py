@@ -155,7 +155,7 @@ def test_options_that_click_refuses_are_one_json_document_too(space: Workspace) 
         ("batch_size = 32\nlearning_rate = 1e-3", "batch = 32", "[finetune]: unknown key 'batch'; did you mean 'batch_size'?"),
         ('architecture = "vit_tiny_patch16_224"\n', "", "the key 'architecture' is missing"),
         ('name = "digits"\n', "", "[data]: the key 'name' is missing"),
-        ("num_classes = 10", 'num_classes = "ten"', "'num_classes' must be a int, not 'ten'"),
+        ("num_classes = 10", 'num_classes = "ten"', "'num_classes' must be a whole number, not 'ten'"),
         ("num_classes = 10", "num_classes =", "is not valid TOML"),
         ('"vit_tiny_patch16_224"', '"vit_tiny_patch61_224"', "unknown model 'vit_tiny_patch61_224'; did you mean 'vit_tiny_patch16_224'?"),
         ("embed_dim = 48", "embed_dmi = 48", "timm cannot make 'vit_tiny_patch16_224'"),

@@ -181,7 +181,7 @@ def test_one_unreadable_image_among_many_is_noted(image_folder: Callable[..., Pa
     assert sum(len(labels) for _, labels in batches) == 201
     assert sum(int((labels == 1).sum()) for _, labels in batches) == 100  # timm would show its neighbour instead
     assert list(splits.evaluation.corrupt) == [str(bad)]
-    assert splits.facts["unreadable"] == [str(bad)]
+    assert list(splits.evaluation.corrupt) == [str(bad)]
     list(splits.evaluation.batches(50))  # a second pass does not count it twice
     assert len(splits.evaluation.corrupt) == 1
 
@@ -192,7 +192,7 @@ def test_notes_are_shared_by_other_views_of_the_same_images(image_folder: Callab
     splits = folder(where)
     view = splits.evaluation.with_transform(data.eval_transform(CONFIG, 16))
     assert {tuple(x.shape[1:]) for x, _ in view.batches(5)} == {(3, 16, 16)}
-    assert len(splits.evaluation.corrupt) == 1 == len(splits.facts["unreadable"])
+    assert len(splits.evaluation.corrupt) == 1
 
 
 # Batches ------------------------------------------------------------------------------------

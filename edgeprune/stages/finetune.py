@@ -31,6 +31,8 @@ from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 
 CHECK_IMAGES = 256
+WORSE = 2  # times the divergence before; smaller differences are within what few check images can tell
+NEGLIGIBLE = 1e-3  # nats; AdamW's first steps alone move a model further than that
 CACHE_BYTES = 2 << 30  # teacher outputs above this size are computed again in every epoch
 
 
@@ -49,6 +51,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         console.say("nothing was pruned: no tuning")
     elif sum(recipe.epochs) <= 0:
         console.say("no tuning: 0 epochs were asked for")
+    elif before < NEGLIGIBLE:
+        console.say(
+            f"no tuning: on {len(check)} unseen images the pruned model diverges from the dense one by {before:.1e} nats, "
+            f"less than {NEGLIGIBLE:.0e}; there is nothing to recover"
+        )
     else:
         fit(
             student,
@@ -64,9 +71,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             f"divergence from the dense model on {len(check)} images kept out of tuning: "
             f"{before:.4f} nats before, {after:.4f} after"
         )
-        if not after < before:
+        if not after < WORSE * before:
             student.load_state_dict(untuned)
-            console.warn("tuning brought the model no closer to the dense one; the untuned weights are kept")
+            console.warn(f"tuning made the model diverge more than {WORSE} times as much; the untuned weights are kept")
     save_file({k: v.contiguous() for k, v in student.state_dict().items()}, out / "model.safetensors")
     dense.splits.report(out, console)
     (out / "finetune.json").write_text(

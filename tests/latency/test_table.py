@@ -15,7 +15,9 @@ from edgeprune.types import LatencyTable, Measurement
 
 def measured(ms: float, dense_ms: float = 12.0, rounds: int = 50) -> Measurement:
     ratio = ms / dense_ms
-    return Measurement("m", np.full(rounds, ms), np.full(rounds, dense_ms), ratio, (ratio, ratio), np.full((2, rounds), ms))
+    return Measurement(
+        "m", np.full(rounds, ms), np.full(rounds, dense_ms), ratio, (ratio, ratio), np.full((2, rounds), ms)
+    )
 
 
 def table(attn: dict[int, float], mlp: dict[int, float]) -> LatencyTable:
