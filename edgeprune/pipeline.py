@@ -1,8 +1,8 @@
 """The pipeline: what a build does, in order; caching, resuming, and the finished artifact.
 
 Read `PIPELINE` first. A stage is a function that reads the folders of earlier stages and writes a new
-folder. Its cache key is made of what it asks of the request, the keys of the stages it reads, the
-code of edgeprune and the versions of the libraries; a finished folder is never touched again.
+folder. Its cache key is made of what it asks of the request, the files of the stages it reads, its own
+code and the versions of the libraries; a finished folder is never touched again.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "runtime": lambda r: r.runtime,
     "precision": lambda r: r.precision,
     "threads": lambda r: r.threads,
-    "device": lambda r: device.fingerprint(),
+    "device": lambda r: (
+        device.fingerprint(),
+        device.governor(),
+        device.usable_threads(r.threads or r.target.threads)[0],
+    ),
     "criterion": lambda r: r.criterion,
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
     "quantile": lambda r: r.quantile,
