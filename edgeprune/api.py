@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from edgeprune import config
 from edgeprune.config import ModelSpec, Request
 from edgeprune.console import SILENT, Console
-from edgeprune.errors import UsageError
+from edgeprune.errors import StorageError, UsageError
+from edgeprune.extras import need_build_packages
 from edgeprune.types import Latency
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ def request(
     threads: int = 0,
     seed: int = 0,
     strict_clock: bool = False,
+    profile: str | Path | None = None,
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError."""
     texts = [latency] if isinstance(latency, str) else list(latency)
@@ -53,7 +57,7 @@ def request(
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion, runtime=runtime,
-        precision=precision, threads=threads, seed=seed, strict_clock=strict_clock,
+        precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
     )  # fmt: skip
     return made, latencies
 
@@ -76,6 +80,7 @@ def build(
     **options: Any,
 ) -> list[Artifact]:
     """Build one artifact per latency; see `request` for the options. Returns the finished artifacts."""
+    need_build_packages()
     made, latencies = request(model, **options)
     from edgeprune import pipeline
 
@@ -86,24 +91,119 @@ def build(
 def profile(
     model: str = "digits",
     *,
+    target: str = "",
+    check: int = 0,
+    export: str | Path | None = None,
+    out: str | Path | None = None,
     cache_dir: str | Path | None = None,
     rebuild: bool = False,
     console: Console = SILENT,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure the device; returns the profile document (schema edgeprune.profile/1)."""
-    made, _ = request(model, latency="1x", **options)
+    """Measure the device: the latency table of a model, and the profiling report. Needs no torch for an .onnx file.
+
+    target: "" = the shipped one that fits this machine best. check: held-out random plans to compare the
+    table's predictions with. export: a file for the profile, which `build(profile=...)` takes elsewhere.
+    out: a folder for the profile, the report (profile.md) and the raw samples. See `request` for the options.
+    Returns the profile document (schema edgeprune.profile/1) with `survey` and, if asked for, `check`.
+    """
+    if not target:
+        from edgeprune.latency import device
+
+        found, reason = device.detect(config.load_target(name) for name in config.names("targets"))
+        target = found.name
+        console.say(f"target: {target}, the one that fits this machine best ({reason})")
+    if model.endswith(".onnx"):
+        return _profile_file(Path(model), target, check, export, out, console, **options)
+    if check < 0:
+        raise UsageError(f"check must be 0 or more plans, not {check}")
+    need_build_packages()
+    made, _ = request(model, target=target, latency="1x", **options)
     from edgeprune import artifact, pipeline
 
+    made = replace(made, check=check)
+    stages = [stage for stage in pipeline.PROFILING if stage.name != "check" or check]
     cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
-    done = pipeline.run_until("profile", made, cache, rebuild=rebuild, console=console)
-    return artifact.read_json(done.folder / "profile.json")
+    done = pipeline.run_stages(stages, made, cache, rebuild=rebuild, console=console)
+    document = artifact.read_json(done["profile"].folder / "profile.json")
+    for name in ("survey", "check"):
+        if name in done:
+            document[name] = artifact.read_json(done[name].folder / f"{name}.json")
+    _write_profile(document, export, out, done["profile"].folder / "samples.npz", console)
+    return document
+
+
+def _profile_file(
+    path: Path,
+    target: str,
+    check: int,
+    export: str | Path | None,
+    out: str | Path | None,
+    console: Console,
+    *,
+    runtime: str = "",
+    precision: str = "fp32",
+    threads: int = 0,
+    seed: int = 0,
+    **others: Any,
+) -> dict[str, Any]:
+    """The survey of an ONNX file: no table, as nobody knows which of its parts can be removed."""
+    if check or export or any(others.values()):
+        wrong = ["check"] * bool(check) + ["export"] * bool(export) + [name for name, value in others.items() if value]
+        raise UsageError(
+            f"--{wrong[0].replace('_', '-')} is for model cards; '{path}' is an ONNX file, which has no latency table"
+        )
+    if not path.is_file():
+        raise UsageError(f"there is no model file '{path}'")
+    from edgeprune.latency import survey
+
+    under = config.Conditions(config.load_target(target), runtime, precision, threads, seed)
+    document = survey.survey_file(path, under, console)
+    _write_profile(document, None, out, None, console)
+    return document
+
+
+def _write_profile(
+    document: dict[str, Any], export: str | Path | None, out: str | Path | None, samples: Path | None, console: Console
+) -> None:
+    """The profile as one file, and as a folder with its report."""
+    from edgeprune.report import profiling
+
+    text = json.dumps(document, indent=1)
+    try:
+        if export:
+            Path(export).write_text(text, encoding="utf-8")
+            console.say(f"profile: {export}")
+        if out:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "profile.json").write_text(text, encoding="utf-8")
+            (folder / "profile.md").write_text(profiling.markdown(document), encoding="utf-8")
+            if samples is not None:
+                shutil.copyfile(samples, folder / "samples.npz")
+            console.say(f"report: {folder / 'profile.md'}")
+    except OSError as error:
+        raise StorageError(f"cannot write the profile: {error.strerror or error} ({error.filename})") from error
 
 
 def validate(
-    artifact: str | Path, *, threads: int = 0, strict_clock: bool = False, console: Console = SILENT
+    artifact: str | Path,
+    *,
+    target: str = "",
+    data: str = "",
+    data_dir: str | Path = "",
+    threads: int = 0,
+    strict_clock: bool = False,
+    out: str | Path | None = None,
+    console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch."""
+    """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch.
+
+    With `data` or `data_dir` accuracy is checked too; see `checks.validate_artifact`.
+    """
     from edgeprune.checks import validate_artifact
 
-    return validate_artifact(Path(artifact), threads=threads, strict_clock=strict_clock, console=console)
+    return validate_artifact(
+        Path(artifact), target=target, data=data, data_dir=str(data_dir), threads=threads, strict_clock=strict_clock,
+        out=Path(out) if out else None, console=console,
+    )  # fmt: skip

@@ -159,6 +159,8 @@ def cli() -> None:
     help="Where the artifact directory appears.",
 )
 @STRICT
+@click.option("--profile", type=click.Path(), metavar="FILE",
+              help="Use a profile that `edgeprune profile --export` recorded; on another device the latency is then predicted, not validated.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
 @OUTPUT
 def build(
@@ -182,6 +184,9 @@ def build(
     options["quantile"] = options["quantile"] or ""
     console = Console(quiet=quiet or dry_run, verbose=verbose)
     if dry_run:
+        from edgeprune.extras import need_build_packages
+
+        need_build_packages()
         from edgeprune import pipeline
 
         request, latencies = api.request(model, **options)
@@ -229,6 +234,9 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
     Starts from random weights, or from --weights. Example: edgeprune train digits
     """
     from edgeprune.console import Console
+    from edgeprune.extras import need_build_packages
+
+    need_build_packages("training")
     from edgeprune.train import train as run
 
     facts = run(model, out=out, console=Console(quiet=quiet, verbose=verbose), **options)
@@ -244,54 +252,68 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
 @cli.command()
 @MODEL
 @CONFIG
-@TARGET
+@click.option("--target", default="", metavar="NAME",
+              help="Device class: a name from `edgeprune targets`, or a .toml file (default: what `targets detect` names).")  # fmt: skip
+@click.option("--check", default=0, metavar="N",
+              help="Compare the table's predictions with N held-out random plans, assembled and measured.")  # fmt: skip
+@click.option("--export", type=click.Path(), metavar="FILE",
+              help="Write the profile to FILE, for `edgeprune build --profile FILE` on another machine.")  # fmt: skip
+@click.option(
+    "--out", type=click.Path(), metavar="DIR", help="Write profile.json, profile.md and the raw samples to DIR."
+)
 @DATA
 @MACHINE
 @OUTPUT
-def profile(
-    model: str, cache_dir: str | None, rebuild: bool, output_format: str, quiet: bool, verbose: bool, **options: Any
-) -> int:
-    """Measure this device: what every head and every group of neurons of MODEL costs.
+def profile(model: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Measure this device: what every head and every group of neurons of MODEL costs, and where the time goes.
 
-    Example: edgeprune profile digits --target cpu-avx2
+    MODEL may also be an .onnx file: then there is no latency table, and no torch is needed.
+
+    Example: edgeprune profile digits --target cpu-avx2 --check 20
     """
-    from edgeprune import api, report
+    from edgeprune import api
     from edgeprune.console import Console
+    from edgeprune.report import profiling
 
-    document = api.profile(
-        model, cache_dir=cache_dir, rebuild=rebuild, console=Console(quiet=quiet, verbose=verbose), **options
-    )
+    document = api.profile(model, console=Console(quiet=quiet, verbose=verbose), **options)
     if output_format == "json":
         click.echo(json.dumps(document, indent=1))
     else:
-        report.show_profile(document)
+        profiling.show(document)
     return errors.PASSED
 
 
 @cli.command()
 @click.argument("artifact", type=click.Path())
+@click.option(
+    "--target", default="", metavar="NAME", help="Hold it to another device class than the one it was built for."
+)
+@click.option(
+    "--data", default="", metavar="NAME", help="Check accuracy too: folder, or digits where it was built on them."
+)
+@click.option("--data-dir", default="", type=click.Path(), metavar="DIR",
+              help="Labelled images: DIR/validation/<class>/* (or val, test), or DIR/<class>/*.")  # fmt: skip
 @click.option("--threads", default=0, help="Threads; 0 = as many as it was built for.")
 @STRICT
+@click.option(
+    "--out", type=click.Path(), metavar="FILE", help="Where the result goes as JSON, with all raw samples in ms."
+)
 @OUTPUT
-def validate(artifact: str, threads: int, strict_clock: bool, output_format: str, quiet: bool, verbose: bool) -> int:
-    """Check ARTIFACT again on this machine: every file's hash, and the latency contract. Needs no torch.
+def validate(artifact: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Check ARTIFACT again on this machine: every file's hash, the latency contract and, given data, the accuracy.
 
-    Example: edgeprune validate artifacts/digits-cpu-avx2-10ms
+    Needs no torch. Example: edgeprune validate artifacts/digits-cpu-avx2-10ms --data digits
     """
-    from edgeprune import api
-    from edgeprune.checks import exit_code
+    from edgeprune import api, checks
     from edgeprune.console import Console
     from edgeprune.types import Check
 
-    found = api.validate(
-        artifact, threads=threads, strict_clock=strict_clock, console=Console(quiet=quiet, verbose=verbose)
-    )
-    code = exit_code(Check(**check) for check in found["checks"])
+    found = api.validate(artifact, console=Console(quiet=quiet, verbose=verbose), **options)
+    code = checks.exit_code(Check(**check) for check in found["checks"])
     if output_format == "json":
         click.echo(json.dumps({"exit_code": code, **found}, indent=1))
     else:
-        for check in found["checks"]:
-            click.echo(f"{check['verdict'].upper()}: {check['name']}: {check['reason']}")
+        checks.show(found)
     return code
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.extras import need_build_packages
 from edgeprune.types import Latency, Target
 
 if sys.version_info >= (3, 11):
@@ -94,6 +95,17 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """Under which conditions something is measured."""
+
+    target: Target
+    runtime: str = ""  # "" = the fastest that the target allows
+    precision: str = "fp32"
+    threads: int = 0  # 0 = all that this process may use
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Request:
     """What the user asked for, checked: everything a stage needs to know besides the files it reads."""
 
@@ -109,6 +121,12 @@ class Request:
     threads: int = 0  # 0 = all that this process may use
     seed: int = 0
     strict_clock: bool = False  # take the machine as slow or fast as it now is: no correction for drift
+    profile: Path | None = None  # a recorded profile instead of measuring one here
+    check: int = 0  # held-out random plans to compare the latency table with
+
+    @property
+    def conditions(self) -> Conditions:
+        return Conditions(self.target, self.runtime, self.precision, self.threads, self.seed)
 
 
 def shipped(kind: str) -> Path:
@@ -172,6 +190,7 @@ def _path(kind: str, name: str) -> Path | None:
 def _timm_knows(name: str) -> bool:
     if not any(part in name for part in ("vit", "deit")):  # spares a mistyped card name the import of timm
         return False
+    need_build_packages("looking up a timm name")
     from edgeprune.compat import timm
 
     return bool(timm.is_model(name.split(".")[0]))

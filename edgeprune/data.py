@@ -22,10 +22,7 @@ from edgeprune.compat import create_dataset, create_transform, resolve_model_dat
 from edgeprune.config import DataSpec, ModelSpec
 from edgeprune.console import Console
 from edgeprune.errors import StorageError, UsageError
-
-MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
-DIGITS_TEST = 599  # of 1,797; a fixed third, never trained on, whatever the seed
-EVAL_SPLITS = ("validation", "val", "test")
+from edgeprune.images import DIGITS_SOURCE, DIVIDED, EVAL_SPLITS, Digits, divide, refuse_corrupt
 
 #: (images `[n, channels, height, width]` float32, labels `[n]` int64)
 Batch = tuple[Tensor, Tensor]
@@ -76,12 +73,7 @@ class Images(Dataset[Any]):
     def note(self, bad: Corrupt) -> None:
         """Count an unreadable image; raises UsageError once more than 1 % are."""
         self.corrupt[bad.name] = bad.reason
-        if len(self.corrupt) > max(MAX_CORRUPT * len(self), 1):
-            listed = "; ".join(f"{name} ({reason})" for name, reason in list(self.corrupt.items())[:3])
-            raise UsageError(
-                f"{len(self.corrupt)} of the {len(self)} {self.what} images cannot be read, more than "
-                f"{MAX_CORRUPT:.0%}: {listed}; repair or remove them"
-            )
+        refuse_corrupt(self.corrupt, len(self), self.what)
 
     def batches(self, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0) -> Iterator[Batch]:
         """Batches of readable images; in order, or in an order drawn from `shuffle_seed`."""
@@ -192,10 +184,10 @@ def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int) -> Splits:
     rng = np.random.default_rng(seed)
     if spec.data.name == "digits":
         digits = Digits()
-        order = np.random.default_rng(0).permutation(len(digits))
-        sources = (digits, order[DIGITS_TEST:], digits, order[:DIGITS_TEST])
+        chosen, kept_back = digits.split()
+        sources = (digits, chosen, digits, kept_back)
         classes = tuple(str(i) for i in range(10))
-        where = "scikit-learn digits"
+        where = DIGITS_SOURCE
     else:
         sources, classes, where = _timm_sources(spec.data, rng)
     train_source, train, eval_source, evaluation = sources
@@ -245,10 +237,9 @@ def _timm_sources(
     if split:
         chosen = (train, indices, evaluation, np.arange(len(evaluation)))
     else:
-        mixed = rng.permutation(indices)
-        cut = len(mixed) // 5
-        chosen = (train, mixed[cut:], train, np.sort(mixed[:cut]))
-        where += " (divided 80:20)"
+        rest, kept_back = divide(len(train), rng)
+        chosen = (train, rest, train, kept_back)
+        where += DIVIDED
     classes = _classes(train)
     if split and classes and _classes(evaluation) not in ((), classes):
         raise UsageError(f"{where}: the class folders of '{data.train_split}' and '{split}' differ")
@@ -276,20 +267,3 @@ def _classes(dataset: Any) -> tuple[str, ...]:
     if mapping:
         return tuple(sorted(mapping, key=mapping.__getitem__))
     return tuple(getattr(dataset, "classes", ()))
-
-
-class Digits(Dataset[tuple[Image.Image, int]]):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey levels, as RGB images."""
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        self.pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
-        self.labels = bunch.target
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])

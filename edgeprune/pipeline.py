@@ -27,7 +27,19 @@ from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
 from edgeprune.latency import device
-from edgeprune.stages import baseline, calibrate, compile, export, finetune, profile, prune, simplify, validate
+from edgeprune.stages import (
+    baseline,
+    calibrate,
+    check,
+    compile,
+    export,
+    finetune,
+    profile,
+    prune,
+    simplify,
+    survey,
+    validate,
+)
 from edgeprune.types import Latency, to_json
 
 #: run(request, read, out, console): `read` maps the stages it reads to their folders.
@@ -49,7 +61,12 @@ PIPELINE = (
     # the dense model as it came: weights, ONNX, sizes
     Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "seed")),
     # what every sub-block shape costs on this device, in the runtime that will run
-    Stage("profile", profile.run, ("baseline",), ("target", "runtime", "precision", "threads", "device", "seed")),
+    Stage(
+        "profile",
+        profile.run,
+        ("baseline",),
+        ("target", "runtime", "precision", "threads", "device", "recorded", "seed"),
+    ),
     # what every head and neuron is worth: input statistics, OBS order, error of every level
     Stage("calibrate", calibrate.run, ("baseline",), ("calibration", "criterion", "target", "seed")),
     # the plan of least error that is measured within the limit; survivors re-fitted
@@ -78,6 +95,15 @@ PIPELINE = (
     ),
 )
 
+#: What `edgeprune profile` does: the stages that it shares with a build, and two of its own.
+PROFILING = (
+    *PIPELINE[:2],
+    # where the time goes, what the device can do, what threads, runtimes and int8 would change
+    Stage("survey", survey.run, ("baseline", "profile"), ("target", "precision", "device", "seed")),
+    # how far the table is off on held-out random plans
+    Stage("check", check.run, ("baseline", "profile"), ("target", "precision", "device", "seed", "check")),
+)
+
 ASKS: dict[str, Callable[[Request], Any]] = {
     "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
     "weights": lambda r: _weights_key(r),
@@ -91,8 +117,11 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "device": lambda r: (
         device.fingerprint(),
         device.governor(),
+        device.cgroup_quota(),
         device.usable_threads(r.threads or r.target.threads)[0],
     ),
+    "recorded": lambda r: artifact.sha256(r.profile) if r.profile is not None else "",
+    "check": lambda r: r.check,
     "criterion": lambda r: r.criterion,
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
     "quantile": lambda r: r.quantile,
@@ -150,18 +179,16 @@ def build(
     return artifacts
 
 
-def run_until(
-    name: str, request: Request, cache_dir: Path, *, rebuild: bool = False, console: Console = SILENT
-) -> Done:
-    """Run the stages up to and including `name` for one latency; returns that stage's result."""
+def run_stages(
+    stages: Sequence[Stage], request: Request, cache_dir: Path, *, rebuild: bool = False, console: Console = SILENT
+) -> dict[str, Done]:
+    """Run the stages in order for one latency; returns their results by name."""
     preflight(request, cache_dir, cache_dir)
     finished: dict[str, Done] = {}
-    for stage in PIPELINE:
+    for stage in stages:
         key = stage_key(stage, request, {name: entry.digest for name, entry in finished.items()})
         finished[stage.name] = run_stage(stage, request, key, finished, cache_dir, rebuild, "", console)
-        if stage.name == name:
-            return finished[name]
-    raise ValueError(f"there is no stage '{name}'")
+    return finished
 
 
 def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> list[tuple[str, str, bool]]:
@@ -228,7 +255,9 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"precision '{request.precision}' is not one of target '{request.target.name}': {', '.join(request.target.precisions)}"
         )
-    if reason := device.unfit(request.target):
+    if request.profile is not None and not request.profile.is_file():
+        raise UsageError(f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`")
+    if request.profile is None and (reason := device.unfit(request.target)):
         raise TargetUnavailable(
             f"target '{request.target.name}' is not here: {reason}; `edgeprune targets detect` names one that fits"
         )

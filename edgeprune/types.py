@@ -7,8 +7,8 @@ costs on one device, in one runtime, at one precision and thread count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -80,24 +80,31 @@ class Measurement:
 class LatencyTable:
     """Milliseconds of every sub-block shape, on one device, runtime, precision and thread count.
 
-    A model's latency is `base_ms` plus, per block, `attn_ms[heads]` plus `mlp_ms[i]` where
-    `mlp_widths[i]` is its number of neurons. Entry 0 of both is 0.0: a removed sub-block.
+    A pruned model's latency is `base_ms` plus, per block, `attn_ms[heads]` plus `mlp_ms[i]` where
+    `mlp_widths[i]` is its number of neurons. Entry 0 of both is 0.0: a removed sub-block. The dense and
+    the empty model are not predicted: they were measured.
     """
 
     runtime: str
     precision: str
     threads: int
     blocks: int
-    base_ms: float  # stem, head, norms and biases that always stay
+    base_ms: float  # stem, head, norms and biases that always stay; also what blocks unlike each other cost more
     attn_ms: FloatArray  # [heads + 1], attn_ms[h]: one attention sub-block with h heads
     mlp_widths: tuple[int, ...]  # ascending, from 0 to the dense width
     mlp_ms: FloatArray  # [len(mlp_widths)]
-    dense_ms: float  # the anchor's latency on this device, measured, not predicted
+    dense_ms: float  # the anchor's latency on this device
+    empty_ms: float  # with every sub-block removed: the least there is
     samples: int  # rounds behind each entry
     repaired: tuple[str, ...] = ()  # entries made monotone by isotonic regression, in words
+    fit: Mapping[str, float] = field(default_factory=dict)  # how sums of prices became latencies of whole plans
 
     def predict_ms(self, shape: Shape) -> float:
         """Latency in milliseconds of a model whose blocks have these (heads, neurons)."""
+        if set(shape) == {(len(self.attn_ms) - 1, self.mlp_widths[-1])}:
+            return self.dense_ms
+        if set(shape) == {(0, 0)}:
+            return self.empty_ms
         mlp = dict(zip(self.mlp_widths, self.mlp_ms, strict=True))
         return float(self.base_ms + sum(self.attn_ms[heads] + mlp[neurons] for heads, neurons in shape))
 

@@ -69,7 +69,7 @@ quantile = "p50"
 
 #: Measuring stops when the intervals are tight; these bound it on a noisy machine, in seconds.
 BUDGETS = {
-    "edgeprune.stages.choose.RACE_SECONDS": 1.0,
+    "edgeprune.latency.choose.RACE_SECONDS": 1.0,
     "edgeprune.stages.profile.TABLE_SECONDS": 4.0,
     "edgeprune.stages.prune.MEASURE_SECONDS": 3.0,
     "edgeprune.checks.SECONDS": 3.0,

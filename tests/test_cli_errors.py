@@ -6,6 +6,8 @@ no traceback, and one JSON document where JSON was asked for.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import signal
@@ -22,6 +24,7 @@ import small
 from small import Result, Workspace
 
 from edgeprune import cli, errors, pipeline
+from edgeprune.config import tomllib
 
 USAGE, TARGET, INFEASIBLE, STORAGE = (
     kind.exit_code for kind in (errors.UsageError, errors.TargetUnavailable, errors.Infeasible, errors.StorageError)
@@ -464,6 +467,80 @@ def test_a_latency_below_what_is_reachable(space: Workspace, tmp_path: Path, lat
     made = {path.name.rpartition("-")[0] for path in space.cache.glob("*") if path.name not in before}
     assert made <= {"baseline", "profile", "calibrate"}
     assert not list((tmp_path / "out").glob("*"))
+
+
+# Validate -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    """As much of an artifact as is read before anything is measured; two classes, on an image folder."""
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    target = {**tomllib.loads(small.TARGET), "name": "here"}
+    (folder / "profile.json").write_text(json.dumps({"target": target}))
+    files = {"profile.json": {"sha256": hashlib.sha256((folder / "profile.json").read_bytes()).hexdigest()}}
+    document = {
+        "schema": "edgeprune.manifest/1", "files": files, "runtime": "onnxruntime", "precision": "fp32", "threads": 1,
+        "classes": ["ant", "bee"], "data": {"source": "folder data set", "evaluation": 16, "seed": 0},
+        "request": {"latency_ms": 1.0, "quantile": "p50", "max_drop": None},
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--target", "cpu-avx3"], "unknown target 'cpu-avx3'; did you mean 'cpu-avx2'?"),
+        (["--target", "nowhere.toml"], "there is no file 'nowhere.toml'"),
+        (["--data", "digits"], "the artifact was built on folder data set, not on digits; give --data-dir DIR"),
+        (["--data", "torch/cifar10"], "validate reads 'digits' or 'folder', not 'torch/cifar10'; write the images to"),
+        (["--data", "folder"], "the data set 'folder' needs --data-dir DIR"),
+        (["--data-dir", "/nowhere/at/all"], "there is no folder '/nowhere/at/all'; give --data-dir an existing folder"),
+        (["--threads", "-1"], "--threads -1 is not a thread count; use 0 for all"),
+    ],
+)
+def test_validate_refuses_what_means_nothing(artifact: Path, options: list[str], says: str) -> None:
+    check(["validate", artifact, *options], USAGE, says)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code", "says"),
+    [
+        ('"onnxruntime", "openvino"', '"openvino"', USAGE, "the artifact's runtime 'onnxruntime' is not one of target 'board': openvino"),
+        ('["fp32"]', '["int8"]', USAGE, "the artifact's precision 'fp32' is not one of target 'board': int8"),
+        ("cpu_flags = []", 'cpu_flags = ["warp_drive"]', TARGET, "target 'board' is not here: this CPU lacks warp_drive"),
+        ('max_isa = ""', 'max_isa = "AVX3"', USAGE, "unknown max_isa in target board: 'AVX3'; did you mean 'AVX'"),
+    ],
+)  # fmt: skip
+def test_validate_under_a_target_that_does_not_fit(
+    artifact: Path, tmp_path: Path, old: str, new: str, code: int, says: str
+) -> None:
+    assert old in small.TARGET
+    (tmp_path / "board.toml").write_text(small.TARGET.replace(old, new))
+    check(["validate", artifact, "--target", tmp_path / "board.toml"], code, says)
+
+
+def test_validate_on_images_of_other_classes(artifact: Path, image_folder: Callable[..., Path]) -> None:
+    images = image_folder(classes=("ant", "wasp"))
+    check(["validate", artifact, "--data-dir", images], USAGE, f"{images}/validation/wasp", "no class", "(ant, bee)")
+
+
+def test_validate_to_a_place_that_cannot_be_written(artifact: Path, tmp_path: Path) -> None:
+    for out in (artifact / "profile.json" / "found.json", tmp_path):
+        check(["validate", artifact, "--out", out], STORAGE, f"cannot write '{out}'", "choose another --out")
+
+
+def test_a_build_without_its_packages(space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device looks like; tests/test_torch_free.py has a real one."""
+    from edgeprune import extras
+
+    monkeypatch.setattr(extras, "BUILD", {"torch": "torch", "no_such_module": "timm"})
+    says = "needs timm (not installed); install it with: pip install 'edgeprune[build]'"
+    check(build(space, tmp_path), USAGE, f"building {says}")
+    check(build(space, tmp_path, "--dry-run"), USAGE, f"building {says}")
+    check(["train", space.card], USAGE, f"training {says}")
 
 
 # Ctrl-C -------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ ROWS = (
     ("api",),
     ("pipeline",),
     ("stages", "publish"),
-    ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "artifact", "report", "checks", "obs"),
+    ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks", "obs"),
     ("config",),
     ("compat", "console"),
-    ("types",),
+    ("types", "extras"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
@@ -114,7 +114,9 @@ def test_only_compat_imports_timm_and_torchvision(path: Path) -> None:
         assert not outside & {"timm", "torchvision"}
 
 
-@pytest.mark.parametrize("name", ["types", "errors", "solve", "config", "artifact", "console", "api"])
+@pytest.mark.parametrize(
+    "name", ["types", "errors", "extras", "solve", "config", "artifact", "console", "api", "checks", "images"]
+)
 def test_what_a_device_needs_imports_no_torch(name: str) -> None:
     found = imports(PACKAGE / f"{name}.py")
     assert not {n.split(".")[0] for n in found.eager} & {"torch", "timm", "onnx", "onnxruntime", "openvino"}

@@ -349,7 +349,7 @@ def test_the_same_latency_table_gives_the_same_plan(space: Workspace, cache_copy
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prune, "measure", predicted)
-            folder = pipeline.run_until("prune", request, cache).folder
+            folder = pipeline.run_stages(pipeline.PIPELINE[:4], request, cache)["prune"].folder
         plans.append((folder / "plan.json").read_bytes())
         weights.append((folder / "pruned.safetensors").read_bytes())
     assert plans[0] == plans[1]
@@ -371,7 +371,7 @@ def test_the_search_goes_on_below_a_plan_that_just_misses(
         return ms, (0.99 * ms, 1.01 * ms)
 
     monkeypatch.setattr(prune, "measure", first_misses)
-    folder = pipeline.run_until("prune", request, cache).folder
+    folder = pipeline.run_stages(pipeline.PIPELINE[:4], request, cache)["prune"].folder
     kept = json.loads((folder / "plan.json").read_text())["shape"]
     assert kept != [list(block) for block in shapes[0]]
 
@@ -537,7 +537,48 @@ def test_validate_in_words(artifacts: list[Path], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("edgeprune.checks.SECONDS", 1.0)
     found = small.run("validate", artifacts[1])
     assert found.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE)
-    assert re.match(r"(PASS|FAIL|INCONCLUSIVE): latency p50: 95 % interval \d+\.\d\d to", found.out)
+    assert re.search(
+        r"latency p50 .* [\d.]+ ms .* <= [\d.]+ ms .* (pass|fail|inconclusive) .* 95 % interval", found.out
+    )
+    assert f"{len(FILES) - 1} files have their hashes" in found.out
+    words = {errors.PASSED: "PASS", errors.GATE_FAILED: "FAIL", errors.INCONCLUSIVE: "INCONCLUSIVE"}
+    assert found.out.splitlines()[-1] == words[found.code]
+
+
+def test_validate_with_the_data_of_the_build(artifacts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same digits in the same runtime: the recorded accuracy, to the image."""
+    monkeypatch.setattr("edgeprune.checks.SECONDS", 1.0)
+    found = api.validate(artifacts[0], data="digits")
+    recorded = manifest(artifacts[0])
+    assert found["accuracy"]["accuracy"] == recorded["pruned"]["accuracy"]
+    assert found["accuracy"]["dense"] == recorded["dense"]["accuracy"]
+    assert found["accuracy"]["images"] == 599
+    assert [check["name"] for check in found["checks"]] == ["latency p50", "accuracy"]
+    assert found["checks"][1]["verdict"] == "pass"
+
+
+def test_validate_under_another_target(artifacts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is in the result; the profile counts as long as both are held to the same instructions."""
+    monkeypatch.setattr("edgeprune.checks.SECONDS", 1.0)
+    (tmp_path / "board.toml").write_text(small.TARGET)
+    found = api.validate(artifacts[0], target=str(tmp_path / "board.toml"))
+    assert (found["target"], found["same_device"]) == ("board", True)
+
+
+def test_validate_of_an_artifact_whose_latency_was_only_predicted(
+    artifacts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built for this device somewhere else: nothing was measured at build, all is here."""
+    monkeypatch.setattr("edgeprune.checks.SECONDS", 1.0)
+    folder = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
+    document = manifest(folder)
+    document["predicted"] = True
+    document["pruned"]["latency_ms"] = {"p50": None, "p90": None, "p99": None, "samples": 0}
+    document["pruned"]["latency_ci_ms"] = document["pruned"]["drift"] = None
+    (folder / "manifest.json").write_text(json.dumps(document))
+    found = api.validate(folder)
+    assert found["same_device"] is True
+    assert found["checks"][0]["value"] > 0
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"manifest.json"}))

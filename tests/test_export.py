@@ -159,7 +159,8 @@ def test_a_cut_model_is_like_one_exported_at_that_width(
     shapes: dict[str, Path], dense: Any, tmp_path: Path, width: int
 ) -> None:
     direct = tmp_path / "direct.onnx"
-    stage_shapes._export(dense, (3, width), vit.anatomy(dense), direct)
+    sizes = vit.anatomy(dense)
+    stage_shapes.export_shape(dense, ((3, width),) * sizes.blocks, sizes, direct)
     cut, want = onnx.load(shapes[f"neurons{width}"]), onnx.load(direct)
     assert operators(cut) == operators(want)
     assert weight_shapes(cut) == weight_shapes(want)

@@ -168,6 +168,17 @@ class Clock:
             raise errors.UsageError("there are no images to run")
         return np.concatenate(outputs)
 
+    def operators(self, name: str, runs: int = 20) -> list[dict[str, Any]]:
+        """Where a loaded model spends its time, by the runtime's own profiler; see `Runtime.operators`."""
+        self._known([name])
+        found: list[dict[str, Any]] = self._ask("operators", name=name, runs=runs)["operators"]
+        return found
+
+    def counters(self) -> dict[str, float | None]:
+        """A snapshot of what disturbs the worker's measurements; see `noise.counters` and `noise.between`."""
+        snapshot: dict[str, float | None] = self._ask("counters")["counters"]
+        return snapshot
+
     def modules(self) -> list[str]:
         """What the worker has imported."""
         names: list[str] = self._ask("modules")["modules"]

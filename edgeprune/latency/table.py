@@ -1,25 +1,30 @@
 """The latency table: what one sub-block of each shape costs, from measurements of whole models.
 
-Every measured candidate is the full model at full depth whose blocks all have one shape, so caches and
+Most measured candidates are the full model at full depth whose blocks all have one shape, so caches and
 memory traffic are those of the deployed model. Differences between candidates, divided by the number
-of blocks, are the price of a sub-block. Numpy only; how the candidates were made is not known here.
+of blocks, are the price of a sub-block. What such prices miss, e.g. that kernels for many shapes evict
+each other, is fitted on some plans whose blocks all differ. Numpy only; how the candidates were made is
+not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from edgeprune import errors
-from edgeprune.types import FloatArray, LatencyTable, Measurement, to_json
+from edgeprune.types import FloatArray, LatencyTable, Measurement, Shape, to_json
 
 
 def build_table(
     attn: Mapping[int, Measurement],
     mlp: Mapping[int, Measurement],
+    empty: Measurement,
+    plans: Mapping[Shape, Measurement],
     *,
     heads: int,
     width: int,
@@ -33,6 +38,7 @@ def build_table(
 
     attn: by heads kept in every block (0 .. heads - 1), with the dense MLP.
     mlp: by neurons kept in every block (0 and more), with all heads.
+    empty: every sub-block removed. plans: by shape, some whose blocks differ; {} = sums of prices are taken as they are.
     The anchor of every measurement is the dense model; it need not be among them: its ratio is 1.
     dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
     Raises UsageError when an entry is missing.
@@ -46,7 +52,7 @@ def build_table(
     widths, mlp_ms = _prices(mlp, width, blocks, dense_ms, "MLP with {} neurons", repaired)
     if counts != tuple(range(heads + 1)) or widths[-1] != width:
         raise errors.UsageError(f"heads {counts} or MLP widths {widths} exceed the dense {heads} and {width}")
-    return LatencyTable(
+    prices = LatencyTable(
         runtime=runtime,
         precision=precision,
         threads=threads,
@@ -56,9 +62,38 @@ def build_table(
         mlp_widths=widths,
         mlp_ms=mlp_ms,
         dense_ms=float(dense_ms),
-        samples=min(len(m.samples_ms) for m in [*attn.values(), *mlp.values()]),
+        empty_ms=float(empty.ratio * dense_ms),
+        samples=min(len(m.samples_ms) for m in [*attn.values(), *mlp.values(), *plans.values()]),
         repaired=tuple(repaired),
     )
+    return fitted(prices, {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()})
+
+
+def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
+    """The table scaled and shifted so that its predictions of `plans` (milliseconds by shape) err least, relatively.
+
+    Least squares of relative errors; with fewer than 3 plans only shifted, with none unchanged.
+    """
+    if not plans:
+        return prices
+    summed = np.array([prices.predict_ms(shape) for shape in plans])
+    found = np.array(list(plans.values()))
+    columns = np.stack([np.ones_like(summed), summed], axis=1) / found[:, None]
+    if len(plans) < 3:
+        shift, scale = float(np.mean(found - summed)), 1.0
+    else:
+        shift, scale = np.linalg.lstsq(columns, np.ones_like(found), rcond=None)[0].tolist()
+    before, after = summed / found - 1, (shift + scale * summed) / found - 1
+    return replace(
+        prices,
+        base_ms=shift + scale * prices.base_ms,
+        attn_ms=scale * prices.attn_ms,
+        mlp_ms=scale * prices.mlp_ms,
+        fit={
+            "plans": len(plans), "shift_ms": shift, "scale": scale,
+            "median_error_before": float(np.median(np.abs(before))), "median_error": float(np.median(np.abs(after))),
+        },
+    )  # fmt: skip
 
 
 def _prices(

@@ -12,7 +12,9 @@ rounds, ratios or who the anchor is: it runs what it is told, in the order it is
     {"op": "warm", "name", "max_runs", "max_s"}  -> {"runs"}      run until the time is stable
     {"op": "turns", "names", "turn"}        -> {"ms": [...]}      one untimed and one timed run each
     {"op": "predict", "name", "inputs", "outputs"}  -> {}         .npy paths, batch of images in and out
+    {"op": "operators", "name", "runs"}     -> {"operators": [...]}  see `Runtime.operators`
     {"op": "unload", "name"}                -> {}
+    {"op": "counters"}                      -> {"counters"}       a snapshot of what disturbs this process
     {"op": "modules"}                       -> {"modules"}        what is imported, for tests
 
 An answer of {"error", "kind"} carries the message and the class in `edgeprune.errors` to raise.
@@ -37,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import errors, runtimes
+from edgeprune.latency import noise
 
 #: Different inputs per model, so that no run sees the data of the run before it.
 RING = 8
@@ -50,6 +53,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._sessions: dict[str, runtimes.Session] = {}
+        self._paths: dict[str, str] = {}
         self._rings: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
 
     def start(self, runtime: str, precision: str, threads: int, max_isa: str, seed: int) -> dict[str, Any]:
@@ -83,6 +87,7 @@ class Worker:
             raise errors.StorageError(f"there is no model file {path}")
         session = self._runtime.open(path, self._threads, self._precision)
         self._sessions[name] = session
+        self._paths[name] = path
         if session.input_shape not in self._rings:
             rng = np.random.default_rng(self._seed)
             shape = (RING, *session.input_shape)
@@ -93,7 +98,7 @@ class Worker:
         return {"facts": session.facts}
 
     def unload(self, name: str) -> dict[str, Any]:
-        del self._sessions[name]
+        del self._sessions[name], self._paths[name]
         gc.collect()
         return {}
 
@@ -128,6 +133,14 @@ class Worker:
         rows = [np.array(session.run(images[i : i + 1]))[0] for i in range(len(images))]
         np.save(outputs, np.stack(rows))
         return {}
+
+    def operators(self, name: str, runs: int) -> dict[str, Any]:
+        x = self._rings[self._sessions[name].input_shape][0]
+        # A session of its own: one that profiles is slower, and the loaded one may still be timed.
+        return {"operators": self._runtime.operators(self._paths[name], self._threads, self._precision, x, runs)}
+
+    def counters(self) -> dict[str, Any]:
+        return {"counters": noise.counters()}
 
     def modules(self) -> dict[str, Any]:
         return {"modules": sorted(sys.modules)}

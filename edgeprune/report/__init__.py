@@ -8,12 +8,14 @@ from typing import Any
 Row = tuple[str, str, str]
 
 
+def ms(value: float | None) -> str:
+    """Milliseconds as text; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.2f} ms"
+
+
 def rows(manifest: dict[str, Any]) -> list[Row]:
     """Dense against pruned, one line a fact, as text."""
     dense, pruned = manifest["dense"], manifest["pruned"]
-
-    def ms(value: float | None) -> str:
-        return "–" if value is None else f"{value:.2f} ms"
 
     return [
         ("accuracy", f"{dense['accuracy']:.2f} %", f"{pruned['accuracy']:.2f} %"),
@@ -41,7 +43,6 @@ def verdict_line(manifest: dict[str, Any]) -> str:
 def markdown(manifest: dict[str, Any]) -> str:
     """`report.md`: the short form."""
     request, pruned = manifest["request"], manifest["pruned"]
-    low, high = pruned["latency_ci_ms"]
     lines = [
         f"# {manifest['model']} on {manifest['target']} at {request['latency']}",
         "",
@@ -52,8 +53,7 @@ def markdown(manifest: dict[str, Any]) -> str:
         *(f"| {label} | {dense} | {small} |" for label, dense, small in rows(manifest)),
         "",
         f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
-        f"{manifest['environment']['device']['cpu']}; 95 % interval {low:.2f} to {high:.2f} ms from "
-        f"{pruned['latency_ms']['samples']} rounds, turn by turn with the dense model; predicted {pruned['predicted_ms']:.2f} ms. "
+        f"{manifest['environment']['device']['cpu']}; {interval(pruned)}. "
         f"Accuracy: {manifest['data']['evaluation']} images of {manifest['data']['source']}.",
         "",
         "| block | heads | neurons |",
@@ -68,6 +68,17 @@ def markdown(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def interval(pruned: dict[str, Any]) -> str:
+    """How the artifact's latency is known, in words."""
+    if pruned["latency_ci_ms"] is None:
+        return f"predicted {pruned['predicted_ms']:.2f} ms from another device's profile, not measured"
+    low, high = pruned["latency_ci_ms"]
+    return (
+        f"95 % interval {low:.2f} to {high:.2f} ms from {pruned['latency_ms']['samples']} rounds, "
+        f"turn by turn with the dense model; predicted {pruned['predicted_ms']:.2f} ms"
+    )
+
+
 def comparison(manifests: list[dict[str, Any]]) -> str:
     """Several artifacts side by side, as Markdown."""
     lines = [
@@ -75,10 +86,11 @@ def comparison(manifests: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for m in manifests:
-        low, high = m["pruned"]["latency_ci_ms"]
+        low, high = m["pruned"]["latency_ci_ms"] or (None, None)
+        measured = f"{ms(m['pruned']['latency_ms']['p50'])} | {ms(low)} to {ms(high)}"
         lines.append(
             f"| {m['model']} {m['target']} {m['request']['latency']} | {verdict_line(m).split(':')[0]} | {m['request']['latency_ms']:.2f} ms "
-            f"| {m['pruned']['latency_ms']['p50']:.2f} ms | {low:.2f} to {high:.2f} ms | {1 / m['pruned']['ratio']:.2f} x "
+            f"| {measured} | {1 / m['pruned']['ratio']:.2f} x "
             f"| {m['pruned']['accuracy']:.2f} % | {m['dense']['accuracy'] - m['pruned']['accuracy']:.2f} | {m['pruned']['params'] / 1e6:.2f} M |"
         )
     return "\n".join(lines)
@@ -106,22 +118,3 @@ def show(manifest: dict[str, Any], folder: str) -> None:
         markup=False,
     )
     out.print(f"{verdict_line(manifest)}\n{folder}", markup=False)
-
-
-def show_profile(document: dict[str, Any]) -> None:
-    """The latency table of a profile, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    own = document["table"]
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(f"{document['runtime']}, {own['precision']}, {own['threads']} threads: dense {own['dense_ms']:.2f} ms, of which "
-              f"{own['base_ms']:.2f} ms always stay", markup=False)  # fmt: skip
-    table = Table(title=f"one of {own['blocks']} blocks")
-    for heading in ("sub-block", "kept", "ms", "share of dense"):
-        table.add_column(heading, justify="right")
-    for heads, ms in enumerate(own["attn_ms"]):
-        table.add_row("attention", f"{heads} heads", f"{ms:.4f}", f"{ms / own['dense_ms']:.2%}")
-    for width, ms in zip(own["mlp_widths"], own["mlp_ms"], strict=True):
-        table.add_row("MLP", f"{width} neurons", f"{ms:.4f}", f"{ms / own['dense_ms']:.2%}")
-    out.print(table)

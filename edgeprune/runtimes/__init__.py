@@ -44,6 +44,17 @@ class Runtime(Protocol):
     def open(self, path: str, threads: int, precision: str) -> Session:
         """Open a model file. Raises UsageError for a bad model, precision or thread count."""
 
+    def operators(self, path: str, threads: int, precision: str, x: NDArray[Any], runs: int) -> list[dict[str, Any]]:
+        """Where one inference of a model file spends its time, by the runtime's own profiler.
+
+        Opens the file as `open` does and runs `x` `[1, ...]` `runs` times, after runs that warm it up.
+        Returns an entry per executed node of the optimised graph, in execution order:
+        `name` of the node; `operator`, its type as executed, after fusion; `kernel`, which implementation
+        ran, "" where the runtime does not tell; `ms`, the typical milliseconds. Nodes too quick for the
+        profiler's microseconds are left out, and profiling itself takes time: shares are sound, sums are not
+        latencies. Raises as `open` does, UsageError for fewer than 1 run, StorageError.
+        """
+
     def compile(self, onnx_path: Path, out_dir: Path) -> list[Path]:
         """Write the files this runtime wants in the artifact besides model.onnx; say which."""
 

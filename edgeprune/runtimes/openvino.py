@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import errors
@@ -21,6 +22,8 @@ from edgeprune import errors
 #: What each precision asks of the plugin. int8 is a property of the model; the rest of it stays f32.
 HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
 CAP_VARIABLE = "ONEDNN_MAX_CPU_ISA"
+#: How many times `operators` compiles a model, and the runs before the timed ones of each.
+REPEATS, WARM_RUNS = 4, 2
 
 
 def available() -> str:
@@ -52,6 +55,45 @@ class OpenVinoSession:
 
 def open(path: str, threads: int, precision: str) -> OpenVinoSession:  # noqa: A001
     """Open an .onnx or .xml file. Raises UsageError, or TargetUnavailable when asked too much of the CPU."""
+    return OpenVinoSession(*_compiled(path, threads, precision))
+
+
+def operators(path: str, threads: int, precision: str, x: NDArray[Any], runs: int) -> list[dict[str, Any]]:
+    """See `Runtime.operators`. `ms` is the median over up to 4 groups of runs of a group's mean."""
+    if runs < 1:
+        raise errors.UsageError(f"operators cannot be timed in {runs} runs; use 1 or more")
+    # The plugin reports the mean of all runs since it compiled the model, the slow first one too, in
+    # whole µs. A group is the difference of two such means, exact to (WARM_RUNS + n) / n µs; a median
+    # takes several groups, and only a model compiled anew starts to count from 0.
+    groups = []
+    for part in np.array_split(range(runs), min(runs, REPEATS)):
+        nodes, us = _profiled(path, threads, precision, x, len(part))
+        groups.append(us)  # nodes may be named differently each time, but come in one order
+    return [
+        {**node, "ms": float(us) / 1e3} for node, us in zip(nodes, np.median(groups, axis=0), strict=True) if us > 0
+    ]
+
+
+def _profiled(
+    path: str, threads: int, precision: str, x: NDArray[Any], runs: int
+) -> tuple[list[dict[str, Any]], NDArray[np.float64]]:
+    """The nodes of a model compiled for this, and each one's mean µs over `runs` runs after warm ones."""
+    compiled, _ = _compiled(path, threads, precision, {"PERF_COUNT": True})
+    request = compiled.create_infer_request()
+    totals = []
+    for done, more in ((0, WARM_RUNS), (WARM_RUNS, runs)):
+        for _ in range(more):
+            request.infer([x], share_inputs=True, share_outputs=True)
+        info = request.get_profiling_info()
+        totals.append(np.array([(done + more) * (node.real_time.total_seconds() * 1e6) for node in info]))
+    nodes = [{"name": node.node_name, "operator": node.node_type, "kernel": node.exec_type} for node in info]
+    return nodes, (totals[1] - totals[0]) / runs
+
+
+def _compiled(
+    path: str, threads: int, precision: str, extra: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The compiled model and its facts, with the options edgeprune measures and recommends, and `extra` ones."""
     if precision not in HINTS:
         raise errors.UsageError(f"openvino has no precision {precision}; known: {', '.join(HINTS)}")
     core = _library().Core()
@@ -62,6 +104,7 @@ def open(path: str, threads: int, precision: str) -> OpenVinoSession:  # noqa: A
         # Without this an AMX or AVX512_BF16 host silently runs f32 models in bf16.
         "INFERENCE_PRECISION_HINT": HINTS[precision],
         "CPU_DENORMALS_OPTIMIZATION": True,
+        **(extra or {}),
     }
     try:
         model = core.read_model(path)
@@ -82,7 +125,7 @@ def open(path: str, threads: int, precision: str) -> OpenVinoSession:  # noqa: A
         raise errors.TargetUnavailable(
             f"openvino was asked for {HINTS[precision]} and runs {facts['precision_hint']} on this CPU; use --precision fp32"
         )
-    return OpenVinoSession(compiled, facts)
+    return compiled, facts
 
 
 def compile(onnx_path: Path, out_dir: Path) -> list[Path]:  # noqa: A001

@@ -13,18 +13,24 @@ from pathlib import Path
 from edgeprune import runtimes
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.stages import choose, profile
+from edgeprune.latency import choose
+from edgeprune.stages import profile
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     shutil.copyfile(read["simplify"] / "model.onnx", out / "model.onnx")
-    _, table = profile.read_profile(read["profile"])
-    compiled = {name: runtimes.get(name).compile(out / "model.onnx", out) for name in choose.eligible(request, console)}
+    document, table = profile.read_profile(read["profile"])
+    # With another device's profile: which runtime is faster there was found there.
+    names = choose.eligible(request.conditions, console) if profile.measurable(document) else [table.runtime]
+    compiled = {name: runtimes.get(name).compile(out / "model.onnx", out) for name in names}
     entries = {name: (files or [out / "model.onnx"])[0] for name, files in compiled.items()}
-    winner, times = choose.fastest(request, entries, table.threads)
+    winner, times = choose.fastest(request.conditions, entries, table.threads)
     for name, files in compiled.items():
         if name != winner:
             for path in files:
                 path.unlink()
-    console.say(f"runtime of the artifact: {winner}, {profile.why_runtime(request, winner, times)}")
+    why = (
+        choose.why(request.conditions, winner, times) if profile.measurable(document) else "as in the recorded profile"
+    )
+    console.say(f"runtime of the artifact: {winner}, {why}")
     (out / "compile.json").write_text(json.dumps({"runtime": winner, "entry": entries[winner].name, "times": times}))

@@ -7,7 +7,8 @@ in deployment, turn by turn with the dense model. Writes `profile.json` and `sam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,39 @@ import numpy as np
 from edgeprune import artifact, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.latency import device, table
+from edgeprune.errors import UsageError
+from edgeprune.latency import choose, device, table
 from edgeprune.latency.statistics import QUANTILES, half_width, quiet_ms, summarise
-from edgeprune.stages import baseline, choose, shapes
-from edgeprune.types import LatencyTable, Measurement, to_json
+from edgeprune.stages import baseline, shapes
+from edgeprune.types import LatencyTable, Measurement, Shape, to_json
 
 TABLE_SECONDS = 75.0
+FITTING_PLANS = 8
 SCHEMA = "edgeprune.profile/1"
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
+    if request.profile is not None:
+        adopt(request, dense.sizes, request.profile, out, console)
+        return
     anchor = read["baseline"] / "dense.onnx"
     threads, why = device.usable_threads(request.threads or request.target.threads)
     console.say(f"threads: {threads} ({why})")
-    runtime, times = choose.fastest(request, dict.fromkeys(choose.eligible(request, console), anchor), threads)
-    console.say(f"runtime: {runtime}, {why_runtime(request, runtime, times)}")
+    runtime, times = choose.fastest(
+        request.conditions, dict.fromkeys(choose.eligible(request.conditions, console), anchor), threads
+    )
+    console.say(f"runtime: {runtime}, {choose.why(request.conditions, runtime, times)}")
     grid = vit.neuron_grid(dense.sizes.neurons, request.target.neuron_step)
     console.say(
         f"grid: 0 to {dense.sizes.heads} heads, {len(grid)} MLP widths in steps of {grid[1]} neurons "
         f"(SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
     )
     models = shapes.shape_models(dense.model, grid, out, console)
+    plans = {f"plan{i}": shape for i, shape in enumerate(fitting_shapes(dense.sizes, grid, request.seed))}
+    for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
+        models[name] = out / f"{name}.onnx"
+        shapes.export_shape(dense.model, shape, dense.sizes, models[name])
     measured, worker = measure(request, runtime, threads, anchor, models, console)
     for path in models.values():
         path.unlink()
@@ -47,6 +59,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     built = table.build_table(
         {int(name[5:]): m for name, m in measured.items() if name.startswith("heads")},
         {int(name[7:]): m for name, m in measured.items() if name.startswith("neurons")},
+        measured["empty"], {shape: measured[name] for name, shape in plans.items()},
         heads=dense.sizes.heads, width=dense.sizes.neurons, blocks=dense.sizes.blocks, dense_ms=dense_ms,
         runtime=runtime, precision=request.precision, threads=threads,
     )  # fmt: skip
@@ -66,7 +79,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             "samples": len(anchor_samples),
             "how": how,
         },
-        "tokens": dense.sizes.tokens,
+        "model": describe(request, dense.sizes),
         "worker": worker,
         "table": table.table_to_json(built),
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
@@ -79,30 +92,95 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     np.savez_compressed(out / "samples.npz", **samples)
 
 
-def why_runtime(request: Request, runtime: str, times: Mapping[str, float]) -> str:
-    """Why this runtime was chosen, in words."""
-    if len(times) == 1:
-        return "as asked" if request.runtime else "the only one that this target can use here"
-    others = ", ".join(f"{name} takes {ratio:.2f} times as long" for name, ratio in times.items() if name != runtime)
-    return f"the fastest, measured turn by turn ({others})"
+def fitting_shapes(sizes: vit.Anatomy, grid: tuple[int, ...], seed: int) -> list[Shape]:
+    """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
+    return shapes.random_shapes(FITTING_PLANS, sizes, grid, (seed, 0)) if sizes.blocks > 1 else []
+
+
+def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
+    """What of the model a latency table depends on."""
+    return {
+        "architecture": request.card.architecture, "batch": 1, "tokens": sizes.tokens, "width": sizes.width,
+        "blocks": sizes.blocks, "heads": sizes.heads, "head_dim": sizes.head_dim, "neurons": sizes.neurons,
+        "classes": sizes.num_classes,
+    }  # fmt: skip
+
+
+def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: Console) -> None:
+    """Take the recorded profile in `path` instead of measuring; UsageError when it is of something else."""
+    document = artifact.read_json(path)
+    if document.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path} is not a profile of schema {SCHEMA}; write one with `edgeprune profile --export FILE`"
+        )
+    try:
+        recorded = table.table_from_json(document["table"])
+        found = {
+            "target": document["target"]["name"], "precision": recorded.precision,
+            **{f"model's {key}": value for key, value in document["model"].items() if key != "architecture"},
+        }  # fmt: skip
+        cpu = document["device"]["cpu"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path}: the profile is damaged ({type(error).__name__}: {error}); record it again"
+        ) from error
+    wanted = {
+        "target": request.target.name, "precision": request.precision,
+        **{f"model's {key}": value for key, value in describe(request, sizes).items() if key != "architecture"},
+    }  # fmt: skip
+    wrong = [f"{key} is {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
+    if request.runtime not in ("", recorded.runtime):
+        wrong.append(f"runtime is {recorded.runtime}, not {request.runtime}")
+    if request.threads not in (0, recorded.threads):
+        wrong.append(f"threads are {recorded.threads}, not {request.threads}")
+    if wrong:
+        raise UsageError(f"{path} was recorded for something else: its {'; its '.join(wrong)}")
+    console.say(
+        f"profile recorded on {cpu}, {recorded.runtime}, {recorded.threads} threads: dense {recorded.dense_ms:.2f} ms"
+    )
+    if not measurable(document):
+        console.warn(
+            "that is another device: the latency of what is built is predicted, not validated; run `edgeprune validate` there"
+        )
+    (out / "profile.json").write_text(json.dumps(document, indent=1))
+
+
+def measurable(document: Mapping[str, Any]) -> bool:
+    """Whether the profile was recorded on this very device, so that models can be measured against it."""
+    return bool(document["device"] == device.fingerprint())
+
+
+def refuse_recorded(document: Mapping[str, Any], what: str) -> None:
+    """Raise UsageError when the profile is another device's."""
+    if not measurable(document):
+        raise UsageError(
+            f"the profile is of {document['device'].get('cpu', 'another device')}: this machine cannot {what} for it"
+        )
+
+
+@contextmanager
+def clock_progress(console: Console, what: str, seconds: float) -> Iterator[Callable[[int, float], None]]:
+    """Progress of a measurement that may take `seconds`: yields what `Clock.measure` takes as `on_round`."""
+    with console.progress(what, seconds, "s") as advance:
+        shown = 0.0
+
+        def on_round(rounds: int, now: float) -> None:
+            nonlocal shown
+            advance(now - shown, f"round {rounds}")
+            shown = now
+
+        yield on_round
 
 
 def measure(
     request: Request, runtime: str, threads: int, anchor: Path, models: Mapping[str, Path], console: Console
 ) -> tuple[dict[str, Measurement], dict[str, Any]]:
     """Time all shape models turn by turn with the dense model; also returns what the worker says of itself."""
-    with choose.clock(request, runtime, threads) as clock:
+    with choose.clock(request.conditions, runtime, threads) as clock:
         clock.load("dense", anchor)
         for name, path in models.items():
             clock.load(name, path)
-        with console.progress("latency table", TABLE_SECONDS, "s") as advance:
-            shown = 0.0
-
-            def on_round(rounds: int, seconds: float) -> None:
-                nonlocal shown
-                advance(seconds - shown, f"round {rounds}")
-                shown = seconds
-
+        with clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
             measured = clock.measure(
                 list(models), "dense", ci=0.007, min_rounds=30, budget_s=TABLE_SECONDS, on_round=on_round
             )

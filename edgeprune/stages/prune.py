@@ -20,13 +20,15 @@ from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
+from edgeprune.latency import choose
 from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.solve import solve
-from edgeprune.stages import baseline, calibrate, choose, export, profile, simplify
+from edgeprune.stages import baseline, calibrate, export, profile, simplify
 from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Shape, to_json
 
 AIM = 0.98  # of the limit: room for the measurement's own interval
+AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
 CLOSE = 0.955  # a plan measured below this share of the limit leaves accuracy on the table
 ATTEMPTS = 8
 MEASURE_SECONDS = 25.0
@@ -46,7 +48,17 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         plan, predicted = vit.dense_plan(dense.sizes), table.dense_ms
         pruned = dense.model
     else:
-        plan, predicted, tries = search(request, dense, read["baseline"] / "dense.onnx", table, levels, limit, console)
+        refuse_unreachable(request, table, dense.sizes.blocks, limit)
+        if profile.measurable(document):
+            plan, predicted, tries = search(
+                request, dense, read["baseline"] / "dense.onnx", table, levels, limit, console
+            )
+        else:
+            console.say(
+                f"nothing can be measured here: the solver aims at {AIM_UNMEASURED:.0%} of the limit, room for the table's error"
+            )
+            plan = solve_plan(levels, table, AIM_UNMEASURED * limit)
+            predicted = table.predict_ms(plan.shape)
         moments = calibrate.read_moments(read["calibrate"], dense.sizes.blocks)
         pruned = recovery.survivors(dense.model, plan, moments)
         batches = [pixels for pixels, _ in dense.splits.calibration.batches(request.card.calibration.batch_size)]
@@ -69,6 +81,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 def dense_meets(request: Request, document: dict[str, dict[str, float]], limit: float) -> bool:
     """Whether the dense model needs no pruning at the gated quantile, with room for noise."""
     return document["anchor"][request.quantile] <= AIM * limit
+
+
+def refuse_unreachable(request: Request, table: LatencyTable, blocks: int, limit: float) -> None:
+    """Raise Infeasible, naming the lowest reachable latency, when not even an empty model is predicted within the limit."""
+    lowest = table.predict_ms(((0, 0),) * blocks)
+    if limit * AIM < lowest:
+        raise Infeasible(f"{limit:.2f} ms cannot be reached: the lowest that {request.card.name} can reach on {request.target.name} "
+                         f"is about {lowest / AIM:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
 
 
 def options(
@@ -103,19 +123,16 @@ def search(
 ) -> tuple[Plan, float, list[dict[str, object]]]:
     """Solve, measure, rescale; returns the plan, its predicted latency in ms, and what was tried.
 
-    Raises Infeasible, naming the lowest reachable latency, when no plan is within the limit.
+    Raises Infeasible when no plan was measured within the limit.
     """
     lowest = table.predict_ms(((0, 0),) * dense.sizes.blocks)
-    if limit * AIM < lowest:
-        raise Infeasible(f"{limit:.2f} ms cannot be reached: the lowest that {request.card.name} can reach on {request.target.name} "
-                         f"is about {lowest / AIM:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
     console.say(f"margin: the solver aims at {AIM:.0%} of the limit, so that the measurement's interval fits below it")
     tries: list[dict[str, object]] = []
     best: tuple[float, Plan] | None = None
     seen: dict[Shape, float] = {}
     budget = AIM * limit
     low, high = lowest, table.dense_ms  # budgets known to be met, known to be too large
-    with choose.clock(request, table.runtime, table.threads) as clock:
+    with choose.clock(request.conditions, table.runtime, table.threads) as clock:
         clock.load("dense", anchor)
         for attempt in range(1, ATTEMPTS + 1):
             plan = solve_plan(levels, table, budget)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.errors import UsageError
+from edgeprune.latency import choose, device
+from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import latency_ms
-from edgeprune.stages import baseline, choose, profile
+from edgeprune.stages import baseline, profile
+from edgeprune.types import Check, FloatArray
 
 BATCH = 64
 
@@ -29,29 +33,29 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     planned = artifact.read_plan(read["finetune"] / "plan.json")
     compiled = artifact.read_json(read["compile"] / "compile.json")
     runtime = compiled["runtime"]
-    anchor_ms = document["anchor_ms"][runtime]
-    with choose.clock(request, runtime, table.threads) as clock:
+    here = profile.measurable(document)
+    with (
+        accuracy_clock(request, runtime, table.threads)
+        if not here
+        else choose.clock(request.conditions, runtime, table.threads) as clock
+    ):
         clock.load("dense", read["baseline"] / "dense.onnx")
         clock.load("pruned", read["compile"] / compiled["entry"])
-        console.say(f"timing {runtime}, turn by turn with the dense model")
-        measured = checks.measure(
-            clock, "dense", "pruned", request.quantile, None if request.strict_clock else anchor_ms
-        )
+        timed = time_it(clock, request, document, planned, console) if here else predict_it(request, document, planned)
         images = dense.splits.evaluation
         accuracy = checks.accuracy(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
-    anchor_ms, drift = checks.corrected(measured, anchor_ms, strict=request.strict_clock, console=console)
-    gates = [checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)]
+    gates = [timed.check]
     if request.max_drop is not None:
         gates.append(checks.accuracy_check(accuracy, request.max_drop))
     for check in gates:
         console.say(f"{check.name}: {check.verdict} ({check.reason})")
-    dense_latency = {key: document["anchor"][key] * anchor_ms / table.dense_ms for key in ("p50", "p90")}
+    dense_latency = {key: document["anchor"][key] * timed.anchor_ms / table.dense_ms for key in ("p50", "p90")}
     facts = {
         "runtime": runtime,
         "checks": [asdict(check) for check in gates],
         "dense": {"accuracy": accuracy.dense, "latency_ms": dense_latency, "params": _params(read), "macs": vit.macs(dense.sizes, dense.sizes.shape)},
         "pruned": {
-            "accuracy": accuracy.pruned, "latency": latency_ms(measured, anchor_ms), "ratio": measured.ratio, "drift": drift,
+            "accuracy": accuracy.pruned, "latency": timed.latency, "ratio": timed.ratio, "drift": timed.drift,
             "params": vit.parameters(artifact.rebuild(planned, read["finetune"] / "model.safetensors")),
             "macs": vit.macs(dense.sizes, planned.plan.shape),
         },
@@ -61,7 +65,49 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     }  # fmt: skip
     (out / "validation.json").write_text(json.dumps(facts, indent=1))
     dense.splits.report(out, console)
-    np.savez_compressed(out / "validation.npz", pruned=measured.samples_ms, dense=measured.anchor_ms)
+    np.savez_compressed(out / "validation.npz", pruned=timed.samples_ms[0], dense=timed.samples_ms[1])
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The artifact's latency, measured here or predicted for a device that is not."""
+
+    check: Check
+    latency: dict[str, Any]  # as statistics.latency_ms has it; None for what was not measured
+    ratio: float  # to the dense model
+    drift: float | None
+    anchor_ms: float
+    samples_ms: FloatArray  # [2, all rounds]: artifact and dense model
+
+
+def time_it(
+    clock: Clock, request: Request, document: Mapping[str, Any], planned: artifact.PlannedModel, console: Console
+) -> Timed:
+    """Time the loaded `pruned` turn by turn with the loaded `dense`."""
+    profiled_ms = document["anchor_ms"][clock.runtime]
+    console.say(f"timing {clock.runtime}, turn by turn with the dense model")
+    measured = checks.measure(clock, "dense", "pruned", request.quantile, None if request.strict_clock else profiled_ms)
+    anchor_ms, drift = checks.corrected(measured, profiled_ms, strict=request.strict_clock, console=console)
+    check = checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)
+    return Timed(check, latency_ms(measured, anchor_ms), measured.ratio, drift, anchor_ms, measured.raw_ms)
+
+
+def predict_it(request: Request, document: Mapping[str, Any], planned: artifact.PlannedModel) -> Timed:
+    """What the recorded profile of another device predicts; never more than inconclusive."""
+    dense_ms = document["table"]["dense_ms"]
+    reason = (
+        f"predicted {planned.predicted_ms:.2f} ms, not validated: the profile is of {document['device']['cpu']}; "
+        "run `edgeprune validate` there"
+    )
+    check = Check(f"latency {request.quantile}", None, planned.limit_ms, "inconclusive", reason)
+    latency = {"p50": None, "p90": None, "p99": None, "ci": None, "samples": 0}
+    return Timed(check, latency, planned.predicted_ms / dense_ms, None, dense_ms, np.empty((2, 0)))
+
+
+def accuracy_clock(request: Request, runtime: str, threads: int) -> Clock:
+    """A worker that only answers: as many threads as there are here, no instruction set cap."""
+    count, _ = device.usable_threads(threads)
+    return Clock(runtime, precision=request.precision, threads=count, seed=request.seed)
 
 
 def _params(read: Mapping[str, Path]) -> int:

@@ -18,12 +18,12 @@ NAMES = [name for name in runtimes.names() if not runtimes.get(name).available()
 HEAVY = {"torch", "timm", "onnx", "openvino_telemetry.backend"}
 
 
-def write_model(path: Path, batch: int | str = 1) -> Path:
-    """Two linear layers with a ReLU, 32 -> 64 -> 10."""
+def write_model(path: Path, batch: int | str = 1, hidden: int = 64) -> Path:
+    """Two linear layers with a ReLU, 32 -> `hidden` -> 10."""
     rng = np.random.default_rng(0)
     weights = [
         onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
-        for name, shape in (("w", (32, 64)), ("v", (64, 10)))
+        for name, shape in (("w", (32, hidden)), ("v", (hidden, 10)))
     ]
     h = onnx.helper
     nodes = [
@@ -135,3 +135,37 @@ def test_openvino_obeys_the_cap(model: Path) -> None:
         facts = clock.load("m", model)
     assert not any("avx" in kernel for kernel in facts["kernels"])
     assert all("mlas" in kernel for kernel in facts["uncapped"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_are_timed_as_they_are_executed(name: str, model: Path) -> None:
+    with Clock(name, threads=1) as clock:
+        clock.load("m", model)
+        operators = clock.operators("m", runs=6)
+        clock.unload("m")
+        with pytest.raises(errors.UsageError, match="loaded model"):
+            clock.operators("m")
+        wide = clock.load("wide", write_model(model.with_name("wide.onnx"), hidden=20_000))
+        nodes = clock.operators("wide", runs=6)
+        assert clock.operators("wide", runs=1)
+        with pytest.raises(errors.UsageError, match="0 runs"):
+            clock.operators("wide", runs=0)
+    assert wide["precision"] == "fp32"
+    for node in [*operators, *nodes]:
+        assert set(node) == {"name", "operator", "kernel", "ms"}
+        assert node["name"] and node["operator"] and 0 < node["ms"] < 1000
+    # 3 nodes in the file; the ReLU is fused in OpenVINO, which adds a reorder or two.
+    assert 2 <= len(nodes) <= 6
+    products = [node for node in nodes if node["operator"] in ("MatMul", "Gemm", "FusedGemm", "FullyConnected")]
+    assert len(products) == 2 and sum(node["ms"] for node in products) > 0.5 * sum(node["ms"] for node in nodes)
+    assert len({node["name"] for node in nodes}) == len(nodes)
+    assert all(bool(node["kernel"]) == (name == "openvino") for node in nodes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_operators_open_the_model_as_open_does(name: str, model: Path) -> None:
+    runtime, x = runtimes.get(name), np.ones((1, 32), np.float32)
+    with pytest.raises(errors.UsageError, match="fp7"):
+        runtime.operators(str(model), 1, "fp7", x, 1)
+    with pytest.raises(errors.UsageError, match="cannot open"):
+        runtime.operators(str(model.with_name("none.onnx")), 1, "fp32", x, 1)

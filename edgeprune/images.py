@@ -1,0 +1,256 @@
+"""Evaluation images without torch: folders and digits, read by PIL and preprocessed in numpy as timm does it.
+
+`edgeprune validate` checks accuracy with this on devices that have no torch; builds read the same images
+through `data.py`. A test holds both to the same pixels. PIL and scikit-learn are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune import extras
+from edgeprune.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
+DIGITS_TEST = 599  # of 1,797; a fixed third, never trained on, whatever the seed
+DIGITS_SOURCE = "scikit-learn digits"
+DIVIDED = " (divided 80:20)"  # ends the name of a source without an evaluation part of its own
+EVAL_SPLITS = ("validation", "val", "test")
+SUFFIXES = (".png", ".jpg", ".jpeg")  # timm's: a build sees no others
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_PCT = 0.875  # timm's, where the configuration names none
+
+
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey levels, as RGB images. UsageError without scikit-learn."""
+
+    def __init__(self) -> None:
+        extras.need("the digits data set", extras.DIGITS, "pip install scikit-learn")
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        self.pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+        self.labels = bunch.target
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+    def split(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices to train on and to judge on; the same for every seed."""
+        order = np.random.default_rng(0).permutation(len(self))
+        return order[DIGITS_TEST:], order[:DIGITS_TEST]
+
+
+def divide(count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of `count` images divided 80:20: to train on, and to judge on (ascending)."""
+    mixed = rng.permutation(np.arange(count))
+    cut = count // 5
+    return mixed[cut:], np.sort(mixed[:cut])
+
+
+def refuse_corrupt(corrupt: Mapping[str, str], total: int, what: str) -> None:
+    """Raise UsageError when more than 1 % of `total` images are unreadable. corrupt: name -> reason."""
+    if len(corrupt) > max(MAX_CORRUPT * total, 1):
+        listed = "; ".join(f"{name} ({reason})" for name, reason in list(corrupt.items())[:3])
+        raise UsageError(
+            f"{len(corrupt)} of the {total} {what} images cannot be read, more than "
+            f"{MAX_CORRUPT:.0%}: {listed}; repair or remove them"
+        )
+
+
+@dataclass
+class Evaluation:
+    """Labelled images to judge an artifact on. Unreadable ones are noted in `corrupt` (name -> reason) and skipped."""
+
+    source: str
+    names: Sequence[str]
+    labels: Sequence[int]
+    read: Callable[[int], Image.Image]
+    corrupt: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batches(
+        self, preprocessing: Mapping[str, Any], batch_size: int
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Pixels `[n, 3, height, width]` and labels `[n]`, in order. Raises UsageError once over 1 % are unreadable."""
+        from PIL import Image
+
+        for start in range(0, len(self), batch_size):
+            pixels, labels = [], []
+            for i in range(start, min(start + batch_size, len(self))):
+                try:
+                    image = self.read(i)
+                except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                    self.corrupt[self.names[i]] = str(error) or type(error).__name__
+                    refuse_corrupt(self.corrupt, len(self), "evaluation")
+                else:
+                    pixels.append(preprocess(image, preprocessing))
+                    labels.append(self.labels[i])
+            if pixels:
+                yield np.stack(pixels), np.array(labels)
+
+
+def for_artifact(manifest: Mapping[str, Any], data: str, data_dir: str) -> Evaluation | None:
+    """The images that `--data` and `--data-dir` name, labelled for the artifact; None when neither is given.
+
+    Raises UsageError when the artifact's classes are not the data's, or there are no images.
+    """
+    if not data and not data_dir:
+        return None
+    if (data or "folder") not in ("digits", "folder"):
+        raise UsageError(
+            f"validate reads 'digits' or 'folder', not '{data}'; "
+            "write the images to DIR/<class>/* and give --data-dir DIR"
+        )
+    if data == "digits":
+        if data_dir:
+            raise UsageError(f"the data set 'digits' is embedded and reads no '{data_dir}'; leave --data-dir out")
+        if manifest["data"]["source"] != DIGITS_SOURCE:
+            raise UsageError(
+                f"the artifact was built on {manifest['data']['source']}, not on digits; "
+                "give --data-dir DIR with images of its classes"
+            )
+        return _digits()
+    if not data_dir:
+        raise UsageError("the data set 'folder' needs --data-dir DIR")
+    return _folder(Path(data_dir), manifest)
+
+
+def _digits() -> Evaluation:
+    extras.need("reading images", extras.IMAGES, "pip install 'edgeprune[runtime]'")
+    digits = Digits()
+    _, chosen = digits.split()
+    return Evaluation(
+        DIGITS_SOURCE,
+        names=[f"digit {i}" for i in chosen],
+        labels=[int(digits.labels[i]) for i in chosen],
+        read=lambda i: digits[int(chosen[i])][0],
+    )
+
+
+def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
+    """The evaluation part of an image folder; what was divided 80:20 at build is divided alike."""
+    extras.need("reading images", extras.IMAGES, "pip install 'edgeprune[runtime]'")
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder '{folder}'; give --data-dir an existing folder of images")
+    if not manifest["classes"]:
+        raise UsageError(
+            f"the artifact names no classes, so the folders in '{folder}' cannot be matched to its logits; "
+            "build it again on an image folder"
+        )
+    recorded = manifest["data"]
+    divided = recorded["source"].endswith(DIVIDED)
+    part = next((folder / name for name in EVAL_SPLITS if (folder / name).is_dir()), folder)
+    if part == folder and (folder / "train").is_dir() and not divided:
+        raise UsageError(f"'{folder}' has training images only; add a folder {', '.join(EVAL_SPLITS[:-1])} or test")
+    files = image_files(part)
+    if not files:
+        raise UsageError(f"'{part}' holds no images ({', '.join(SUFFIXES)} in one folder per class)")
+    index = {name: i for i, name in enumerate(manifest["classes"])}
+    for path in files:
+        if path.parent.name not in index or path.parent == part:
+            raise UsageError(
+                f"the folder '{path.parent}' is named after no class of the artifact "
+                f"({_some(manifest['classes'])}); name each folder of images after its class"
+            )
+    where = f"folder '{part}'"
+    if divided and part == folder and len(files) // 5 == recorded["evaluation"]:
+        _, chosen = divide(len(files), np.random.default_rng(recorded["seed"]))
+        files = [files[i] for i in chosen]
+        where += DIVIDED
+    return Evaluation(
+        where,
+        names=[str(path) for path in files],
+        labels=[index[path.parent.name] for path in files],
+        read=lambda i: read_image(files[i]),
+    )
+
+
+def _some(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:5]) + (f" and {len(classes) - 5} more" if len(classes) > 5 else "")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image below `folder`, in timm's order; the folder that an image lies in is its class."""
+    found = [
+        os.path.join(root, name)
+        for root, _, names in os.walk(folder, topdown=False, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in SUFFIXES
+    ]
+    return [Path(path) for path in sorted(found, key=_natural)]
+
+
+def _natural(text: str) -> list[Any]:
+    """Numbers by value: a2 before a10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text.lower())]
+
+
+def read_image(path: Path) -> Image.Image:
+    """The file as an RGB image; transparency is dropped, as at build."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def preprocess(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.float32]:
+    """An RGB image as the model's input `[3, height, width]`: timm's evaluation transform.
+
+    config: the manifest's `preprocessing`: input_size, interpolation, crop_pct, mean, std. The image is resized
+    so that it just covers input_size / crop_pct, cropped at the centre, and normalised. Raises UsageError for an
+    interpolation that PIL does not know.
+    """
+    from PIL import Image
+
+    if config["interpolation"] not in INTERPOLATIONS:
+        raise unknown("interpolation", config["interpolation"], INTERPOLATIONS)
+    crop = (int(config["input_size"][-2]), int(config["input_size"][-1]))
+    height, width = resized((image.height, image.width), crop, config.get("crop_pct") or CROP_PCT)
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), Image.Resampling[config["interpolation"].upper()])
+    pixels = centre(np.asarray(image, dtype=np.uint8), crop).transpose(2, 0, 1).astype(np.float32)
+    mean, std = (np.array(config[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+    normalised: NDArray[np.float32] = (pixels / np.float32(255) - mean) / std
+    return normalised
+
+
+def resized(size: tuple[int, int], crop: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """(height, width) that an image of `size` is resized to before the crop; rounded as torchvision and timm do."""
+    height, width = size
+    cover = (math.floor(crop[0] / crop_pct), math.floor(crop[1] / crop_pct))
+    if cover[0] != cover[1]:
+        ratio = min(height / cover[0], width / cover[1])
+        return round(height / ratio), round(width / ratio)
+    if width <= height:
+        return int(cover[0] * height / width), cover[0]
+    return cover[0], int(cover[0] * width / height)
+
+
+def centre(pixels: NDArray[np.uint8], crop: tuple[int, int]) -> NDArray[np.uint8]:
+    """The middle `crop` (height, width) of pixels `[height, width, channels]`; black where they are smaller."""
+    short = [max(wanted - have, 0) for wanted, have in zip(crop, pixels.shape)]
+    if any(short):
+        pixels = np.pad(pixels, [*((s // 2, (s + 1) // 2) for s in short), (0, 0)])
+    # Python's rounding of halves to even is torchvision's.
+    top, left = (round((have - wanted) / 2) for have, wanted in zip(pixels.shape, crop))
+    return pixels[top : top + crop[0], left : left + crop[1]]

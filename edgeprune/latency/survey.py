@@ -1,0 +1,247 @@
+"""Survey: where a model's time goes on this device, against what the device can do, and what would change it.
+
+Takes ONNX files and numbers, so that it works where there is no torch. Everything that is compared is
+timed turn by turn; what could not be measured is named in `left_out` with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune.config import Conditions
+from edgeprune.console import Console
+from edgeprune.errors import EdgepruneError
+from edgeprune.latency import choose, device, micro, noise, roofline
+from edgeprune.latency.clock import Clock, race
+from edgeprune.latency.statistics import latency_ms, quiet_ms
+from edgeprune.types import FloatArray, LatencyTable, to_json
+
+SCHEMA = "edgeprune.survey/1"
+#: Time budgets of the three measurements, in seconds.
+MODEL_SECONDS = 20.0
+THREADS_SECONDS = 8.0
+PRECISIONS_SECONDS = 15.0
+MIN_ROUNDS = 60
+OPERATOR_RUNS = 20
+
+
+def survey(
+    model: Path,
+    under: Conditions,
+    runtime: str,
+    threads: int,
+    console: Console,
+    *,
+    table: LatencyTable | None = None,
+    sizes: Mapping[str, int] | None = None,
+    off_grid: Mapping[int, Path] | None = None,
+) -> dict[str, Any]:
+    """All that a performance engineer wants to know of the ONNX file `model`, as JSON.
+
+    under: target, precision and seed. runtime, threads: what is surveyed; others are compared with it.
+    table, sizes: the latency table of a Vision Transformer and its tokens, width, heads, head_dim and
+    neurons; without them there are no sub-blocks. off_grid: models of uniform MLP widths beside the grid.
+    """
+    left_out: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as work:
+        micros = _made(left_out, "the compute and memory ceilings", lambda: _ceiling_models(Path(work)))
+        with choose.clock(under, runtime, threads) as clock:
+            document = _model(clock, model, {**(off_grid or {}), **micros}, console)
+        measured: dict[Any, float] = document.pop("measured")
+        uncapped = document.pop("uncapped")
+        document["ceilings"] = _ceilings({at: measured[at] for at in micros}, uncapped) if micros else None
+        if table is not None and sizes is not None:
+            document |= _sub_blocks(table, sizes, document["ceilings"])
+            document["off_grid"] = [{"width": width, "ms": measured[width]} for width in off_grid or {}]
+        document["threads_scaling"] = _thread_scaling(model, under, runtime, threads)
+        document["precisions"] = _precisions(model, Path(work), under, runtime, threads, left_out, console)
+    for reason in left_out:
+        console.say(f"left out: {reason}")
+    for sentence in document["noise"]["disturbances"]:
+        console.say(f"while surveying, {sentence}")
+    return {"schema": SCHEMA, "runtime": runtime, "threads": threads, **document, "left_out": left_out}
+
+
+def _made(left_out: list[str], what: str, make: Callable[[], dict[Any, Path]]) -> dict[Any, Path]:
+    """What `make` makes, or nothing and the reason in `left_out`."""
+    try:
+        return make()
+    except EdgepruneError as error:
+        left_out.append(f"{what}: {error}")
+        return {}
+
+
+def _ceiling_models(work: Path) -> dict[Any, Path]:
+    models: dict[Any, Path] = {}
+    for shape in micro.GEMMS:
+        models[shape] = work / f"gemm{'x'.join(map(str, shape))}.onnx"
+        micro.gemm(models[shape], *shape)
+    models["stream"] = work / "stream.onnx"
+    micro.stream(models["stream"])
+    return models
+
+
+def _model(clock: Clock, model: Path, others: Mapping[Any, Path], console: Console) -> dict[str, Any]:
+    """The model's own latency, noise and operators, and the milliseconds of `others` by key (`measured`)."""
+    clock.load("dense", model)
+    for key, path in others.items():
+        clock.load(str(key), path)
+    before = clock.counters()
+    measured = clock.measure(
+        ["dense", *map(str, others)], "dense", ci=0.005, min_rounds=MIN_ROUNDS, budget_s=MODEL_SECONDS
+    )
+    facts = noise.between(before, clock.counters())
+    own = measured["dense"].anchor_ms
+    dense_ms, how = quiet_ms(own)
+    return {
+        "latency_ms": {**latency_ms(measured["dense"], dense_ms), "how": how},
+        "noise": {**noise.stability(own), **facts, "disturbances": noise.disturbances(facts)},
+        "operators": by_operator(clock.operators("dense", OPERATOR_RUNS)),
+        "uncapped": any(clock.facts[str(key)].get("uncapped") for key in others),
+        "measured": {key: measured[str(key)].ratio * dense_ms for key in others},
+    }
+
+
+def by_operator(nodes: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Nodes of a graph, as `runtimes` list them, summed by operator and kernel; the costliest first."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for node in nodes:
+        found[node["operator"], node["kernel"]].append(node["ms"])
+    total = sum(map(sum, found.values()))
+    rows = [
+        {"operator": operator, "kernel": kernel, "count": len(times), "ms": sum(times), "share": sum(times) / total}
+        for (operator, kernel), times in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _ceilings(measured: Mapping[Any, float], uncapped: bool) -> dict[str, Any]:
+    """GFLOP/s of every matrix product and the best of them; GB/s of the memory-bound one."""
+    gemms = [
+        {"m": m, "k": k, "n": n, "ms": ms, "gflops": micro.gemm_flops(m, k, n) / ms / 1e6}
+        for (m, k, n), ms in ((at, ms) for at, ms in measured.items() if at != "stream")
+    ]
+    return {
+        "uncapped": uncapped,  # the instruction set cap does not reach these kernels
+        "gemms": gemms,
+        "gflops": max(row["gflops"] for row in gemms),
+        "gb_per_s": micro.stream_bytes() / measured["stream"] / 1e6,
+    }
+
+
+def _sub_blocks(table: LatencyTable, sizes: Mapping[str, int], ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Where the dense model's time goes, what a head and 8 neurons cost, and how near each is to the ceiling."""
+    tokens, width, head_dim = sizes["tokens"], sizes["width"], sizes["head_dim"]
+    rows = [
+        ("attention", f"{heads} heads", float(table.attn_ms[heads]), roofline.attention(tokens, width, heads, head_dim))
+        for heads in range(len(table.attn_ms) - 1, 0, -1)
+    ] + [
+        ("MLP", f"{neurons} neurons", float(ms), roofline.mlp(tokens, width, neurons))
+        for neurons, ms in reversed(list(zip(table.mlp_widths, table.mlp_ms, strict=True)))
+        if neurons
+    ]  # fmt: skip
+    sub_blocks = [
+        {"kind": kind, "kept": kept, "ms": ms, "share": table.blocks * ms / table.dense_ms}
+        | (roofline.achieved(cost, ms, ceilings["gflops"], ceilings["gb_per_s"]) if ceilings and ms > 0 else {})
+        for kind, kept, ms, cost in rows
+    ]
+    widths, prices = np.array(table.mlp_widths), np.asarray(table.mlp_ms)
+    return {
+        "sub_blocks": sub_blocks,
+        "always_ms": table.base_ms,
+        "marginal_us": {
+            "head": [float(us) for us in np.diff(table.attn_ms) * 1e3],  # of the first, the second, ...
+            "neurons8": float(8e3 * np.polyfit(widths[1:], prices[1:], 1)[0]) if len(widths) > 2 else None,
+        },
+        "staircase": staircase(widths, prices),
+    }
+
+
+def staircase(widths: np.ndarray[Any, Any], prices: FloatArray) -> list[dict[str, Any]]:
+    """Microseconds per 8 neurons of every step of the grid; far above the mean: a step up to stay below."""
+    steps = np.diff(prices) * 8e3 / np.diff(widths)
+    return [
+        {"from": int(a), "to": int(b), "us_per_8_neurons": float(us)}
+        for a, b, us in zip(widths[:-1], widths[1:], steps, strict=True)
+    ]
+
+
+def _thread_scaling(model: Path, under: Conditions, runtime: str, threads: int) -> list[dict[str, Any]]:
+    """The model at 1, 2, 4 .. `threads` threads, turn by turn."""
+    counts = sorted({*(2**i for i in range(threads.bit_length())), threads})
+    if len(counts) == 1:
+        return [{"threads": 1, "speedup": 1.0, "ci": [1.0, 1.0], "efficiency": 1.0}]
+    with contextlib.ExitStack() as stack:
+        entries = []
+        for count in counts:
+            clock = stack.enter_context(choose.clock(under, runtime, count))
+            clock.load("dense", model)
+            entries.append((clock, "dense"))
+        measured = race(entries, 0, budget_s=THREADS_SECONDS, seed=under.seed)
+    return [
+        {"threads": n, "speedup": 1 / m.ratio, "ci": [1 / m.ratio_ci[1], 1 / m.ratio_ci[0]], "efficiency": 1 / m.ratio / n}
+        for n, m in zip(counts, measured, strict=True)
+    ]  # fmt: skip
+
+
+def _precisions(
+    model: Path, work: Path, under: Conditions, runtime: str, threads: int, left_out: list[str], console: Console
+) -> list[dict[str, Any]]:
+    """Every runtime that can be used here, in fp32 and int8, turn by turn; ratios to `runtime` in fp32."""
+    int8 = _made(left_out, "int8", lambda: _int8_models(model, work, under.seed))
+    others = [name for name in choose.eligible(_any_runtime(under), console) if name != runtime]
+    names, measured = [], []
+    with contextlib.ExitStack() as stack:
+        entries: list[tuple[Clock, str]] = []
+        for name in (runtime, *others):
+            clock = stack.enter_context(choose.clock(under, name, threads))
+            for scheme, path in {under.precision: model, **int8}.items():
+                if scheme == "int8 dynamic" and name != "onnxruntime":
+                    continue  # its integer operators are ONNX Runtime's own
+                try:
+                    clock.load(scheme, path)
+                except EdgepruneError as error:
+                    left_out.append(f"{scheme} in {name}: {error}")
+                    continue
+                entries.append((clock, scheme))
+                names.append((name, scheme))
+        if len(entries) > 1:
+            measured = race(entries, 0, budget_s=PRECISIONS_SECONDS, seed=under.seed)
+    return [
+        {"runtime": name, "precision": scheme, "ratio": m.ratio, "ci": list(m.ratio_ci), "rounds": len(m.samples_ms)}
+        for (name, scheme), m in zip(names, measured, strict=False)
+    ]
+
+
+def _int8_models(model: Path, work: Path, seed: int) -> dict[Any, Path]:
+    paths: dict[Any, Path] = {"int8 dynamic": work / "dynamic.onnx", "int8 QDQ": work / "qdq.onnx"}
+    micro.dynamic_int8(model, paths["int8 dynamic"])
+    micro.qdq_int8(model, paths["int8 QDQ"], seed=seed)
+    return paths
+
+
+def _any_runtime(under: Conditions) -> Conditions:
+    return Conditions(under.target, "", under.precision, under.threads, under.seed)
+
+
+def survey_file(path: Path, under: Conditions, console: Console) -> dict[str, Any]:
+    """The survey of any ONNX file, with the device and the conditions; no latency table."""
+    threads, why = device.usable_threads(under.threads or under.target.threads)
+    console.say(f"threads: {threads} ({why})")
+    runtime, times = choose.fastest(under, dict.fromkeys(choose.eligible(under, console), path), threads)
+    console.say(f"runtime: {runtime}, {choose.why(under, runtime, times)}")
+    return {
+        "schema": SCHEMA,
+        "file": {"name": path.name, "bytes": path.stat().st_size},
+        "device": device.fingerprint(),
+        "target": to_json(under.target),
+        "runtime": runtime,
+        "survey": to_json(survey(path, under, runtime, threads, console)),
+    }

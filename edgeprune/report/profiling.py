@@ -1,0 +1,241 @@
+"""The profiling report: a profile document for people, the same on the terminal and as `profile.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with a title, and a sentence or two below it."""
+
+    title: str
+    headings: tuple[str, ...] = ()
+    rows: Sequence[tuple[str, ...]] = ()
+    notes: Sequence[str] = ()
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """`profile.md`."""
+    lines = [f"# {_title(document)}", ""]
+    for section in sections(document):
+        lines += [f"## {section.title}", ""]
+        if section.rows:
+            lines += ["| " + " | ".join(section.headings) + " |", "|" + "---|" * len(section.headings)]
+            lines += ["| " + " | ".join(row) + " |" for row in section.rows] + [""]
+        lines += [*(f"{note}\n" for note in section.notes)]
+    return "\n".join(lines)
+
+
+def show(document: dict[str, Any]) -> None:
+    """The same on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False, soft_wrap=True)
+    out.print(_title(document), style="bold", markup=False)
+    for section in sections(document):
+        table = Table(title=section.title, title_justify="left")
+        for i, heading in enumerate(section.headings):
+            table.add_column(heading, justify="right" if i else "left")
+        for row in section.rows:
+            table.add_row(*row)
+        if section.rows:
+            out.print(table)
+        for note in section.notes:
+            out.print(note, markup=False)
+
+
+def sections(document: dict[str, Any]) -> Iterator[Section]:
+    """What there is to say, most important first."""
+    table, survey = document.get("table"), document.get("survey")
+    if survey is not None:
+        yield _latency(document, survey)
+    if table is not None:
+        yield _where(table, survey)
+        yield _staircase(table, survey)
+    if survey is not None:
+        yield _operators(survey)
+        if survey["ceilings"]:
+            yield _ceilings(survey["ceilings"])
+        yield _threads(survey)
+        yield _precisions(survey)
+        yield _noise(survey)
+    if "check" in document:
+        yield _check(document["check"])
+
+
+def _title(document: dict[str, Any]) -> str:
+    what = document["file"]["name"] if "file" in document else document["model"]["architecture"]
+    survey = document.get("survey") or document["table"]
+    return (
+        f"{what} on {document['device']['cpu']}: {document['runtime']}, {survey['threads']} threads, "
+        f"target {document['target']['name']}"
+    )
+
+
+def _latency(document: dict[str, Any], survey: dict[str, Any]) -> Section:
+    found = survey["latency_ms"]
+    rows = [(name, _ms(found[name])) for name in ("p50", "p90", "p99")]
+    notes = [f"{found['samples']} samples, batch 1; p50 is {found['how']}."]
+    if "anchor" in document:
+        anchor = document["anchor"]
+        notes.append(
+            f"The latency table stands on {anchor['p50']:.3f} ms: {anchor['how']}, of {anchor['samples']} in all. A dash: too few samples."
+        )
+    return Section("Latency of the dense model" if "table" in document else "Latency", ("", "ms"), rows, notes)
+
+
+def _where(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
+    """Sub-blocks of the dense model, and how near they are to the ceiling."""
+    blocks, dense = table["blocks"], table["dense_ms"]
+    kinds = {"attention": table["attn_ms"][-1], "MLP": table["mlp_ms"][-1]}
+    rows = []
+    for kind, ms in kinds.items():
+        listed: list[dict[str, Any]] = survey["sub_blocks"] if survey else []
+        row = next((r for r in listed if r["kind"] == kind), {})
+        gflops = (
+            (f"{row['gflops']:.0f}", f"{row['share_of_ceiling']:.0%}", row["bound"])
+            if "gflops" in row else ("–", "–", "–")
+        )  # fmt: skip
+        rows.append((f"{kind}, {blocks} of them", _ms(blocks * ms), f"{blocks * ms / dense:.1%}", _ms(ms), *gflops))
+    rows.append(("what always stays", _ms(table["base_ms"]), f"{table['base_ms'] / dense:.1%}", "", "", "", ""))
+    heads = len(table["attn_ms"]) - 1
+    notes = [
+        f"A head costs {1e3 * table['attn_ms'][-1] / heads:.0f} µs per block on average, 8 neurons "
+        f"{8e3 * table['mlp_ms'][-1] / table['mlp_widths'][-1]:.2f} µs ({table['samples']} rounds per entry)."
+    ]
+    if fit := table["fit"]:
+        notes.append(
+            f"Fitted on {fit['plans']} plans whose blocks all differ: prices times {fit['scale']:.3f}, plus {1e3 * fit['shift_ms']:.0f} µs; "
+            f"median error {fit['median_error_before']:.1%} before, {fit['median_error']:.1%} after. Empty model: {table['empty_ms']:.3f} ms."
+        )
+    if table["repaired"]:
+        notes.append(f"Made monotone: {'; '.join(table['repaired'])}.")
+    headings = ("where the time goes", "ms in all", "share", "ms each", "GFLOP/s", "of the ceiling", "bound by")
+    return Section("Sub-blocks", headings, rows, notes)
+
+
+def _staircase(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
+    """Every price of the table, with the marginal cost of its step."""
+    rows = []
+    for heads, ms in enumerate(table["attn_ms"]):
+        step = f"{1e3 * (ms - table['attn_ms'][heads - 1]):.1f} µs per head" if heads else ""
+        rows.append(("attention", f"{heads} heads", f"{ms:.4f}", step))
+    for i, (width, ms) in enumerate(zip(table["mlp_widths"], table["mlp_ms"], strict=True)):
+        step = ""
+        if i:
+            per = 8e3 * (ms - table["mlp_ms"][i - 1]) / (width - table["mlp_widths"][i - 1])
+            step = f"{per:.2f} µs per 8 neurons"
+        rows.append(("MLP", f"{width} neurons", f"{ms:.4f}", step))
+    notes = []
+    off_grid = (survey or {}).get("off_grid") or []
+    if len(off_grid) > 1:
+        first = off_grid[0]
+        told = ", ".join(f"{row['width']}: {row['ms'] / first['ms'] - 1:+.1%}" for row in off_grid[1:])
+        notes.append(
+            f"Widths beside the SIMD grid, the whole model against the same with {first['width']} neurons in every block: {told}."
+        )
+    return Section("Latency table, per block", ("sub-block", "kept", "ms", "marginal cost"), rows, notes)
+
+
+def _operators(survey: dict[str, Any]) -> Section:
+    rows = [
+        (row["operator"], row["kernel"] or "–", str(row["count"]), f"{row['ms']:.3f}", f"{row['share']:.1%}")
+        for row in survey["operators"]
+    ]
+    notes = ["From the runtime's own profiler, after fusion; profiling slows the model, so shares say more than times."]
+    if any(row["operator"] == "Subgraph" for row in survey["operators"]):
+        notes.append("Subgraph: what OpenVINO fuses into one kernel, elementwise operators and parts of attention.")
+    return Section("Operators", ("operator", "kernel", "count", "ms", "share"), rows, notes)
+
+
+def _ceilings(ceilings: dict[str, Any]) -> Section:
+    rows = [
+        (f"matrix product {row['m']} x {row['k']} x {row['n']}", f"{row['gflops']:.0f} GFLOP/s", f"{row['ms']:.3f}")
+        for row in ceilings["gemms"]
+    ]
+    rows.append(("weights read once from memory", f"{ceilings['gb_per_s']:.1f} GB/s", ""))
+    notes = ["The ceilings of the roofline: fp32, same runtime, threads and instruction set, timed in the same rounds."]
+    if ceilings["uncapped"]:
+        notes.append(
+            "The matrix products ran in kernels that the instruction set cap does not reach: a true device's ceiling is lower."
+        )
+    return Section("What this device can do", ("", "rate", "ms"), rows, notes)
+
+
+def _threads(survey: dict[str, Any]) -> Section:
+    rows = [
+        (str(row["threads"]), f"{row['speedup']:.2f} x", f"{row['ci'][0]:.2f} to {row['ci'][1]:.2f}", f"{row['efficiency']:.0%}")
+        for row in survey["threads_scaling"]
+    ]  # fmt: skip
+    return Section("Thread scaling", ("threads", "speed-up", "95 % interval", "efficiency"), rows)
+
+
+def _precisions(survey: dict[str, Any]) -> Section:
+    rows = [
+        (
+            f"{row['runtime']}, {row['precision']}",
+            f"{row['ratio']:.2f}",
+            f"{row['ci'][0]:.2f} to {row['ci'][1]:.2f}",
+            str(row["rounds"]),
+        )
+        for row in survey["precisions"]
+    ]
+    notes = [f"Left out: {reason}." for reason in survey["left_out"]]
+    if not rows:
+        notes.insert(0, "There is nothing to compare with: one runtime, one precision.")
+    headings = ("runtime and precision", "times as long", "95 % interval", "rounds")
+    return Section("Runtimes and precisions", headings, rows, notes)
+
+
+def _noise(survey: dict[str, Any]) -> Section:
+    noise = survey["noise"]
+
+    def number(name: str, text: str) -> str:
+        return "–" if noise.get(name) is None else text.format(noise[name])
+
+    rows = [
+        ("coefficient of variation", number("cv", "{:.1%}")),
+        ("drift, last quarter against first", number("drift", "{:+.1%}")),
+        ("slowest against fastest stretch", number("slowest_over_fastest_stretch", "{:.2f} x")),
+        ("p90 against p50", number("p90_over_p50", "{:.2f} x")),
+        ("autocorrelation of neighbouring rounds", number("autocorrelation", "{:.2f}")),
+        ("context switches, voluntary", number("voluntary_switches_per_s", "{:.0f} /s")),
+        ("context switches, involuntary", number("involuntary_switches_per_s", "{:.0f} /s")),
+        ("other work on the machine", number("others_cpus", "{:.2f} CPUs")),
+        ("stolen by the hypervisor", number("steal_share", "{:.1%}")),
+        ("throttled for heat", number("throttled", "{:.0f} times")),
+        ("throttled by the control group's quota", number("quota_throttled", "{:.0f} times")),
+        ("clock rate", number("mhz", "{:.0f} MHz")),
+        ("temperature", number("temperature_c", "{:.0f} °C")),
+    ]
+    notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in noise["disturbances"]]
+    return Section("Noise while surveying", ("", ""), rows, [*notes, "A dash: this system does not show it."])
+
+
+def _check(check: dict[str, Any]) -> Section:
+    rows = [
+        (
+            f"{sum(h for h, _ in plan['shape'])} heads, {sum(n for _, n in plan['shape'])} neurons",
+            _ms(plan["predicted_ms"]),
+            _ms(plan["measured_ms"]),
+            f"{plan['ci_ms'][0]:.3f} to {plan['ci_ms'][1]:.3f}",
+            f"{plan['error']:+.1%}",
+        )
+        for plan in check["plans"]
+    ]
+    notes = [
+        f"Magnitude of the error: median {check['median']:.1%}, 90 % within {check['p90']:.1%}, at most {check['max']:.1%}; "
+        f"mean {check['bias']:+.1%}; {check['rounds']} rounds."
+    ]
+    if not check["calm"]:
+        notes.append("The machine was never as quiet as when the table was measured: repeat with --rebuild.")
+    headings = ("held-out random plan", "predicted", "measured", "95 % interval", "error")
+    return Section("Predicted against measured", headings, rows, notes)
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
