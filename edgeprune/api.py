@@ -117,7 +117,7 @@ def profile(
         return _profile_file(Path(model), target, check, export, out, console, **options)
     if check < 0:
         raise UsageError(f"check must be 0 or more plans, not {check}")
-    need_build_packages()
+    need_build_packages("profiling a card")
     made, _ = request(model, target=target, latency="1x", **options)
     from edgeprune import artifact, pipeline
 

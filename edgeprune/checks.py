@@ -22,7 +22,7 @@ from edgeprune.console import SILENT, Console
 from edgeprune.latency import device
 from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import latency_ms, quantile_ci_ms, quantile_ms, verdict
-from edgeprune.types import Check, Measurement, Target, Verdict
+from edgeprune.types import Check, Measurement, Quiet, Target, Verdict
 
 SECONDS = 30.0
 DRIFT = 0.05  # of the anchor's latency, above which drift is worth a line
@@ -43,11 +43,17 @@ class Accuracy:
     images: int
 
 
-def measure(clock: Clock, dense: str, pruned: str, quantile: str, quiet_ms: float | None) -> Measurement:
-    """Time the two loaded models turn by turn, long enough for the quantile; rounds as calm as `quiet_ms` count."""
+def measure(
+    clock: Clock, dense: str, pruned: str, quantile: str, quiet: Quiet | None, *, strict: bool = False
+) -> Measurement:
+    """Time the two loaded models turn by turn, long enough for the quantile.
+
+    quiet: only rounds as calm as that count; None on another device than the profile's. strict: all do.
+    """
     return clock.measure(
-        [pruned], dense, ci=0.004, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS, quiet_ms=quiet_ms
-    )[pruned]
+        [pruned], dense, ci=0.004, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
+        quiet=None if strict else quiet, every_round=strict,
+    )[pruned]  # fmt: skip
 
 
 def corrected(measured: Measurement, profiled_ms: float, *, strict: bool, console: Console) -> tuple[float, float]:
@@ -212,8 +218,8 @@ def validate_artifact(
         clock.load("dense", anchor)
         clock.load("pruned", folder / manifest["entry"])
         same = profile["device"] == device.fingerprint() and count == manifest["threads"] and max_isa == _cap(recorded)
-        quiet_ms = profile["anchor_ms"][runtime] if same and not strict_clock else None
-        measured = measure(clock, "dense", "pruned", request["quantile"], quiet_ms)
+        quiet = Quiet.of(profile, runtime) if same else None
+        measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock)
         answers = None
         if evaluation is not None:
             answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))

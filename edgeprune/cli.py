@@ -301,8 +301,9 @@ def profile(model: str, output_format: str, quiet: bool, verbose: bool, **option
 @OUTPUT
 def validate(artifact: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
     """Check ARTIFACT again on this machine: every file's hash, the latency contract and, given data, the accuracy.
+    Needs no torch.
 
-    Needs no torch. Example: edgeprune validate artifacts/digits-cpu-avx2-10ms --data digits
+    Example: edgeprune validate artifacts/digits-cpu-avx2-10ms --data digits
     """
     from edgeprune import api, checks
     from edgeprune.console import Console

@@ -59,12 +59,30 @@ Shape = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class Quiet:
+    """The anchor on the quiet device, and how ratios shift when the device is slower than that.
+
+    A slower device does not slow all models alike: a candidate of ratio r at quiet is at
+    r * (1 + slope * (1 - r) * x) when the anchor takes a share x longer (see `statistics.fit_slope`).
+    """
+
+    ms: float
+    slope: float = 0.5  # as measured on several machines, where nothing better is known
+
+    @classmethod
+    def of(cls, profile: Mapping[str, Any], runtime: str) -> Quiet:
+        """From a profile document."""
+        return cls(profile["anchor_ms"][runtime], profile["anchor"]["slope"])
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A candidate and the anchor, timed in the same rounds in random order.
 
     Shapes: `samples_ms` and `anchor_ms` are `[rounds that count]`, row i of both from the same round.
-    `ratio` is the median of per-round ratios; `ratio_ci` its 95 % bootstrap interval. Rounds in which
-    the machine was disturbed do not count, unless it was never calm: then all do and `calm` is False.
+    `ratio` is the median of per-round ratios, each as it would be on the quiet device; `ratio_ci` its 95 %
+    bootstrap interval. Rounds in which the machine was disturbed do not count, unless it was never calm:
+    then all do and `calm` is False.
     """
 
     name: str
@@ -73,6 +91,7 @@ class Measurement:
     ratio: float
     ratio_ci: tuple[float, float]
     raw_ms: FloatArray  # [2, all rounds]: candidate and anchor, in order of time
+    waited_ms: FloatArray  # [2, all rounds]: how long their threads waited for a CPU meanwhile
     calm: bool = True
 
 

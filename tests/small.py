@@ -71,6 +71,10 @@ quantile = "p50"
 BUDGETS = {
     "edgeprune.latency.choose.RACE_SECONDS": 1.0,
     "edgeprune.stages.profile.TABLE_SECONDS": 4.0,
+    "edgeprune.latency.survey.MODEL_SECONDS": 2.0,
+    "edgeprune.latency.survey.THREADS_SECONDS": 0.5,
+    "edgeprune.latency.survey.PRECISIONS_SECONDS": 1.0,
+    "edgeprune.stages.check.CHECK_SECONDS": 2.0,
     "edgeprune.stages.prune.MEASURE_SECONDS": 3.0,
     "edgeprune.checks.SECONDS": 3.0,
 }

@@ -111,6 +111,31 @@ def test_other_commands_refuse_unknown_names_too(space: Workspace, command: str)
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere.onnx"], "there is no model file 'nowhere.onnx'"),
+        (["nowhere.onnx", "--check", "3"], "--check is for model cards; 'nowhere.onnx' is an ONNX file"),
+        (["nowhere.onnx", "--export", "p.json"], "--export is for model cards"),
+        (["nowhere.onnx", "--data-dir", "x"], "--data-dir is for model cards"),
+        (["digits", "--check", "-1"], "check must be 0 or more plans, not -1"),
+    ],
+)
+def test_profile_refuses(space: Workspace, arguments: list[str], says: str) -> None:
+    check(["profile", *arguments, "--target", space.target], USAGE, says)
+
+
+def test_an_onnx_file_that_is_none_is_refused(space: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_text("no model")
+    check(["profile", tmp_path / "model.onnx", "--target", space.target, "--runtime", "onnxruntime"], USAGE,
+          "onnxruntime cannot open")  # fmt: skip
+
+
+def test_a_profile_that_is_not_there_is_refused(space: Workspace, tmp_path: Path) -> None:
+    check(["build", space.card, "--target", space.target, "--latency", "2x", "--profile", tmp_path / "p.json"], USAGE,
+          "write one with `edgeprune profile --export FILE`")  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("latency", "says"),
     [
         ("fastms", "latency 'fastms' is not a number; write 10ms, 2.5x"),
@@ -464,7 +489,7 @@ def test_a_latency_below_what_is_reachable(space: Workspace, tmp_path: Path, lat
     lowest = float(lines[0].partition("is about ")[2].split(" ms")[0])
     assert lowest > 0, "a number that a user can ask for"
     assert "finetune" not in found.err
-    made = {path.name.rpartition("-")[0] for path in space.cache.glob("*") if path.name not in before}
+    made = {path.name.rpartition("-")[0] for path in space.cache.glob("*-*") if path.name not in before}
     assert made <= {"baseline", "profile", "calibrate"}
     assert not list((tmp_path / "out").glob("*"))
 

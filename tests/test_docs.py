@@ -292,7 +292,7 @@ def test_the_schema_accepts_a_manifest(manifest: dict[str, Any]) -> None:
         ("request.latency", "10"),
         ("request.latency_ms", 0),
         ("request.quantile", "p95"),
-        ("pruned.latency_ms.p50", None),
+        ("pruned.latency_ms.samples", -1),
         ("pruned.latency_ms.p50", "1 ms"),
         ("pruned.latency_ci_ms", [1.0]),
         ("pruned.ratio", 0),

@@ -9,11 +9,13 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from test_docs import manifest_errors
 
 import edgeprune
 from edgeprune import api, config, errors, pipeline, report
-from edgeprune.stages import prune, validate
+from edgeprune.stages import profile, prune, validate
 
 LATENCIES = ("2x", "70%")
 SHARED = ("baseline", "profile", "calibrate")
@@ -343,7 +345,9 @@ def test_the_same_latency_table_gives_the_same_plan(space: Workspace, cache_copy
             [source] = cache_copy.glob(f"{stage}-*")
             shutil.copytree(source, cache / source.name)
 
-        def predicted(clock: Any, dense: Any, plan: Any, request: Any, table: Any) -> Any:
+        _, table = profile.read_profile(next(cache.glob("profile-*")))
+
+        def predicted(clock: Any, dense: Any, plan: Any, request: Any, quiet: Any, table: Any = table) -> Any:
             ms = table.predict_ms(plan.shape) * 1.03  # so that the search goes on for a round or two
             return ms, (ms, ms)
 
@@ -364,9 +368,11 @@ def test_the_search_goes_on_below_a_plan_that_just_misses(
     request, _ = api.request(str(space.one), target=str(space.target), latency="80%", runtime="onnxruntime")
     shapes: list[Any] = []
 
-    def first_misses(clock: Any, dense: Any, plan: Any, request: Any, table: Any) -> Any:
+    _, table = profile.read_profile(next(cache.glob("profile-*")))
+
+    def first_misses(clock: Any, dense: Any, plan: Any, request: Any, quiet: Any) -> Any:
         shapes.append(plan.shape)
-        limit = request.latency.limit_ms(table.dense_ms)
+        limit = request.latency.limit_ms(quiet.ms)
         ms = 0.995 * limit if plan.shape == shapes[0] else table.predict_ms(plan.shape)
         return ms, (0.99 * ms, 1.01 * ms)
 
@@ -473,23 +479,132 @@ def test_a_config_file_with_mistakes_is_refused(tmp_path: Path, text: str, says:
 # The other commands -------------------------------------------------------------------------
 
 
-def test_profile_answers_from_the_cache(space: Workspace, artifacts: list[Path]) -> None:
+def test_profile_takes_the_table_of_the_build_from_the_cache(
+    space: Workspace, artifacts: list[Path], tmp_path: Path
+) -> None:
+    """And adds what a build does not need: the survey and, if asked for, held-out plans."""
     asked = ["profile", space.card, "--target", space.target, "--runtime", "onnxruntime", "--cache-dir", space.cache]
-    start = time.monotonic()
-    found = small.run(*asked, "--format", "json")
+    with small.quick():
+        found = small.run(
+            *asked, "--check", 5, "--export", tmp_path / "p.json", "--out", tmp_path / "p", "--format", "json"
+        )
     assert found.code == errors.PASSED, found.err
-    assert time.monotonic() - start < 10
-    assert found.document == json.loads((artifacts[0] / "profile.json").read_text())
-    table = found.document["table"]
+    document = found.document
+    added = {name: document.pop(name) for name in ("survey", "check")}
+    assert document == json.loads((artifacts[0] / "profile.json").read_text())
+    table = document["table"]
     assert len(table["attn_ms"]) == 4
     assert table["mlp_widths"] == [0, 32, 64, 96, 128, 160, 192]
     assert table["attn_ms"] == sorted(table["attn_ms"])
     assert table["mlp_ms"] == sorted(table["mlp_ms"])
-    assert table["base_ms"] + 3 * (table["attn_ms"][-1] + table["mlp_ms"][-1]) == pytest.approx(table["dense_ms"])
-    text = small.run(*asked)
+    assert table["fit"]["plans"] == 8
+    assert table["empty_ms"] < table["dense_ms"] == document["anchor"]["p50"]
+    for kind, total in (("attention", 3), ("MLP", 6)):
+        rows = [row for row in added["survey"]["sub_blocks"] if row["kind"] == kind]
+        assert len(rows) == total
+        assert all(0 <= row["ms"] <= table["dense_ms"] for row in rows)
+    assert [plan["shape"] for plan in added["check"]["plans"]] != []
+    for plan in added["check"]["plans"]:
+        assert plan["error"] == pytest.approx(plan["predicted_ms"] / plan["measured_ms"] - 1)
+    for path in (tmp_path / "p.json", tmp_path / "p" / "profile.json"):
+        assert json.loads(path.read_text()) == {**document, **added}
+    with np.load(tmp_path / "p" / "samples.npz") as samples:
+        assert {"dense", "empty", "heads0", "neurons32", "plan0"} <= set(samples.files)
+        assert {f"{name}.waited" for name in samples.files if "." not in name} <= set(samples.files)
+        assert len({len(samples[name]) for name in samples.files}) == 1
+    report = (tmp_path / "p" / "profile.md").read_text()
+    for title in (
+        "Sub-blocks",
+        "Latency table, per block",
+        "Operators",
+        "Noise while surveying",
+        "Predicted against measured",
+    ):
+        assert f"## {title}\n" in report
+    start = time.monotonic()
+    text = small.run(*asked, "--check", 5)
+    assert time.monotonic() - start < 10, "everything was done before"
     assert text.code == errors.PASSED
     assert "3 heads" in text.out
     assert "192 neurons" in text.out
+
+
+def test_a_profile_of_this_device_builds_a_validated_artifact(
+    space: Workspace, artifacts: list[Path], tmp_path: Path
+) -> None:
+    built = space.build("--latency", "2x", "--profile", artifacts[0] / "profile.json", out=tmp_path / "out")
+    assert built.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), built.err
+    assert "recorded on" in built.err
+    assert manifest(tmp_path / "out" / "small-here-2x")["pruned"]["latency_ms"]["samples"] >= 9
+
+
+@pytest.fixture(scope="module")
+def elsewhere(space: Workspace, artifacts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A profile that another device recorded, of a target that is not here; and that target."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    target = folder / "board.toml"
+    machine = "aarch64" if platform.machine() == "x86_64" else "x86_64"
+    target.write_text(re.sub(r"machine = .*", f'machine = ["{machine}"]', small.TARGET))
+    document = json.loads((artifacts[0] / "profile.json").read_text())
+    document["device"] |= {"cpu": "a board", "machine": machine}
+    document["target"] |= {"name": "board", "machine": [machine]}
+    (folder / "board.json").write_text(json.dumps(document))
+    return folder / "board.json", target
+
+
+def test_a_profile_of_another_device_predicts_and_says_so(
+    space: Workspace, elsewhere: tuple[Path, Path], tmp_path: Path
+) -> None:
+    recorded, target = elsewhere
+    asked = ("build", space.card, "--target", target, "--latency", "2x", "--cache-dir", space.cache, "--out", tmp_path)
+    assert small.run(*asked).code == errors.TargetUnavailable.exit_code, "nothing can be measured for it here"
+    built = small.run(*asked, "--profile", recorded)
+    assert built.code == errors.INCONCLUSIVE, built.err
+    assert "predicted, not validated" in built.err
+    folder = tmp_path / "small-board-2x"
+    document = manifest(folder)
+    assert document["pruned"]["latency_ms"] == {"p50": None, "p90": None, "p99": None, "samples": 0}
+    assert document["pruned"]["predicted_ms"] <= 0.95 * document["request"]["latency_ms"]
+    assert document["accuracy"]["images"] == 599, "accuracy is measured all the same"
+    [check] = document["checks"]
+    assert (check["value"], check["verdict"]) == (None, "inconclusive")
+    assert "the profile is of a board; run `edgeprune validate` there" in check["reason"]
+    assert "not measured" in (folder / "report.md").read_text()
+    compared = small.run("report", folder, folder)
+    assert compared.code == errors.PASSED
+    assert "INCONCLUSIVE" in compared.out
+    refused = small.run("validate", folder)
+    assert refused.code == errors.TargetUnavailable.exit_code
+
+
+def test_predictions_cannot_be_checked_on_another_device(
+    space: Workspace, elsewhere: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(errors.UsageError, match="a board: this machine cannot check predictions for it"):
+        profile.refuse_recorded(json.loads(elsewhere[0].read_text()), "check predictions")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d.update(schema="x"), "is not a profile of schema edgeprune.profile/1"),
+        (lambda d: d.pop("table"), "the profile is damaged (KeyError: 'table')"),
+        (lambda d: d["table"].pop("base_ms"), "not a latency table"),
+        (lambda d: d["model"].update(tokens=197), "its model's tokens is 197, not 17"),
+        (lambda d: d["target"].update(name="board"), "its target is board, not here"),
+        (lambda d: d["table"].update(runtime="openvino"), "its runtime is openvino, not onnxruntime"),
+    ],
+)  # fmt: skip
+def test_a_profile_of_something_else_is_refused(
+    space: Workspace, artifacts: list[Path], tmp_path: Path, change: Callable[[Any], Any], says: str
+) -> None:
+    document = json.loads((artifacts[0] / "profile.json").read_text())
+    change(document)
+    (tmp_path / "p.json").write_text(json.dumps(document))
+    refused = space.build("--latency", "2x", "--profile", tmp_path / "p.json")
+    assert refused.code == errors.UsageError.exit_code
+    assert says in refused.err
+    assert "Traceback" not in refused.err
 
 
 def test_report_of_one_is_report_md(artifacts: list[Path]) -> None:

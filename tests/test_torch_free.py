@@ -28,6 +28,9 @@ ROOT = Path(__file__).parent.parent
 #: Measuring stops when the intervals are tight; this bounds it on a noisy machine.
 QUICK = "import edgeprune.checks as checks; checks.SECONDS = 2.0; from edgeprune.cli import main; main()"
 
+#: The same of what `edgeprune profile model.onnx` measures.
+SURVEY = {name: seconds for name, seconds in small.BUDGETS.items() if ".survey." in name or ".choose." in name}
+
 #: `device(argument, ...)`: `edgeprune ARGUMENT...` there; or with `code`, that Python program.
 Device = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -158,6 +161,23 @@ def test_validate_judges_the_images_of_the_build(device: Device, artifact: Path,
     assert all(ms > 0 for times in samples.values() for ms in times)
 
 
+def test_profile_surveys_an_onnx_file(device: Device, artifact: Path, tmp_path: Path) -> None:
+    """What takes the onnx package is left out, and that is said."""
+    quick = "; ".join(f"import {name.rpartition('.')[0]}; {name} = {s}" for name, s in SURVEY.items())
+    code = f"{quick}; from edgeprune.cli import main; main()"
+    asked = ("profile", artifact / "model.onnx", "--threads", 1, "--out", tmp_path / "p", "--format", "json")
+    ran = device(*asked, code=code)
+    if ran.returncode == errors.TargetUnavailable.exit_code:
+        pytest.skip("no shipped target fits this machine")
+    assert ran.returncode == errors.PASSED, ran.stderr
+    found = small.strict_json(ran.stdout)
+    assert {row["runtime"] for row in found["survey"]["precisions"]} >= {"onnxruntime"}
+    assert found["survey"]["operators"]
+    assert all("pip install onnx" in reason for reason in found["survey"]["left_out"])
+    assert small.strict_json((tmp_path / "p" / "profile.json").read_text()) == found
+    assert "## Operators" in (tmp_path / "p" / "profile.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -165,6 +185,7 @@ def test_validate_judges_the_images_of_the_build(device: Device, artifact: Path,
         (["build", "digits", "--target", "cpu-avx2", "--latency", "2x", "--dry-run"], "building needs"),
         (["build", "vit_tiny_patch16_224", "--target", "cpu-avx2", "--latency", "2x"], "building needs"),
         (["train", "digits"], "training needs"),
+        (["profile", "digits", "--target", "cpu-avx2"], "profiling a card needs"),
         (["models", "show", "vit_tiny_patch16_224"], "looking up a timm name needs"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from edgeprune import errors
 from edgeprune.latency import statistics
-from edgeprune.types import Measurement
+from edgeprune.types import Measurement, Quiet
 
 #: Rounds that are run even when the time budget is over: fewer say nothing.
 FEWEST_ROUNDS = 9
@@ -132,7 +132,9 @@ class Clock:
         min_rounds: int = 40,
         max_rounds: int = 1000,
         budget_s: float = 60.0,
-        quiet_ms: float | None = None,
+        quiet: Quiet | None = None,
+        every_round: bool = False,
+        patience: float = PATIENCE,
         on_round: Callable[[int, float], None] | None = None,
     ) -> dict[str, Measurement]:
         """Time loaded models turn by turn with the loaded `anchor`; see `race`."""
@@ -144,7 +146,9 @@ class Clock:
             min_rounds=min_rounds,
             max_rounds=max_rounds,
             budget_s=budget_s,
-            quiet_ms=quiet_ms,
+            quiet=quiet,
+            every_round=every_round,
+            patience=patience,
             seed=self.seed,
             on_round=on_round,
         )
@@ -248,7 +252,9 @@ def race(
     min_rounds: int = 40,
     max_rounds: int = 1000,
     budget_s: float = 60.0,
-    quiet_ms: float | None = None,
+    quiet: Quiet | None = None,
+    every_round: bool = False,
+    patience: float = PATIENCE,
     seed: int = 0,
     on_round: Callable[[int, float], None] | None = None,
 ) -> list[Measurement]:
@@ -257,8 +263,9 @@ def race(
     Rounds go on until the half-width of every 95 % interval is at most `ci` of its ratio (0.01 = ± 1 %),
     after `min_rounds` at least, or until `max_rounds` or `budget_s` (warming up included) is over; 9
     rounds are always run. `on_round(rounds, seconds)` is called after each round.
-    With `quiet_ms`, the anchor's quiet latency, only rounds as calm as that count, and a machine that is
-    disturbed is given up to `PATIENCE` times the budget to calm down.
+    Runs whose threads had to wait for a CPU do not count. With `quiet`, the anchor on the quiet device, only
+    rounds as calm as that do, and a machine that is disturbed is given up to `patience` times the budget to
+    calm down. With `every_round` all count, whatever happened: the machine as it is.
     Returns a Measurement per entry in order; the anchor's own ratio is 1.
     """
     for clock, name in entries:
@@ -269,36 +276,36 @@ def race(
     rng = np.random.default_rng(seed)
     names = [name for _, name in entries]
     rows: list[list[float]] = []
+    waits: list[list[float]] = []
     next_look = max(min_rounds, FEWEST_ROUNDS)
     calm = 0
     while calm < max(max_rounds, FEWEST_ROUNDS):
-        row = [math.nan] * len(entries)
+        row, waited = [math.nan] * len(entries), [0.0] * len(entries)
         order = rng.permutation(len(entries)).tolist()
         # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
         for _, group in itertools.groupby(order, key=lambda i: id(entries[i][0])):
             turns = list(group)
             answer = entries[turns[0]][0]._ask("turns", names=[names[i] for i in turns], turn=len(rows))
-            for i, ms in zip(turns, answer["ms"], strict=True):
-                row[i] = ms
+            for i, ms, wait in zip(turns, answer["ms"], answer["waited_ms"], strict=True):
+                row[i], waited[i] = ms, 0.0 if every_round else wait
         rows.append(row)
+        waits.append(waited)
         seconds = time.monotonic() - began
         if on_round is not None:
             on_round(len(rows), seconds)
-        calm = len(rows) if quiet_ms is None else calm_count([row[anchor] for row in rows], quiet_ms)
-        patience_s = budget_s * (1 if calm >= min_rounds else PATIENCE)
-        if len(rows) >= FEWEST_ROUNDS and seconds >= (budget_s if quiet_ms is None else patience_s):
+        calm = len(rows)
+        if quiet is not None:
+            own = np.array([(row[anchor], waited[anchor]) for row, waited in zip(rows, waits, strict=True)])
+            calm = statistics.calm_count(own[:, 0], own[:, 1], quiet)
+        patience_s = budget_s * (1 if quiet is None or calm >= min_rounds else patience)
+        if len(rows) >= FEWEST_ROUNDS and seconds >= patience_s:
             break
         if calm >= next_look:
-            measured = statistics.summarise(names, np.array(rows).T, anchor, seed, quiet_ms)
+            measured = statistics.summarise(names, np.array(rows).T, anchor, seed, quiet, np.array(waits).T)
             if all(statistics.half_width(measurement) <= ci for measurement in measured):
                 return measured
             next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
-    return statistics.summarise(names, np.array(rows).T, anchor, seed, quiet_ms)
-
-
-def calm_count(anchor_ms: list[float], quiet_ms: float) -> int:
-    """How many of the rounds so far count."""
-    return int(statistics.calm_rounds(np.array(anchor_ms), quiet_ms).sum())
+    return statistics.summarise(names, np.array(rows).T, anchor, seed, quiet, np.array(waits).T)
 
 
 def _environment() -> dict[str, str]:

@@ -1,83 +1,143 @@
 """Statistics of turn-by-turn timing: ratios, intervals, quantiles, verdicts. Pure numpy.
 
 A candidate's latency is the median over rounds of its ratio to the anchor, times the anchor's latency
-in the device profile. The interval is a bootstrap over rounds: it knows nothing of drift that is slower
-than the whole measurement, and takes rounds for independent.
+in the device profile. Not every round counts: a run whose threads waited for a CPU was disturbed by another
+process, and a stretch in which the anchor is slow by something that nobody here can see (another tenant, heat).
+The interval is a bootstrap over rounds: it knows nothing of drift that is slower than the whole
+measurement, and takes rounds for independent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.types import FloatArray, Measurement, Verdict
+from edgeprune.types import FloatArray, Measurement, Quiet, Verdict
 
 RESAMPLES = 1000
 #: Samples below which a tail quantile is not reported (MLPerf's early-stopping rule at 99 % confidence).
 MIN_SAMPLES = {"p90": 64, "p99": 662}
+#: A run is disturbed when its threads waited for a CPU for longer than this share of it, and than this.
+WAITED = 0.02
+WAITED_MS = 0.05
 #: A round is calm when the anchor's running median is at most this share above its quiet latency.
-CALM = 0.06
+CALM = 0.08
 CALM_WINDOW = 7  # rounds
 #: Calm rounds below which they do not speak for themselves.
 FEWEST_CALM = 20
+#: Weight of the usual slope in `fit_slope`: a few hundred rounds whose level varies by 2 % outweigh it.
+SLOPE_PRIOR = 0.05
+OUTLIER = 0.15
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def bootstrap_median_ci(values: FloatArray, seed: int = 0, resamples: int = RESAMPLES) -> FloatArray:
-    """95 % percentile bootstrap intervals of the median of each row.
-
-    values: `[candidates, rounds]`; all rows are resampled alike. Returns `[candidates, 2]`.
-    """
-    rounds = values.shape[1]
-    picks = np.random.default_rng(seed).integers(0, rounds, size=(resamples, rounds))
-    # One candidate at a time keeps memory at resamples x rounds.
-    medians = np.stack([np.median(row[picks], axis=1) for row in values])
-    interval: FloatArray = np.quantile(medians, [0.025, 0.975], axis=1).T
-    return interval
+def bootstrap_median_ci(values: FloatArray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the median of `values` `[rounds]`."""
+    picks = np.random.default_rng(seed).integers(0, len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(values[picks], axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def summarise(
-    names: Sequence[str], samples_ms: FloatArray, anchor: int, seed: int = 0, quiet_ms: float | None = None
+    names: Sequence[str],
+    samples_ms: FloatArray,
+    anchor: int,
+    seed: int = 0,
+    quiet: Quiet | None = None,
+    waited_ms: FloatArray | None = None,
 ) -> list[Measurement]:
     """One Measurement per row of `samples_ms` `[candidates, rounds]`; row `anchor` is the anchor.
 
-    quiet_ms: the anchor's quiet latency; only rounds as calm as that count. None = all rounds count.
+    quiet: the anchor's quiet latency; only rounds as calm as that count, corrected to exactly that. None =
+    all calm. waited_ms: as `samples_ms`, how long the threads of each run waited for a CPU; None = unknown.
     """
-    mask = np.ones(samples_ms.shape[1], dtype=bool)
-    if quiet_ms is not None:
-        mask = calm_rounds(samples_ms[anchor], quiet_ms)
-    calm = quiet_ms is None or int(mask.sum()) >= FEWEST_CALM
-    counted = samples_ms[:, mask] if calm else samples_ms
-    ratios = counted / counted[anchor]
-    intervals = bootstrap_median_ci(ratios, seed)
-    return [
-        Measurement(
-            name=name,
-            samples_ms=counted[i].copy(),
-            anchor_ms=counted[anchor].copy(),
-            ratio=float(np.median(ratios[i])),
-            ratio_ci=(float(intervals[i, 0]), float(intervals[i, 1])),
-            raw_ms=samples_ms[[i, anchor]],
-            calm=calm,
+    waited = np.zeros_like(samples_ms) if waited_ms is None else waited_ms
+    good = undisturbed(samples_ms, waited)
+    level = levels(samples_ms[anchor], good[anchor])
+    still = np.isfinite(level) if quiet is None else level <= (1 + CALM) * quiet.ms
+    rounds = samples_ms.shape[1]
+    measurements = []
+    for i, name in enumerate(names):
+        mask = good[i] & good[anchor] & still
+        calm = int(mask.sum()) >= min(FEWEST_CALM, rounds)
+        mask = mask if calm else np.ones(rounds, dtype=bool)
+        ratios = samples_ms[i, mask] / samples_ms[anchor, mask]
+        if calm and quiet is not None:
+            ratios = ratios / shift(float(np.median(ratios)), level[mask], quiet)
+        measurements.append(
+            Measurement(
+                name=name,
+                samples_ms=samples_ms[i, mask],
+                anchor_ms=samples_ms[anchor, mask],
+                ratio=float(np.median(ratios)),
+                ratio_ci=bootstrap_median_ci(ratios, seed),
+                raw_ms=samples_ms[[i, anchor]],
+                waited_ms=waited[[i, anchor]],
+                calm=calm,
+            )
         )
-        for i, name in enumerate(names)
-    ]
+    return measurements
 
 
-def calm_rounds(anchor_ms: FloatArray, quiet_ms: float) -> NDArray[np.bool_]:
-    """Which rounds `[rounds]` were as calm as the profile's: the anchor's running median is near `quiet_ms`.
+def undisturbed(samples_ms: FloatArray, waited_ms: FloatArray) -> NDArray[np.bool_]:
+    """Which runs had their CPUs to themselves. Both arguments and the result are of one shape.
 
-    A disturbed machine does not slow all models alike: what another tenant takes from a shared core is
-    paid per synchronisation, so a small model pays more than its share and ratios shift. The median over
-    neighbouring rounds tells such stretches from a single slow run, and does not favour lucky anchors.
+    Told from how long the system let their threads wait, not from how long they took, so that leaving runs
+    out favours no model. A run or two that waits a little is the system's own housekeeping.
+    """
+    mask: NDArray[np.bool_] = waited_ms <= np.maximum(WAITED_MS, WAITED * samples_ms)
+    return mask
+
+
+def levels(anchor_ms: FloatArray, good: NDArray[np.bool_]) -> FloatArray:
+    """The anchor's running median over neighbouring rounds `[rounds]`; inf where it was disturbed in all of them.
+
+    A median over neighbours tells a slow stretch from a single slow run, and does not favour lucky anchors.
     """
     half = CALM_WINDOW // 2
-    padded = np.pad(anchor_ms, half, mode="edge")
+    padded = np.pad(np.where(good, anchor_ms, np.nan), half, mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    mask: NDArray[np.bool_] = np.median(windows, axis=1) <= (1 + CALM) * quiet_ms
-    return mask
+    level = np.full(len(anchor_ms), np.inf)
+    known = ~np.isnan(windows).all(axis=1)
+    level[known] = np.nanmedian(windows[known], axis=1)
+    return level
+
+
+def calm_count(anchor_ms: FloatArray, waited_ms: FloatArray, quiet: Quiet) -> int:
+    """How many rounds of the anchor `[rounds]` count so far."""
+    good = undisturbed(anchor_ms, waited_ms)
+    return int((good & (levels(anchor_ms, good) <= (1 + CALM) * quiet.ms)).sum())
+
+
+def shift(ratio: float, level_ms: FloatArray, quiet: Quiet) -> FloatArray:
+    """By what factor a ratio is larger where the anchor takes `level_ms` `[rounds]` than on the quiet device."""
+    shifted: FloatArray = 1 + quiet.slope * min(max(1 - ratio, 0.0), 1.0) * (level_ms / quiet.ms - 1)
+    return shifted
+
+
+def fit_slope(measurements: Iterable[Measurement], quiet_ms: float) -> float:
+    """The slope of `Quiet`, fitted on all candidates of one measurement at once; between 0 and 1.
+
+    What another tenant takes from a shared core, cache or memory is paid per operator and synchronisation
+    rather than per FLOP, so a small model pays more than its share: over a slower stretch its ratio rises.
+    One least-squares slope for all, drawn to the usual one when the device was equally fast all the time.
+    """
+    products, squares = SLOPE_PRIOR * Quiet(quiet_ms).slope, SLOPE_PRIOR
+    for one in measurements:
+        good = undisturbed(one.raw_ms, one.waited_ms)
+        level = levels(one.raw_ms[1], good[1])
+        ratios = one.raw_ms[0] / one.raw_ms[1]
+        relative = ratios / np.median(ratios) - 1
+        # Beyond that a run says nothing of the state of the machine.
+        keep = good.all(axis=0) & np.isfinite(level) & (np.abs(relative) < OUTLIER)
+        if one.ratio >= 1 or keep.sum() < 2:
+            continue
+        x = (level[keep] / quiet_ms - 1) * (1 - one.ratio)
+        x, y = x - np.median(x), relative[keep] - np.median(relative[keep])
+        products, squares = products + float(x @ y), squares + float(x @ x)
+    return float(np.clip(products / squares, 0, 1))
 
 
 def quiet_ms(samples_ms: FloatArray, windows: int = 16) -> tuple[float, str]:

@@ -10,7 +10,7 @@ rounds, ratios or who the anchor is: it runs what it is told, in the order it is
     {"op": "start", "runtime", "precision", "threads", "max_isa", "seed"}   -> {"info"}
     {"op": "load", "name", "path"}          -> {"facts"}
     {"op": "warm", "name", "max_runs", "max_s"}  -> {"runs"}      run until the time is stable
-    {"op": "turns", "names", "turn"}        -> {"ms": [...]}      one untimed and one timed run each
+    {"op": "turns", "names", "turn"}        -> {"ms": [...], "waited_ms": [...]}  one untimed and one timed run each
     {"op": "predict", "name", "inputs", "outputs"}  -> {}         .npy paths, batch of images in and out
     {"op": "operators", "name", "runs"}     -> {"operators": [...]}  see `Runtime.operators`
     {"op": "unload", "name"}                -> {}
@@ -95,6 +95,7 @@ class Worker:
         session.run(self._rings[session.input_shape][0])  # a model that cannot run is refused here
         gc.collect()
         gc.freeze()
+        self._queue = noise.RunQueue()  # its threads exist now
         return {"facts": session.facts}
 
     def unload(self, name: str) -> dict[str, Any]:
@@ -115,14 +116,19 @@ class Worker:
         return {"runs": len(times)}
 
     def turns(self, names: list[str], turn: int) -> dict[str, Any]:
-        """Milliseconds of one run per name. Candidates and anchor see the same input in a round."""
-        times = []
+        """Milliseconds of one run per name, and those that its threads waited for a CPU meanwhile.
+
+        Candidates and anchor see the same input in a round.
+        """
+        times, waits = [], []
         for name in names:
             # The untimed run brings weights and scratch back into the cache: what deployment, which
             # runs one model, finds there; dozens of models in turn would find each other's.
             self._time(name, turn + 1)
+            before = self._queue.waited_ms()
             times.append(self._time(name, turn))
-        return {"ms": times}
+            waits.append(self._queue.waited_ms() - before)
+        return {"ms": times, "waited_ms": waits}
 
     def predict(self, name: str, inputs: str, outputs: str) -> dict[str, Any]:
         session = self._sessions[name]

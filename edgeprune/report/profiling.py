@@ -83,7 +83,8 @@ def _latency(document: dict[str, Any], survey: dict[str, Any]) -> Section:
     if "anchor" in document:
         anchor = document["anchor"]
         notes.append(
-            f"The latency table stands on {anchor['p50']:.3f} ms: {anchor['how']}, of {anchor['samples']} in all. A dash: too few samples."
+            f"The latency table stands on {anchor['p50']:.3f} ms: {anchor['how']}, of {anchor['samples']} in all. "
+            f"Where the device is slower, small models lose more: slope {anchor['slope']:.2f}. A dash: too few samples."
         )
     return Section("Latency of the dense model" if "table" in document else "Latency", ("", "ms"), rows, notes)
 

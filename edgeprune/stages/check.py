@@ -17,7 +17,7 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.latency import choose
 from edgeprune.stages import baseline, profile, shapes
-from edgeprune.types import Measurement, Shape, to_json
+from edgeprune.types import Measurement, Quiet, Shape, to_json
 
 CHECK_SECONDS = 60.0
 MIN_ROUNDS = 60
@@ -41,7 +41,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         with profile.clock_progress(console, "held-out plans", CHECK_SECONDS) as on_round:
             measured = clock.measure(
                 [f"plan{i}" for i in range(len(plans))], "dense", ci=0.005, min_rounds=MIN_ROUNDS,
-                budget_s=CHECK_SECONDS, quiet_ms=table.dense_ms, on_round=on_round,
+                budget_s=CHECK_SECONDS, quiet=Quiet.of(document, table.runtime), on_round=on_round,
             )  # fmt: skip
     predicted = [table.predict_ms(shape) for shape in plans]
     facts = compare(plans, predicted, list(measured.values()), table.dense_ms)

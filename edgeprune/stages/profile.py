@@ -18,12 +18,15 @@ from edgeprune import artifact, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import UsageError
-from edgeprune.latency import choose, device, table
-from edgeprune.latency.statistics import QUANTILES, half_width, quiet_ms, summarise
+from edgeprune.latency import choose, device, memory, table
+from edgeprune.latency.clock import Clock
+from edgeprune.latency.statistics import QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
 from edgeprune.stages import baseline, shapes
-from edgeprune.types import LatencyTable, Measurement, Shape, to_json
+from edgeprune.types import FloatArray, LatencyTable, Measurement, Quiet, Shape, to_json
 
-TABLE_SECONDS = 75.0
+TABLE_SECONDS = 70.0
+TABLE_PATIENCE = 1.4  # how much longer where the device is slower than it has been
+MIN_ROUNDS = 30
 FITTING_PLANS = 8
 SCHEMA = "edgeprune.profile/1"
 
@@ -50,12 +53,18 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
         shapes.export_shape(dense.model, shape, dense.sizes, models[name])
-    measured, worker = measure(request, runtime, threads, anchor, models, console)
+    with choose.clock(request.conditions, runtime, threads) as clock:
+        of = memory.key(anchor, device.fingerprint(), {k: v for k, v in clock.info.items() if k != "pid"})
+        known = memory.recall(out.parent, of)
+        measured = measure(clock, anchor, models, known, console)
+        worker = {"info": clock.info, "dense": clock.facts["dense"]}
     for path in models.values():
         path.unlink()
-    dense_ms, how = quiet_ms(next(iter(measured.values())).anchor_ms)
-    measured = only_calm(measured, dense_ms, request.seed)
-    anchor_samples = next(iter(measured.values())).anchor_ms
+    measured, quiet, how = settle(measured, known, request.seed, console)
+    dense_ms = quiet.ms
+    memory.remember(out.parent, of, dense_ms)
+    first = next(iter(measured.values()))
+    anchor_samples = first.anchor_ms
     built = table.build_table(
         {int(name[5:]): m for name, m in measured.items() if name.startswith("heads")},
         {int(name[7:]): m for name, m in measured.items() if name.startswith("neurons")},
@@ -78,6 +87,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             },
             "samples": len(anchor_samples),
             "how": how,
+            "slope": quiet.slope,
         },
         "model": describe(request, dense.sizes),
         "worker": worker,
@@ -85,10 +95,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }
     (out / "profile.json").write_text(json.dumps(to_json(document), indent=1))
-    samples: dict[str, Any] = {
-        "dense": next(iter(measured.values())).raw_ms[1],
-        **{name: m.raw_ms[0] for name, m in measured.items()},
-    }
+    samples: dict[str, Any] = {"dense": first.raw_ms[1], "dense.waited": first.waited_ms[1]}
+    for name, m in measured.items():
+        samples |= {name: m.raw_ms[0], f"{name}.waited": m.waited_ms[0]}
     np.savez_compressed(out / "samples.npz", **samples)
 
 
@@ -173,25 +182,47 @@ def clock_progress(console: Console, what: str, seconds: float) -> Iterator[Call
 
 
 def measure(
-    request: Request, runtime: str, threads: int, anchor: Path, models: Mapping[str, Path], console: Console
-) -> tuple[dict[str, Measurement], dict[str, Any]]:
-    """Time all shape models turn by turn with the dense model; also returns what the worker says of itself."""
-    with choose.clock(request.conditions, runtime, threads) as clock:
-        clock.load("dense", anchor)
-        for name, path in models.items():
-            clock.load(name, path)
-        with clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
-            measured = clock.measure(
-                list(models), "dense", ci=0.007, min_rounds=30, budget_s=TABLE_SECONDS, on_round=on_round
-            )
-        return measured, {"info": clock.info, "dense": clock.facts["dense"]}
+    clock: Clock, anchor: Path, models: Mapping[str, Path], known: memory.Remembered | None, console: Console
+) -> dict[str, Measurement]:
+    """Time all shape models turn by turn with the dense model, longer where the device is slower than it was known."""
+    clock.load("dense", anchor)
+    for name, path in models.items():
+        clock.load(name, path)
+    with clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
+        return clock.measure(
+            list(models), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=TABLE_SECONDS,
+            quiet=Quiet(known.ms) if known else None, patience=TABLE_PATIENCE, on_round=on_round,
+        )  # fmt: skip
 
 
-def only_calm(measured: Mapping[str, Measurement], dense_ms: float, seed: int) -> dict[str, Measurement]:
-    """The same measurements, counting only rounds as calm as the anchor's quiet latency `dense_ms`."""
+def settle(
+    measured: Mapping[str, Measurement], known: memory.Remembered | None, seed: int, console: Console
+) -> tuple[dict[str, Measurement], Quiet, str]:
+    """The anchor's quiet latency, how it was found, and the measurements as they are at that."""
+    first = next(iter(measured.values()))
+    own_ms, how = quiet_ms(first.raw_ms[1][undisturbed(first.raw_ms[1], first.waited_ms[1])])
+    if known is not None and known.ms < own_ms:
+        again = at_quiet(measured, known.ms, seed)
+        if all(measurement.calm for measurement in again[0].values()):
+            return *again, f"what this device has reached on {known.when}; this time {own_ms:.3f} ms"
+        console.warn(
+            f"this device is {own_ms / known.ms - 1:.0%} slower than it was on {known.when} (dense {known.ms:.2f} ms), all the time: "
+            f"these latencies are of a slow machine; profile again with --rebuild when it is quiet"
+        )
+    return *at_quiet(measured, own_ms, seed), how
+
+
+def at_quiet(measured: Mapping[str, Measurement], dense_ms: float, seed: int) -> tuple[dict[str, Measurement], Quiet]:
+    """The same measurements, counting only rounds as calm as the anchor at `dense_ms`."""
     names = list(measured)
-    samples = np.stack([*(measured[name].raw_ms[0] for name in names), measured[names[0]].raw_ms[1]])
-    return dict(zip(names, summarise([*names, "dense"], samples, len(names), seed, dense_ms), strict=False))
+    quiet = Quiet(dense_ms, fit_slope(measured.values(), dense_ms))
+
+    def stacked(which: str) -> FloatArray:
+        pairs = [getattr(measured[name], which) for name in names]
+        return np.stack([*(pair[0] for pair in pairs), pairs[0][1]])
+
+    again = summarise([*names, "dense"], stacked("raw_ms"), len(names), seed, quiet, stacked("waited_ms"))
+    return dict(zip(names, again, strict=False)), quiet
 
 
 def tell(

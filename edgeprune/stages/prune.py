@@ -25,7 +25,7 @@ from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.solve import solve
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
-from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Shape, to_json
+from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Quiet, Shape, to_json
 
 AIM = 0.98  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
@@ -51,7 +51,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         refuse_unreachable(request, table, dense.sizes.blocks, limit)
         if profile.measurable(document):
             plan, predicted, tries = search(
-                request, dense, read["baseline"] / "dense.onnx", table, levels, limit, console
+                request,
+                dense,
+                read["baseline"] / "dense.onnx",
+                table,
+                Quiet.of(document, table.runtime),
+                levels,
+                limit,
+                console,
             )
         else:
             console.say(
@@ -117,6 +124,7 @@ def search(
     dense: baseline.Dense,
     anchor: Path,
     table: LatencyTable,
+    quiet: Quiet,
     levels: list[Levels],
     limit: float,
     console: Console,
@@ -142,7 +150,7 @@ def search(
                     break
                 high = budget = predicted * (1 - 1e-9)  # the table's steps are coarse: the next cheaper plan
                 continue
-            measured, ci = measure(clock, dense, plan, request, table)
+            measured, ci = measure(clock, dense, plan, request, quiet)
             seen[plan.shape] = measured
             tries.append(
                 {
@@ -170,7 +178,7 @@ def search(
 
 
 def measure(
-    clock: Clock, dense: baseline.Dense, plan: Plan, request: Request, table: LatencyTable
+    clock: Clock, dense: baseline.Dense, plan: Plan, request: Request, quiet: Quiet
 ) -> tuple[float, tuple[float, float]]:
     """The plan's latency in ms at the gated quantile, with its interval, relative to the loaded `dense`."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
@@ -180,11 +188,11 @@ def measure(
         clock.load("candidate", path)
         rounds = MIN_ROUNDS[request.quantile]
         measured = clock.measure(
-            ["candidate"], "dense", ci=0.004, min_rounds=rounds, budget_s=MEASURE_SECONDS, quiet_ms=table.dense_ms
+            ["candidate"], "dense", ci=0.004, min_rounds=rounds, budget_s=MEASURE_SECONDS, quiet=quiet
         )["candidate"]
         clock.unload("candidate")
-    value = quantile_ms(measured, table.dense_ms, request.quantile)
-    interval = quantile_ci_ms(measured, table.dense_ms, request.quantile)
+    value = quantile_ms(measured, quiet.ms, request.quantile)
+    interval = quantile_ci_ms(measured, quiet.ms, request.quantile)
     if value is None or interval is None:
         raise Infeasible(
             f"{request.quantile} needs more samples than {MEASURE_SECONDS:.0f} s give for this model; gate on p50"

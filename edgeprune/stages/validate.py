@@ -22,7 +22,7 @@ from edgeprune.latency import choose, device
 from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import latency_ms
 from edgeprune.stages import baseline, profile
-from edgeprune.types import Check, FloatArray
+from edgeprune.types import Check, FloatArray, Quiet
 
 BATCH = 64
 
@@ -86,7 +86,9 @@ def time_it(
     """Time the loaded `pruned` turn by turn with the loaded `dense`."""
     profiled_ms = document["anchor_ms"][clock.runtime]
     console.say(f"timing {clock.runtime}, turn by turn with the dense model")
-    measured = checks.measure(clock, "dense", "pruned", request.quantile, None if request.strict_clock else profiled_ms)
+    measured = checks.measure(
+        clock, "dense", "pruned", request.quantile, Quiet.of(document, clock.runtime), strict=request.strict_clock
+    )
     anchor_ms, drift = checks.corrected(measured, profiled_ms, strict=request.strict_clock, console=console)
     check = checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)
     return Timed(check, latency_ms(measured, anchor_ms), measured.ratio, drift, anchor_ms, measured.raw_ms)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from edgeprune.latency import statistics
-from edgeprune.types import Measurement
+from edgeprune.types import Measurement, Quiet
 
 
 def measurement(rounds: int = 200, drift: float = 1.0, ratio: float = 0.5) -> Measurement:
@@ -20,7 +22,7 @@ def measurement(rounds: int = 200, drift: float = 1.0, ratio: float = 0.5) -> Me
 def test_the_interval_covers_the_true_median_about_95_times_in_100() -> None:
     rng = np.random.default_rng(0)
     values = 1 + 0.1 * rng.standard_normal((300, 61))
-    intervals = statistics.bootstrap_median_ci(values)
+    intervals = np.array([statistics.bootstrap_median_ci(row) for row in values])
     covered = np.mean((intervals[:, 0] <= 1) & (intervals[:, 1] >= 1))
     assert 0.89 < covered < 0.99
 
@@ -66,3 +68,88 @@ def test_tails_are_corrected_for_drift_since_the_profile() -> None:
 )
 def test_verdict(ci: tuple[float, float], expected: str) -> None:
     assert statistics.verdict(ci, 10) == expected
+
+
+# Which rounds count -------------------------------------------------------------------------
+
+
+def two(rounds: int = 200, noise: float = 0.01, level: Any = 1.0, seed: int = 0) -> Any:
+    """Anchor of 10 ms and a candidate of 3 ms `[2, rounds]`; `level`: how many times as long the anchor takes."""
+    rng = np.random.default_rng(seed)
+    level = np.broadcast_to(level, rounds)
+    slowed = 3 * level * (1 + 0.5 * 0.7 * (level - 1))
+    return np.stack([10 * level, slowed]) * (1 + noise * rng.standard_normal((2, rounds)))
+
+
+def test_runs_that_waited_for_a_cpu_do_not_count() -> None:
+    """Another process takes a core in every other round, from the anchor or the candidate at random."""
+    rng = np.random.default_rng(1)
+    samples, waited = two(), np.zeros((2, 200))
+    for which in rng.integers(0, 2, 100):
+        at = rng.integers(0, 200)
+        samples[which, at] += 8
+        waited[which, at] = 8
+    candidate = statistics.summarise(["a", "b"], samples, 0, waited_ms=waited)[1]
+    assert candidate.ratio == pytest.approx(0.3, rel=0.005)
+    assert candidate.samples_ms.max() < 4
+    assert candidate.raw_ms.shape == candidate.waited_ms.shape == (2, 200)
+    assert len(candidate.samples_ms) == int((waited.max(axis=0) == 0).sum())
+
+
+def test_a_little_housekeeping_is_no_disturbance() -> None:
+    ms = np.array([1.0, 1.0, 10.0, 10.0])
+    assert statistics.undisturbed(ms, np.array([0.04, 0.06, 0.15, 0.25])).tolist() == [True, False, True, False]
+
+
+def test_slow_stretches_do_not_count_and_leave_no_trace() -> None:
+    level = np.where(np.arange(200) < 80, 1.0, 1.3)
+    candidate = statistics.summarise(["a", "b"], two(level=level), 0, quiet=Quiet(10.0))[1]
+    assert candidate.calm
+    assert 70 <= len(candidate.samples_ms) <= 84
+    assert candidate.ratio == pytest.approx(0.3, rel=0.005)
+
+
+def test_a_slightly_slower_device_is_corrected_to_the_quiet_one() -> None:
+    """All rounds 6 % slower: they count, and the shifted ratio is brought back."""
+    samples = two(level=1.06)
+    assert np.median(samples[1] / samples[0]) == pytest.approx(0.3 * 1.021, rel=0.003)
+    candidate = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0, slope=0.5))[1]
+    assert len(candidate.samples_ms) == 200
+    assert candidate.ratio == pytest.approx(0.3, rel=0.003)
+
+
+def test_a_device_that_is_never_calm_says_so_and_counts_all() -> None:
+    candidate = statistics.summarise(["a", "b"], two(level=1.3), 0, quiet=Quiet(10.0))[1]
+    assert not candidate.calm
+    assert len(candidate.samples_ms) == 200
+
+
+def test_the_anchor_stays_one_whatever_the_level() -> None:
+    anchor = statistics.summarise(["a", "b"], two(level=np.linspace(1, 1.1, 200)), 0, quiet=Quiet(10.0))[0]
+    assert (anchor.ratio, anchor.ratio_ci) == (1.0, (1.0, 1.0))
+
+
+def test_the_level_is_unknown_where_every_round_was_disturbed() -> None:
+    good = np.ones(30, dtype=bool)
+    good[5:20] = False
+    level = statistics.levels(np.full(30, 10.0), good)
+    assert np.isinf(level[8:17]).all()
+    assert (level[[0, 5, 19, 29]] == 10).all()
+
+
+def test_the_slope_is_found_when_the_level_varies_and_taken_as_usual_when_not() -> None:
+    wave = 1 + 0.1 * (np.sin(np.arange(400) / 40) > 0)
+    moving = statistics.summarise(["a", "b"], two(400, level=wave), 0)
+    assert statistics.fit_slope(moving, 10.0) == pytest.approx(0.5, abs=0.15)
+    rigid = np.stack([10 * wave, 3 * wave])
+    assert statistics.fit_slope(statistics.summarise(["a", "b"], rigid, 0), 10.0) < 0.15
+    still = statistics.summarise(["a", "b"], two(400, noise=0.001), 0)
+    assert statistics.fit_slope(still, 10.0) == pytest.approx(Quiet(10.0).slope, abs=0.05)
+
+
+def test_calm_rounds_are_counted_as_they_are_summarised() -> None:
+    level = np.where(np.arange(200) < 80, 1.0, 1.3)
+    samples, waited = two(level=level), np.zeros((2, 200))
+    waited[0, ::4] = 5
+    found = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0), waited_ms=waited)[1]
+    assert statistics.calm_count(samples[0], waited[0], Quiet(10.0)) == len(found.samples_ms)

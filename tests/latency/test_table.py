@@ -10,25 +10,33 @@ import pytest
 
 from edgeprune import errors
 from edgeprune.latency.table import build_table, isotonic, table_from_json, table_to_json
-from edgeprune.types import LatencyTable, Measurement
+from edgeprune.types import LatencyTable, Measurement, Shape
 
 
 def measured(ms: float, dense_ms: float = 12.0, rounds: int = 50) -> Measurement:
     ratio = ms / dense_ms
     return Measurement(
-        "m", np.full(rounds, ms), np.full(rounds, dense_ms), ratio, (ratio, ratio), np.full((2, rounds), ms)
+        "m",
+        np.full(rounds, ms),
+        np.full(rounds, dense_ms),
+        ratio,
+        (ratio, ratio),
+        np.full((2, rounds), ms),
+        np.zeros((2, rounds)),
     )
 
 
-def table(attn: dict[int, float], mlp: dict[int, float]) -> LatencyTable:
+def table(attn: dict[int, float], mlp: dict[int, float], plans: dict[Shape, float] | None = None) -> LatencyTable:
     """4 blocks, 3 heads, 64 neurons, dense 12 ms; arguments are milliseconds of whole models."""
     return build_table(
         {h: measured(ms) for h, ms in attn.items()},
         {w: measured(ms) for w, ms in mlp.items()},
+        measured(EMPTY), {shape: measured(ms) for shape, ms in (plans or {}).items()},
         heads=3, width=64, blocks=4, dense_ms=12.0, runtime="null", precision="fp32", threads=1,
     )  # fmt: skip
 
 
+EMPTY = 2.5
 ATTN = {0: 8.0, 1: 9.2, 2: 10.8}  # dense 12: the sub-block costs 1 ms
 MLP = {0: 6.0, 16: 8.0, 32: 10.0}  # dense 12: the sub-block costs 1.5 ms
 
@@ -60,6 +68,44 @@ def test_a_slower_smaller_shape_is_repaired_and_reported() -> None:
     )
 
 
+MIXED: list[Shape] = [
+    ((0, 16), (1, 32), (2, 64), (3, 0)),
+    ((3, 64), (3, 64), (2, 32), (1, 16)),
+    ((0, 0), (1, 0), (0, 16), (0, 32)),
+    ((1, 64), (3, 16), (0, 64), (2, 0)),
+]
+
+
+def test_plans_whose_blocks_differ_shift_and_scale_the_prices() -> None:
+    """Measurements that are exactly 0.2 ms + 1.1 times the sum of prices are then predicted exactly."""
+    plain = table(ATTN, MLP)
+    made = table(ATTN, MLP, {shape: 0.2 + 1.1 * plain.predict_ms(shape) for shape in MIXED})
+    assert made.fit["scale"] == pytest.approx(1.1)
+    assert made.fit["shift_ms"] == pytest.approx(0.2)
+    assert made.fit["median_error"] < 1e-9 < made.fit["median_error_before"]
+    held_out = ((2, 0), (0, 64), (1, 32), (3, 16))
+    assert made.predict_ms(held_out) == pytest.approx(0.2 + 1.1 * plain.predict_ms(held_out))
+
+
+def test_the_dense_and_the_empty_model_are_as_measured_however_plans_are_fitted() -> None:
+    made = table(ATTN, MLP, {shape: 1.0 + table(ATTN, MLP).predict_ms(shape) for shape in MIXED})
+    assert made.predict_ms(((3, 64),) * 4) == 12.0
+    assert made.predict_ms(((0, 0),) * 4) == EMPTY
+    assert made.base_ms == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_plans_only_shift(count: int) -> None:
+    plain = table(ATTN, MLP)
+    made = table(ATTN, MLP, {shape: 0.5 + plain.predict_ms(shape) for shape in MIXED[:count]})
+    assert (made.fit["scale"], made.fit["shift_ms"]) == (1.0, pytest.approx(0.5))
+    np.testing.assert_array_equal(made.attn_ms, plain.attn_ms)
+
+
+def test_without_plans_sums_of_prices_are_taken_as_they_are() -> None:
+    assert table(ATTN, MLP).fit == {}
+
+
 @pytest.mark.parametrize(("attn", "mlp"), [({0: 8.0, 2: 9.0}, MLP), (ATTN, {16: 8.0})])
 def test_a_missing_entry_is_refused(attn: dict[int, float], mlp: dict[int, float]) -> None:
     with pytest.raises(errors.UsageError, match="not measured"):
@@ -88,7 +134,7 @@ def test_isotonic_is_the_least_squares_optimum() -> None:
 
 
 def test_round_trip_through_json() -> None:
-    made = table({0: 8.0, 1: 10.8, 2: 9.2}, MLP)
+    made = table({0: 8.0, 1: 10.8, 2: 9.2}, MLP, dict.fromkeys(MIXED, 7.0))
     again = table_from_json(json.loads(json.dumps(table_to_json(made))))
     assert table_to_json(again) == table_to_json(made)
     assert again.predict_ms(((1, 16),) * 4) == made.predict_ms(((1, 16),) * 4)
