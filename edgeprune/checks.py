@@ -19,7 +19,7 @@ import numpy as np
 from edgeprune import artifact, errors, images
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
-from edgeprune.latency import device
+from edgeprune.latency import device, noise
 from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import latency_ms, quantile_ci_ms, quantile_ms, verdict
 from edgeprune.types import Check, Measurement, Quiet, Target, Verdict
@@ -44,16 +44,27 @@ class Accuracy:
 
 
 def measure(
-    clock: Clock, dense: str, pruned: str, quantile: str, quiet: Quiet | None, *, strict: bool = False
+    clock: Clock,
+    dense: str,
+    pruned: str,
+    quantile: str,
+    quiet: Quiet | None,
+    *,
+    strict: bool = False,
+    console: Console = SILENT,
 ) -> Measurement:
-    """Time the two loaded models turn by turn, long enough for the quantile.
+    """Time the two loaded models turn by turn, long enough for the quantile; says what disturbed it.
 
     quiet: only rounds as calm as that count; None on another device than the profile's. strict: all do.
     """
-    return clock.measure(
+    before = clock.counters()
+    measured = clock.measure(
         [pruned], dense, ci=0.004, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
         quiet=None if strict else quiet, every_round=strict,
     )[pruned]  # fmt: skip
+    for sentence in noise.disturbances(noise.between(before, clock.counters())):
+        console.say(f"meanwhile {sentence}")
+    return measured
 
 
 def corrected(measured: Measurement, profiled_ms: float, *, strict: bool, console: Console) -> tuple[float, float]:
@@ -219,7 +230,7 @@ def validate_artifact(
         clock.load("pruned", folder / manifest["entry"])
         same = profile["device"] == device.fingerprint() and count == manifest["threads"] and max_isa == _cap(recorded)
         quiet = Quiet.of(profile, runtime) if same else None
-        measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock)
+        measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
         answers = None
         if evaluation is not None:
             answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))

@@ -133,6 +133,7 @@ class Clock:
         max_rounds: int = 1000,
         budget_s: float = 60.0,
         quiet: Quiet | None = None,
+        settle: bool = False,
         every_round: bool = False,
         patience: float = PATIENCE,
         on_round: Callable[[int, float], None] | None = None,
@@ -147,6 +148,7 @@ class Clock:
             max_rounds=max_rounds,
             budget_s=budget_s,
             quiet=quiet,
+            settle=settle,
             every_round=every_round,
             patience=patience,
             seed=self.seed,
@@ -253,6 +255,7 @@ def race(
     max_rounds: int = 1000,
     budget_s: float = 60.0,
     quiet: Quiet | None = None,
+    settle: bool = False,
     every_round: bool = False,
     patience: float = PATIENCE,
     seed: int = 0,
@@ -265,7 +268,8 @@ def race(
     rounds are always run. `on_round(rounds, seconds)` is called after each round.
     Runs whose threads had to wait for a CPU do not count. With `quiet`, the anchor on the quiet device, only
     rounds as calm as that do, and a machine that is disturbed is given up to `patience` times the budget to
-    calm down. With `every_round` all count, whatever happened: the machine as it is.
+    calm down. With `settle` the same holds for the quietest stretch of this measurement, if it is quieter; all
+    undisturbed rounds are then returned. With `every_round` all count, whatever happened: the machine as it is.
     Returns a Measurement per entry in order; the anchor's own ratio is 1.
     """
     for clock, name in entries:
@@ -277,6 +281,7 @@ def race(
     names = [name for _, name in entries]
     rows: list[list[float]] = []
     waits: list[list[float]] = []
+    counting = None if settle else quiet
     next_look = max(min_rounds, FEWEST_ROUNDS)
     calm = 0
     while calm < max(max_rounds, FEWEST_ROUNDS):
@@ -294,18 +299,18 @@ def race(
         if on_round is not None:
             on_round(len(rows), seconds)
         calm = len(rows)
-        if quiet is not None:
+        if quiet is not None or settle:
             own = np.array([(row[anchor], waited[anchor]) for row, waited in zip(rows, waits, strict=True)])
-            calm = statistics.calm_count(own[:, 0], own[:, 1], quiet)
-        patience_s = budget_s * (1 if quiet is None or calm >= min_rounds else patience)
+            calm = statistics.calm_count(own[:, 0], own[:, 1], quiet, settle=settle)
+        patience_s = budget_s * (1 if calm >= min_rounds else patience)
         if len(rows) >= FEWEST_ROUNDS and seconds >= patience_s:
             break
         if calm >= next_look:
-            measured = statistics.summarise(names, np.array(rows).T, anchor, seed, quiet, np.array(waits).T)
+            measured = statistics.summarise(names, np.array(rows).T, anchor, seed, counting, np.array(waits).T)
             if all(statistics.half_width(measurement) <= ci for measurement in measured):
                 return measured
             next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
-    return statistics.summarise(names, np.array(rows).T, anchor, seed, quiet, np.array(waits).T)
+    return statistics.summarise(names, np.array(rows).T, anchor, seed, counting, np.array(waits).T)
 
 
 def _environment() -> dict[str, str]:

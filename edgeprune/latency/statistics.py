@@ -105,10 +105,12 @@ def levels(anchor_ms: FloatArray, good: NDArray[np.bool_]) -> FloatArray:
     return level
 
 
-def calm_count(anchor_ms: FloatArray, waited_ms: FloatArray, quiet: Quiet) -> int:
-    """How many rounds of the anchor `[rounds]` count so far."""
+def calm_count(anchor_ms: FloatArray, waited_ms: FloatArray, quiet: Quiet | None, *, settle: bool = False) -> int:
+    """How many rounds of the anchor `[rounds]` are calm so far; with `settle`, against their own quietest stretch too."""
     good = undisturbed(anchor_ms, waited_ms)
-    return int((good & (levels(anchor_ms, good) <= (1 + CALM) * quiet.ms)).sum())
+    own = [quiet_ms(anchor_ms[good])[0]] if settle and good.any() else []
+    quietest = min([*own, *([quiet.ms] if quiet else [])], default=np.inf)
+    return int((good & (levels(anchor_ms, good) <= (1 + CALM) * quietest)).sum())
 
 
 def shift(ratio: float, level_ms: FloatArray, quiet: Quiet) -> FloatArray:

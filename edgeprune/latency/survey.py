@@ -25,9 +25,9 @@ from edgeprune.types import FloatArray, LatencyTable, to_json
 
 SCHEMA = "edgeprune.survey/1"
 #: Time budgets of the three measurements, in seconds.
-MODEL_SECONDS = 20.0
-THREADS_SECONDS = 8.0
-PRECISIONS_SECONDS = 15.0
+MODEL_SECONDS = 12.0
+THREADS_SECONDS = 5.0
+PRECISIONS_SECONDS = 9.0
 MIN_ROUNDS = 60
 OPERATOR_RUNS = 20
 

@@ -24,9 +24,9 @@ from edgeprune.latency.statistics import QUANTILES, fit_slope, half_width, quiet
 from edgeprune.stages import baseline, shapes
 from edgeprune.types import FloatArray, LatencyTable, Measurement, Quiet, Shape, to_json
 
-TABLE_SECONDS = 70.0
-TABLE_PATIENCE = 1.4  # how much longer where the device is slower than it has been
-MIN_ROUNDS = 30
+TABLE_SECONDS = 60.0
+TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the quietest
+MIN_ROUNDS = 60
 FITTING_PLANS = 8
 SCHEMA = "edgeprune.profile/1"
 
@@ -191,7 +191,7 @@ def measure(
     with clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
         return clock.measure(
             list(models), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=TABLE_SECONDS,
-            quiet=Quiet(known.ms) if known else None, patience=TABLE_PATIENCE, on_round=on_round,
+            quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, on_round=on_round,
         )  # fmt: skip
 
 

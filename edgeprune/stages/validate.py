@@ -87,7 +87,13 @@ def time_it(
     profiled_ms = document["anchor_ms"][clock.runtime]
     console.say(f"timing {clock.runtime}, turn by turn with the dense model")
     measured = checks.measure(
-        clock, "dense", "pruned", request.quantile, Quiet.of(document, clock.runtime), strict=request.strict_clock
+        clock,
+        "dense",
+        "pruned",
+        request.quantile,
+        Quiet.of(document, clock.runtime),
+        strict=request.strict_clock,
+        console=console,
     )
     anchor_ms, drift = checks.corrected(measured, profiled_ms, strict=request.strict_clock, console=console)
     check = checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)

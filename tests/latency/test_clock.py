@@ -19,6 +19,7 @@ import pytest
 
 from edgeprune import errors
 from edgeprune.latency.clock import Clock, race
+from edgeprune.types import Quiet
 
 NULL_RUNTIME = """
 import os, sys, time
@@ -219,3 +220,61 @@ def test_refusals(command: list[str]) -> None:
         Clock("null", threads=1, max_isa="AVX2", command=command)
     with pytest.raises(errors.TargetUnavailable, match="died during 'start'"):
         Clock("null", threads=1, command=[sys.executable, "-c", "raise SystemExit(3)"])
+
+
+# Which rounds count -------------------------------------------------------------------------
+
+
+class Scripted:
+    """A clock whose anchor `a` takes 10 ms and candidate `b` 5 ms, but for what `slower` and `waits` say of a round."""
+
+    def __init__(self, slower: Any = lambda turn: 1.0, waits: Any = lambda turn: 0.0) -> None:
+        self.slower, self.waits, self.turns = slower, waits, 0
+
+    def _known(self, names: Any) -> None:
+        pass
+
+    def _ask(self, op: str, **request: Any) -> dict[str, Any]:
+        if op == "warm":
+            return {"runs": 1}
+        self.turns = request["turn"] + 1
+        ms = {"a": 10.0, "b": 5.0}
+        wait = self.waits(request["turn"])
+        return {
+            "ms": [ms[name] * self.slower(request["turn"]) + (wait if name == "b" else 0) for name in request["names"]],
+            "waited_ms": [wait if name == "b" else 0.0 for name in request["names"]],
+        }
+
+
+def scripted(clock: Scripted, **options: Any) -> Any:
+    return race([(clock, "a"), (clock, "b")], 0, **{"ci": 0.001, "min_rounds": 40, "budget_s": 5, **options})[1]  # type: ignore[list-item]
+
+
+def test_rounds_that_waited_do_not_count() -> None:
+    found = scripted(Scripted(waits=lambda turn: 3.0 * (turn % 2)))
+    assert found.ratio == 0.5
+    assert set(found.samples_ms) == {5.0}
+    assert set(found.raw_ms[0]) == {5.0, 8.0}
+
+
+def test_every_round_counts_when_asked() -> None:
+    found = scripted(Scripted(waits=lambda turn: 3.0 * (turn % 3 > 0)), every_round=True, max_rounds=60)
+    assert found.ratio == pytest.approx(0.8)
+    assert found.calm
+
+
+def test_a_measurement_waits_for_a_calm_machine() -> None:
+    clock = Scripted(slower=lambda turn: 2.0 if turn < 300 else 1.0)
+    found = scripted(clock, quiet=Quiet(10.0))
+    assert clock.turns >= 300 + 40 - 3
+    assert found.calm
+    assert len(found.samples_ms) < 60
+    assert found.ratio == 0.5
+
+
+def test_but_not_for_ever() -> None:
+    clock = Scripted(slower=lambda turn: time.sleep(0.001) or 2.0)  # type: ignore[func-returns-value]
+    begin = time.monotonic()
+    found = scripted(clock, quiet=Quiet(10.0), budget_s=0.5, patience=2)
+    assert 0.9 < time.monotonic() - begin < 3
+    assert not found.calm

@@ -202,3 +202,20 @@ def test_the_worker_counts(tmp_path: Path) -> None:
     assert facts["seconds"] >= 2 * rounds * 0.005
     # Its own sleeps, not ours: each gives the CPU away once.
     assert facts["voluntary_switches_per_s"] is None or facts["voluntary_switches_per_s"] * facts["seconds"] >= rounds
+
+
+# Waiting for a CPU --------------------------------------------------------------------------
+
+
+def test_the_run_queue_adds_up_what_threads_waited(tmp_path: Path) -> None:
+    for thread, waited in (("11", 2_000_000), ("12", 500_000)):
+        (tmp_path / thread).mkdir()
+        (tmp_path / thread / "schedstat").write_text(f"123456 {waited} 7\n")
+    queue = noise.RunQueue(tmp_path)
+    assert queue.waited_ms() == 2.5
+    (tmp_path / "11" / "schedstat").write_text("123456 4000000 9\n")
+    assert queue.waited_ms() == 4.5
+
+
+def test_a_system_that_does_not_count_waiting_shows_none(tmp_path: Path) -> None:
+    assert noise.RunQueue(tmp_path).waited_ms() == 0
