@@ -307,7 +307,7 @@ def race(
             break
         if calm >= next_look:
             measured = statistics.summarise(names, np.array(rows).T, anchor, seed, counting, np.array(waits).T)
-            if all(statistics.half_width(measurement) <= ci for measurement in measured):
+            if statistics.tight(measured, ci):
                 return measured
             next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
     return statistics.summarise(names, np.array(rows).T, anchor, seed, counting, np.array(waits).T)

@@ -29,6 +29,8 @@ CALM_WINDOW = 7  # rounds
 FEWEST_CALM = 20
 #: Weight of the usual slope in `fit_slope`: a few hundred rounds whose level varies by 2 % outweigh it.
 SLOPE_PRIOR = 0.05
+#: By how much the slope of one model may differ from the fitted one: it depends on its operators too.
+SLOPE_DOUBT = 0.3
 OUTLIER = 0.15
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -63,16 +65,21 @@ def summarise(
         mask = good[i] & good[anchor] & still
         calm = int(mask.sum()) >= min(FEWEST_CALM, rounds)
         mask = mask if calm else np.ones(rounds, dtype=bool)
-        ratios = samples_ms[i, mask] / samples_ms[anchor, mask]
+        ratios, doubt = samples_ms[i, mask] / samples_ms[anchor, mask], 0.0
         if calm and quiet is not None:
-            ratios = ratios / shift(float(np.median(ratios)), level[mask], quiet)
+            plain = float(np.median(ratios))
+            ratios = ratios / shift(plain, level[mask], quiet)
+            slower = abs(float(np.median(level[mask])) / quiet.ms - 1)
+            doubt = SLOPE_DOUBT * min(max(1 - plain, 0.0), 1.0) * slower
+        low, high = bootstrap_median_ci(ratios, seed)
         measurements.append(
             Measurement(
                 name=name,
                 samples_ms=samples_ms[i, mask],
                 anchor_ms=samples_ms[anchor, mask],
                 ratio=float(np.median(ratios)),
-                ratio_ci=bootstrap_median_ci(ratios, seed),
+                ratio_ci=(low * (1 - doubt), high * (1 + doubt)),
+                doubt=doubt,
                 raw_ms=samples_ms[[i, anchor]],
                 waited_ms=waited[[i, anchor]],
                 calm=calm,
@@ -162,6 +169,11 @@ def half_width(measurement: Measurement) -> float:
     return (high - low) / 2 / measurement.ratio
 
 
+def tight(measurements: Iterable[Measurement], ci: float) -> bool:
+    """Whether more rounds are not needed: every interval, but for doubt that they would not remove, is within ± `ci`."""
+    return all(half_width(measurement) - measurement.doubt <= ci for measurement in measurements)
+
+
 def quantile_ms(measurement: Measurement, anchor_ms: float, quantile: str) -> float | None:
     """The p50, p90 or p99 in milliseconds, or None with fewer samples than it takes.
 
@@ -188,7 +200,8 @@ def quantile_ci_ms(
     picks = np.random.default_rng(seed).integers(0, rounds, size=(RESAMPLES, rounds))
     drifts = anchor_ms / np.median(measurement.anchor_ms[picks], axis=1)
     tails = np.quantile(measurement.samples_ms[picks], QUANTILES[quantile], axis=1) * drifts
-    return float(np.quantile(tails, 0.025)), float(np.quantile(tails, 0.975))
+    low, high = np.quantile(tails, [0.025, 0.975])
+    return float(low) * (1 - measurement.doubt), float(high) * (1 + measurement.doubt)
 
 
 def latency_ms(measurement: Measurement, anchor_ms: float) -> dict[str, float | int | list[float] | None]:

@@ -116,7 +116,7 @@ class Worker:
         return {"runs": len(times)}
 
     def turns(self, names: list[str], turn: int) -> dict[str, Any]:
-        """Milliseconds of one run per name, and those that its threads waited for a CPU meanwhile.
+        """Milliseconds of one run per name, and those that its threads waited for a CPU since the run before it.
 
         Candidates and anchor see the same input in a round.
         """
@@ -124,8 +124,9 @@ class Worker:
         for name in names:
             # The untimed run brings weights and scratch back into the cache: what deployment, which
             # runs one model, finds there; dozens of models in turn would find each other's.
-            self._time(name, turn + 1)
+            # What disturbs it leaves cold caches to the timed one, so its waiting counts too.
             before = self._queue.waited_ms()
+            self._time(name, turn + 1)
             times.append(self._time(name, turn))
             waits.append(self._queue.waited_ms() - before)
         return {"ms": times, "waited_ms": waits}

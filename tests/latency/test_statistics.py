@@ -116,6 +116,12 @@ def test_a_slightly_slower_device_is_corrected_to_the_quiet_one() -> None:
     candidate = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0, slope=0.5))[1]
     assert len(candidate.samples_ms) == 200
     assert candidate.ratio == pytest.approx(0.3, rel=0.003)
+    assert candidate.doubt == pytest.approx(statistics.SLOPE_DOUBT * 0.7 * 0.06, rel=0.05)
+    low, high = candidate.ratio_ci
+    assert low < 0.3 * (1 - 0.9 * candidate.doubt)
+    assert high > 0.3 * (1 + 0.9 * candidate.doubt)
+    assert statistics.half_width(candidate) > 0.012
+    assert statistics.tight([candidate], 0.005), "more rounds would not remove the doubt"
 
 
 def test_a_device_that_is_never_calm_says_so_and_counts_all() -> None:
