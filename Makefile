@@ -15,8 +15,8 @@ slow: install
 	$(BIN)/python -m pytest -m slow
 
 lint: install
-	$(BIN)/ruff check edgeprune tests
-	$(BIN)/ruff format --check edgeprune tests
+	$(BIN)/ruff check edgeprune tests benchmarks
+	$(BIN)/ruff format --check edgeprune tests benchmarks
 	$(BIN)/mypy
 
 # Builds the wheel and uses it as a stranger would: in a clean environment, outside the repository.

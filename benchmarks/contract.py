@@ -34,6 +34,7 @@ from edgeprune import api, checks, pipeline
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose, device
+from edgeprune.latency.clock import COPIES
 from edgeprune.stages import baseline, calibrate, profile, prune
 from edgeprune.types import Latency, Quiet, to_json
 
@@ -122,7 +123,7 @@ def solve(request: Request, cache: Path, options: argparse.Namespace) -> Any:
         seconds = time.monotonic() - began
         measured = next(t["measured_ms"] for t in tries if t["shape"] == plan.shape)
         with choose.clock(one.conditions, table.runtime, table.threads) as clock:
-            clock.load("dense", anchor)
+            clock.load("dense", anchor, COPIES)
             again, ci = prune.measure(clock, dense, plan, one, quiet)
         rows.append({"speed_up": speed_up, "limit": limit, "predicted": predicted, "tries": len(tries),
                      "measured": measured, "again": again, "again_ci": ci, "seconds": seconds})  # fmt: skip

@@ -20,7 +20,7 @@ from edgeprune import artifact, errors, images
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import device, noise
-from edgeprune.latency.clock import Clock
+from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import latency_ms, quantile_ci_ms, quantile_ms, verdict
 from edgeprune.types import Check, Measurement, Quiet, Target, Verdict
 
@@ -226,8 +226,8 @@ def validate_artifact(
     ):
         anchor = Path(work) / "anchor.onnx"
         anchor.write_bytes(gzip.decompress((folder / "anchor.onnx.gz").read_bytes()))
-        clock.load("dense", anchor)
-        clock.load("pruned", folder / manifest["entry"])
+        clock.load("dense", anchor, COPIES)
+        clock.load("pruned", folder / manifest["entry"], COPIES)
         same = profile["device"] == device.fingerprint() and count == manifest["threads"] and max_isa == _cap(recorded)
         quiet = Quiet.of(profile, runtime) if same else None
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)

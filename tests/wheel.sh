@@ -35,6 +35,7 @@ print('onnxruntime', session.run(None, {'pixels': numpy.zeros((1, 3, 224, 224), 
 code=0
 "$work/runtime/bin/edgeprune" validate . || code=$?
 case "$code" in 0 | 1 | 6) ;; *) echo "edgeprune validate ended with $code"; exit 1 ;; esac
+"$work/runtime/bin/edgeprune" profile model.onnx
 code=0
 "$work/runtime/bin/edgeprune" build digits --latency 2x --target cpu-avx2 || code=$?
 [ "$code" = 2 ] || { echo "edgeprune build without torch ended with $code"; exit 1; }

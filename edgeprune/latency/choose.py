@@ -11,7 +11,7 @@ from edgeprune.config import Conditions
 from edgeprune.console import Console
 from edgeprune.errors import TargetUnavailable, unknown
 from edgeprune.latency import device
-from edgeprune.latency.clock import Clock, race
+from edgeprune.latency.clock import COPIES, Clock, race
 from edgeprune.types import Measurement, Target
 
 RACE_SECONDS = 15.0
@@ -74,7 +74,7 @@ def fastest(under: Conditions, models: Mapping[str, Path], threads: int) -> tupl
         entries = []
         for runtime, path in models.items():
             own = stack.enter_context(clock(under, runtime, threads))
-            own.load("model", path)
+            own.load("model", path, COPIES)
             entries.append((own, "model"))
         measured: dict[str, Measurement] = dict(zip(models, race(entries, 0, budget_s=RACE_SECONDS), strict=True))
     best = min(measured, key=lambda name: measured[name].ratio)

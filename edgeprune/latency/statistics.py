@@ -27,8 +27,8 @@ CALM = 0.08
 CALM_WINDOW = 7  # rounds
 #: Calm rounds below which they do not speak for themselves.
 FEWEST_CALM = 20
-#: Weight of the usual slope in `fit_slope`: a few hundred rounds whose level varies by 2 % outweigh it.
-SLOPE_PRIOR = 0.05
+#: Weight of the usual slope in `fit_slope`: it takes slow and quick stretches to outweigh it, noise does not.
+SLOPE_PRIOR = 0.5
 #: By how much the slope of one model may differ from the fitted one: it depends on its operators too.
 SLOPE_DOUBT = 0.3
 OUTLIER = 0.15

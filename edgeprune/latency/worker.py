@@ -8,7 +8,7 @@ It imports the standard library, numpy and the one runtime it is told to use. It
 rounds, ratios or who the anchor is: it runs what it is told, in the order it is told.
 
     {"op": "start", "runtime", "precision", "threads", "max_isa", "seed"}   -> {"info"}
-    {"op": "load", "name", "path"}          -> {"facts"}
+    {"op": "load", "name", "path", "copies"}  -> {"facts"}        copies take turns, round by round
     {"op": "warm", "name", "max_runs", "max_s"}  -> {"runs"}      run until the time is stable
     {"op": "turns", "names", "turn"}        -> {"ms": [...], "waited_ms": [...]}  one untimed and one timed run each
     {"op": "predict", "name", "inputs", "outputs"}  -> {}         .npy paths, batch of images in and out
@@ -52,7 +52,7 @@ class Worker:
     """The loaded models of one runtime; each public method answers one `op`."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, runtimes.Session] = {}
+        self._sessions: dict[str, list[runtimes.Session]] = {}  # the copies of each model
         self._paths: dict[str, str] = {}
         self._rings: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
 
@@ -82,17 +82,19 @@ class Worker:
         }
         return {"info": info}
 
-    def load(self, name: str, path: str) -> dict[str, Any]:
+    def load(self, name: str, path: str, copies: int) -> dict[str, Any]:
         if not os.path.isfile(path):
             raise errors.StorageError(f"there is no model file {path}")
-        session = self._runtime.open(path, self._threads, self._precision)
-        self._sessions[name] = session
+        sessions = [self._runtime.open(path, self._threads, self._precision) for _ in range(copies)]
+        session = sessions[0]
+        self._sessions[name] = sessions
         self._paths[name] = path
         if session.input_shape not in self._rings:
             rng = np.random.default_rng(self._seed)
             shape = (RING, *session.input_shape)
             self._rings[session.input_shape] = list(rng.standard_normal(shape, dtype=np.float32))
-        session.run(self._rings[session.input_shape][0])  # a model that cannot run is refused here
+        for each in sessions:
+            each.run(self._rings[session.input_shape][0])  # a model that cannot run is refused here
         gc.collect()
         gc.freeze()
         self._queue = noise.RunQueue()  # its threads exist now
@@ -108,7 +110,7 @@ class Worker:
         end = time.perf_counter() + max_s
         times: list[float] = []
         while len(times) < max_runs and time.perf_counter() < end:
-            times.append(self._time(name, len(times)))
+            times.append(self._time(name, len(times), len(times)))
             if len(times) >= 2 * WINDOW:
                 now, before = np.median(times[-WINDOW:]), np.median(times[-2 * WINDOW : -WINDOW])
                 if abs(now - before) <= STABLE * before:
@@ -126,13 +128,13 @@ class Worker:
             # runs one model, finds there; dozens of models in turn would find each other's.
             # What disturbs it leaves cold caches to the timed one, so its waiting counts too.
             before = self._queue.waited_ms()
-            self._time(name, turn + 1)
-            times.append(self._time(name, turn))
+            self._time(name, turn, turn + 1)
+            times.append(self._time(name, turn, turn))
             waits.append(self._queue.waited_ms() - before)
         return {"ms": times, "waited_ms": waits}
 
     def predict(self, name: str, inputs: str, outputs: str) -> dict[str, Any]:
-        session = self._sessions[name]
+        session = self._sessions[name][0]
         images = np.load(inputs)
         if images.shape[1:] != session.input_shape[1:] or session.input_shape[0] != 1:
             raise errors.UsageError(f"model {name} takes {session.input_shape}, not {(1, *images.shape[1:])}")
@@ -142,7 +144,7 @@ class Worker:
         return {}
 
     def operators(self, name: str, runs: int) -> dict[str, Any]:
-        x = self._rings[self._sessions[name].input_shape][0]
+        x = self._rings[self._sessions[name][0].input_shape][0]
         # A session of its own: one that profiles is slower, and the loaded one may still be timed.
         return {"operators": self._runtime.operators(self._paths[name], self._threads, self._precision, x, runs)}
 
@@ -152,8 +154,10 @@ class Worker:
     def modules(self) -> dict[str, Any]:
         return {"modules": sorted(sys.modules)}
 
-    def _time(self, name: str, index: int) -> float:
-        session = self._sessions[name]
+    def _time(self, name: str, copy: int, index: int) -> float:
+        """Milliseconds of one run of a copy of the model with one of the inputs; both are counted round and round."""
+        sessions = self._sessions[name]
+        session = sessions[copy % len(sessions)]
         x = self._rings[session.input_shape][index % RING]
         run = session.run
         begin = time.perf_counter_ns()

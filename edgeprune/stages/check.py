@@ -16,6 +16,7 @@ import numpy as np
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.latency import choose
+from edgeprune.latency.clock import COPIES
 from edgeprune.stages import baseline, profile, shapes
 from edgeprune.types import Measurement, Quiet, Shape, to_json
 
@@ -30,7 +31,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense = baseline.load(request, read["baseline"])
     plans = shapes.random_shapes(request.check, dense.sizes, table.mlp_widths, (request.seed, HELD_OUT))
     with choose.clock(request.conditions, table.runtime, table.threads) as clock:
-        clock.load("dense", read["baseline"] / "dense.onnx")
+        clock.load("dense", read["baseline"] / "dense.onnx", COPIES)
         with console.progress("held-out plans", len(plans), "exports") as advance:
             for i, shape in enumerate(plans):
                 path = out / f"plan{i}.onnx"

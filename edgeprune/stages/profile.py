@@ -19,7 +19,7 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import UsageError
 from edgeprune.latency import choose, device, memory, table
-from edgeprune.latency.clock import Clock
+from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
 from edgeprune.stages import baseline, shapes
 from edgeprune.types import FloatArray, LatencyTable, Measurement, Quiet, Shape, to_json
@@ -185,7 +185,7 @@ def measure(
     clock: Clock, anchor: Path, models: Mapping[str, Path], known: memory.Remembered | None, console: Console
 ) -> dict[str, Measurement]:
     """Time all shape models turn by turn with the dense model, longer where the device is slower than it was known."""
-    clock.load("dense", anchor)
+    clock.load("dense", anchor, COPIES)
     for name, path in models.items():
         clock.load(name, path)
     with clock_progress(console, "latency table", TABLE_SECONDS) as on_round:

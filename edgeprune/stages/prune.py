@@ -21,7 +21,7 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.latency import choose
-from edgeprune.latency.clock import Clock
+from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.solve import solve
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
@@ -141,7 +141,7 @@ def search(
     budget = AIM * limit
     low, high = lowest, table.dense_ms  # budgets known to be met, known to be too large
     with choose.clock(request.conditions, table.runtime, table.threads) as clock:
-        clock.load("dense", anchor)
+        clock.load("dense", anchor, COPIES)
         for attempt in range(1, ATTEMPTS + 1):
             plan = solve_plan(levels, table, budget)
             predicted = table.predict_ms(plan.shape)
@@ -185,7 +185,7 @@ def measure(
         exported, path = Path(folder) / "exported.onnx", Path(folder) / "candidate.onnx"
         export.to_onnx(vit.slice_model(dense.model, plan), dense.sizes.image, exported)
         simplify.simplify(exported, path)
-        clock.load("candidate", path)
+        clock.load("candidate", path, COPIES)
         rounds = MIN_ROUNDS[request.quantile]
         measured = clock.measure(
             ["candidate"], "dense", ci=0.004, min_rounds=rounds, budget_s=MEASURE_SECONDS, quiet=quiet

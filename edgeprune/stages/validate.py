@@ -19,7 +19,7 @@ from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.errors import UsageError
 from edgeprune.latency import choose, device
-from edgeprune.latency.clock import Clock
+from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import latency_ms
 from edgeprune.stages import baseline, profile
 from edgeprune.types import Check, FloatArray, Quiet
@@ -39,8 +39,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         if not here
         else choose.clock(request.conditions, runtime, table.threads) as clock
     ):
-        clock.load("dense", read["baseline"] / "dense.onnx")
-        clock.load("pruned", read["compile"] / compiled["entry"])
+        clock.load("dense", read["baseline"] / "dense.onnx", COPIES)
+        clock.load("pruned", read["compile"] / compiled["entry"], COPIES)
         timed = time_it(clock, request, document, planned, console) if here else predict_it(request, document, planned)
         images = dense.splits.evaluation
         accuracy = checks.accuracy(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
