@@ -29,8 +29,6 @@ CALM_WINDOW = 7  # rounds
 FEWEST_CALM = 20
 #: Weight of the usual slope in `fit_slope`: it takes slow and quick stretches to outweigh it, noise does not.
 SLOPE_PRIOR = 0.5
-#: By how much the slope of one model may differ from the fitted one: it depends on its operators too.
-SLOPE_DOUBT = 0.3
 OUTLIER = 0.15
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -67,10 +65,10 @@ def summarise(
         mask = mask if calm else np.ones(rounds, dtype=bool)
         ratios, doubt = samples_ms[i, mask] / samples_ms[anchor, mask], 0.0
         if calm and quiet is not None:
-            plain = float(np.median(ratios))
-            ratios = ratios / shift(plain, level[mask], quiet)
-            slower = abs(float(np.median(level[mask])) / quiet.ms - 1)
-            doubt = SLOPE_DOUBT * min(max(1 - plain, 0.0), 1.0) * slower
+            shifted = shift(float(np.median(ratios)), level[mask], quiet)
+            ratios = ratios / shifted
+            # One slope serves all models and causes: for this one the correction may be wrong altogether.
+            doubt = abs(float(np.median(shifted)) - 1)
         low, high = bootstrap_median_ci(ratios, seed)
         measurements.append(
             Measurement(

@@ -116,11 +116,10 @@ def test_a_slightly_slower_device_is_corrected_to_the_quiet_one() -> None:
     candidate = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0, slope=0.5))[1]
     assert len(candidate.samples_ms) == 200
     assert candidate.ratio == pytest.approx(0.3, rel=0.003)
-    assert candidate.doubt == pytest.approx(statistics.SLOPE_DOUBT * 0.7 * 0.06, rel=0.05)
+    assert candidate.doubt == pytest.approx(0.5 * 0.7 * 0.06, rel=0.1)
     low, high = candidate.ratio_ci
     assert low < 0.3 * (1 - 0.9 * candidate.doubt)
-    assert high > 0.3 * (1 + 0.9 * candidate.doubt)
-    assert statistics.half_width(candidate) > 0.012
+    assert high > np.median(samples[1] / samples[0]), "it passes only what would pass uncorrected"
     assert statistics.tight([candidate], 0.005), "more rounds would not remove the doubt"
 
 
@@ -145,10 +144,10 @@ def test_the_level_is_unknown_where_every_round_was_disturbed() -> None:
 
 def test_the_slope_is_found_when_the_level_varies_and_taken_as_usual_when_not() -> None:
     wave = 1 + 0.1 * (np.sin(np.arange(400) / 40) > 0)
-    moving = statistics.summarise(["a", "b"], two(400, level=wave), 0)
+    moving = statistics.summarise(["a", "b"], two(400, level=wave), 0) * 20  # a profile has dozens of candidates
     assert statistics.fit_slope(moving, 10.0) == pytest.approx(0.5, abs=0.15)
     rigid = np.stack([10 * wave, 3 * wave])
-    assert statistics.fit_slope(statistics.summarise(["a", "b"], rigid, 0), 10.0) < 0.15
+    assert statistics.fit_slope(statistics.summarise(["a", "b"], rigid, 0) * 20, 10.0) < 0.15
     still = statistics.summarise(["a", "b"], two(400, noise=0.001), 0)
     assert statistics.fit_slope(still, 10.0) == pytest.approx(Quiet(10.0).slope, abs=0.05)
 
