@@ -111,7 +111,7 @@ def contiguous(clock: Clock, models: Sequence[str], rounds: int) -> tuple[dict[s
     for path in models:
         clock.load("model", path)
         clock._ask("warm", name="model", max_runs=WARM_RUNS, max_s=60.0)
-        samples.append(clock._ask("turns", names=["model"] * rounds, turn=0)["ms"])
+        samples.append(clock._ask("turns", names=["model"] * rounds, copies=[0] * rounds, turn=0)["ms"])
         clock.unload("model")
     values = {f"contiguous, {name}": [float(loop(part)) for part in samples] for name, loop in LOOPS.items()}
     return {method: (b / a, b) for method, (a, b) in values.items()}, samples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,8 @@ def profile(
     target: "" = the shipped one that fits this machine best. check: held-out random plans to compare the
     table's predictions with. export: a file for the profile, which `build(profile=...)` takes elsewhere.
     out: a folder for the profile, the report (profile.md) and the raw samples. See `request` for the options.
-    Returns the profile document (schema edgeprune.profile/1) with `survey` and, if asked for, `check`.
+    Returns the profile document (schema edgeprune.profile/1) with `survey` and, if asked for, `check`; of an
+    .onnx file the survey alone (schema edgeprune.survey/1), which is never cached.
     """
     if not target:
         from edgeprune.latency import device
@@ -113,8 +115,12 @@ def profile(
         found, reason = device.detect(config.load_target(name) for name in config.names("targets"))
         target = found.name
         console.say(f"target: {target}, the one that fits this machine best ({reason})")
+    _must_be_writable(Path(export).parent if export else None, "--export")
+    _must_be_writable(Path(out) if out else None, "--out")
     if model.endswith(".onnx"):
         return _profile_file(Path(model), target, check, export, out, console, **options)
+    if options.get("profile"):
+        raise UsageError("a recorded profile is for building; leave it out to profile this device")
     if check < 0:
         raise UsageError(f"check must be 0 or more plans, not {check}")
     need_build_packages("profiling a card")
@@ -163,6 +169,18 @@ def _profile_file(
     return document
 
 
+def _must_be_writable(folder: Path | None, option: str) -> None:
+    """Make the folder; StorageError before any work when that cannot be done."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write to '{folder}': {error.strerror}; choose another {option}") from error
+
+
 def _write_profile(
     document: dict[str, Any], export: str | Path | None, out: str | Path | None, samples: Path | None, console: Console
 ) -> None:
@@ -176,7 +194,6 @@ def _write_profile(
             console.say(f"profile: {export}")
         if out:
             folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "profile.json").write_text(text, encoding="utf-8")
             (folder / "profile.md").write_text(profiling.markdown(document), encoding="utf-8")
             if samples is not None:

@@ -67,23 +67,28 @@ def measure(
     return measured
 
 
-def corrected(measured: Measurement, profiled_ms: float, *, strict: bool, console: Console) -> tuple[float, float]:
+def corrected(
+    measured: Measurement, profiled_ms: float, *, strict: bool, console: Console
+) -> tuple[float | None, float]:
     """The anchor latency that counts, in ms, and the drift: how much slower the anchor runs than when profiled.
 
-    Drift is corrected by taking the profile's anchor latency; with `strict` the machine is taken as it is now.
+    Drift is corrected by taking the profile's anchor latency; with `strict` (None) the machine is taken as it is.
     """
-    now = float(np.median(measured.anchor_ms))
+    now = float(np.median(measured.raw_ms[1]))
     drift = now / profiled_ms - 1
     if abs(drift) > DRIFT:
         console.say(
             f"the dense model takes {now:.2f} ms now and took {profiled_ms:.2f} ms when profiled: the machine is {abs(drift):.0%} "
             f"{'slower' if drift > 0 else 'faster'}, {'and the strict clock counts it so' if strict else 'which is corrected'}"
         )
-    return (now if strict else profiled_ms), drift
+    return (None if strict else profiled_ms), drift
 
 
-def latency_check(measured: Measurement, anchor_ms: float, limit_ms: float, quantile: str) -> Check:
-    """pass only if the whole interval is within the limit, fail only if all of it is beyond."""
+def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: float, quantile: str) -> Check:
+    """pass only if the whole interval is within the limit, fail only if all of it is beyond.
+
+    anchor_ms: the anchor's latency in the device profile; None = milliseconds as they are here and now.
+    """
     value, interval = quantile_ms(measured, anchor_ms, quantile), quantile_ci_ms(measured, anchor_ms, quantile)
     name, rounds = f"latency {quantile}", len(measured.samples_ms)
     if value is None or interval is None:
@@ -92,10 +97,10 @@ def latency_check(measured: Measurement, anchor_ms: float, limit_ms: float, quan
     reason = f"95 % interval {low:.2f} to {high:.2f} ms from {rounds} rounds, limit {limit_ms:.2f} ms"
     decided = verdict((low, high), limit_ms)
     if not measured.calm:
-        reason += "; the machine was never as quiet as when it was profiled"
-        decided = "pass" if decided == "pass" else "inconclusive"  # disturbance only makes slower
+        reason += "; the machine was never quiet enough: too busy here, or slower than when it was profiled"
+        decided = "inconclusive"
     elif (left_out := measured.raw_ms.shape[1] - rounds) > 0:
-        reason += f"; {left_out} disturbed rounds do not count"
+        reason += f"; {left_out} rounds that waited for a CPU or were slower than the quiet device do not count"
     return Check(name, value, limit_ms, decided, reason)
 
 
@@ -228,19 +233,22 @@ def validate_artifact(
         anchor.write_bytes(gzip.decompress((folder / "anchor.onnx.gz").read_bytes()))
         clock.load("dense", anchor, COPIES)
         clock.load("pruned", folder / manifest["entry"], COPIES)
-        same = profile["device"] == device.fingerprint() and count == manifest["threads"] and max_isa == _cap(recorded)
+        same = (
+            device.same(profile)
+            and profile["worker"]["info"]["version"] == clock.info["version"]
+            and (count, max_isa) == (manifest["threads"], _cap(recorded))
+        )
         quiet = Quiet.of(profile, runtime) if same else None
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
         answers = None
         if evaluation is not None:
             answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))
+    anchor_ms = None
+    now = float(np.median(measured.anchor_ms))
     if same:
         anchor_ms, _ = corrected(measured, profile["anchor_ms"][runtime], strict=strict_clock, console=console)
     else:
-        anchor_ms = float(np.median(measured.anchor_ms))
-        console.say(
-            f"not the device of the profile: the dense model's latency here and now, {anchor_ms:.2f} ms, counts"
-        )
+        console.say(f"not the device and runtime of the profile: milliseconds here and now count (dense {now:.2f} ms)")
     gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
     found = {
         "artifact": str(folder),
@@ -249,7 +257,7 @@ def validate_artifact(
         "cpu": device.cpu_model(),
         "worker": clock.info,
         "same_device": same,
-        "anchor_ms": anchor_ms,
+        "anchor_ms": anchor_ms or now,
         "latency": latency_ms(measured, anchor_ms),
     }
     if evaluation is not None and answers is not None:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import errors
-from edgeprune.latency import statistics
+from edgeprune.latency import device, statistics
 from edgeprune.types import Measurement, Quiet
 
 #: Rounds that are run even when the time budget is over: fewer say nothing.
@@ -117,9 +117,12 @@ class Clock:
     def load(self, name: str, path: Path | str, copies: int = 1) -> dict[str, Any]:
         """Open a model file under `name` and run it once; returns the runtime's facts about it.
 
-        copies: how many of it take turns, see `COPIES`.
+        copies: how many of it take turns, see `COPIES`; fewer where memory is short.
         """
-        facts: dict[str, Any] = self._ask("load", name=name, path=str(Path(path).resolve()), copies=copies)["facts"]
+        path = Path(path).resolve()
+        copies = max(1, min(copies, device.room_for(path)))
+        facts: dict[str, Any] = self._ask("load", name=name, path=str(path), copies=copies)["facts"]
+        facts["copies"] = copies
         self.facts[name] = facts
         return facts
 
@@ -287,36 +290,58 @@ def race(
     names = [name for _, name in entries]
     rows: list[list[float]] = []
     waits: list[list[float]] = []
+    copies: list[list[int]] = []
     counting = None if settle else quiet
     next_look = max(min_rounds, FEWEST_ROUNDS)
     calm = 0
     while calm < max(max_rounds, FEWEST_ROUNDS):
-        row, waited = [math.nan] * len(entries), [0.0] * len(entries)
+        row, waited, used = [math.nan] * len(entries), [0.0] * len(entries), [0] * len(entries)
         order = rng.permutation(len(entries)).tolist()
         # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
         for _, group in itertools.groupby(order, key=lambda i: id(entries[i][0])):
             turns = list(group)
-            answer = entries[turns[0]][0]._ask("turns", names=[names[i] for i in turns], turn=len(rows))
-            for i, ms, wait in zip(turns, answer["ms"], answer["waited_ms"], strict=True):
-                row[i], waited[i] = ms, 0.0 if every_round else wait
+            chosen = [_copy(entries[i], i == anchor, len(rows)) for i in turns]
+            answer = entries[turns[0]][0]._ask("turns", names=[names[i] for i in turns], copies=chosen, turn=len(rows))
+            for i, ms, wait, copy in zip(turns, answer["ms"], answer["waited_ms"], chosen, strict=True):
+                row[i], waited[i], used[i] = ms, 0.0 if every_round else wait, copy
         rows.append(row)
         waits.append(waited)
+        copies.append(used)
         seconds = time.monotonic() - began
         if on_round is not None:
             on_round(len(rows), seconds)
-        calm = len(rows)
-        if quiet is not None or settle:
-            own = np.array([(row[anchor], waited[anchor]) for row, waited in zip(rows, waits, strict=True)])
-            calm = statistics.calm_count(own[:, 0], own[:, 1], quiet, settle=settle)
-        patience_s = budget_s * (1 if calm >= min_rounds else patience)
+        calm = statistics.calm_count(np.array(rows).T, np.array(waits).T, anchor, quiet, settle=settle)
+        waiting = calm < min_rounds and (quiet is not None or settle)
+        patience_s = budget_s * (patience if waiting else 1)
         if len(rows) >= FEWEST_ROUNDS and seconds >= patience_s:
             break
         if calm >= next_look:
-            measured = statistics.summarise(names, np.array(rows).T, anchor, seed, counting, np.array(waits).T)
+            measured = _summarised(names, rows, anchor, seed, counting, waits, None if settle else copies)
             if statistics.tight(measured, ci):
                 return measured
             next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
-    return statistics.summarise(names, np.array(rows).T, anchor, seed, counting, np.array(waits).T)
+    return _summarised(names, rows, anchor, seed, counting, waits, None if settle else copies)
+
+
+def _copy(entry: tuple[Clock, str], is_anchor: bool, turn: int) -> int:
+    """Which copy of a model runs in a round; over the rounds each of a candidate's meets each of the anchor's."""
+    clock, name = entry
+    copies: int = clock.facts[name]["copies"]
+    return (turn // copies if is_anchor else turn) % copies
+
+
+def _summarised(
+    names: list[str],
+    rows: list[list[float]],
+    anchor: int,
+    seed: int,
+    quiet: Quiet | None,
+    waits: list[list[float]],
+    copies: list[list[int]] | None,
+) -> list[Measurement]:
+    """`statistics.summarise` of rounds, one a row."""
+    ran = None if copies is None else np.array(copies, dtype=np.int64).T
+    return statistics.summarise(names, np.array(rows).T, anchor, seed, quiet, np.array(waits).T, ran)
 
 
 def _environment() -> dict[str, str]:

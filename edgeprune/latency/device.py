@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from edgeprune import errors
 from edgeprune.types import Target
@@ -136,7 +137,9 @@ def usable_threads(asked: int, *, cpus: int | None = None, quota: float | None =
 def fingerprint(cpuinfo: str | None = None) -> dict[str, str | int]:
     """The stable facts that identify this device: the same on every run, whatever the load."""
     facts = cpu_facts(read(CPUINFO) if cpuinfo is None else cpuinfo)
+    named = {} if cpu_flags(cpuinfo) else {"node": platform.node()}  # a system that tells little of its CPU
     return {
+        **named,
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": cpu_model(cpuinfo),
@@ -147,6 +150,30 @@ def fingerprint(cpuinfo: str | None = None) -> dict[str, str | int]:
         "flags": " ".join(sorted(cpu_flags(cpuinfo))),
         "cpus": os.cpu_count() or 1,
     }
+
+
+def room_for(model: Path, meminfo: str | None = None) -> int:
+    """How many copies of a model file fit into a quarter of the memory that is free; large where nobody can tell.
+
+    A loaded model takes its weights, a repacked copy of them and scratch: three times its files.
+    meminfo: the text of /proc/meminfo.
+    """
+    facts = cpu_facts(read(Path("/proc/meminfo")) if meminfo is None else meminfo)
+    words = facts.get("memavailable", "").split()
+    size = sum(path.stat().st_size for path in (model, model.with_suffix(".bin")) if path.is_file())
+    if not words or not size:
+        return 1 << 30
+    return int(words[0]) * 1024 // 4 // (3 * size)
+
+
+def conditions() -> dict[str, str | float | None]:
+    """What of this device can be set, and changes latencies: frequency governor and CPU quota."""
+    return {"governor": governor(), "quota": cgroup_quota()}
+
+
+def same(profile: Mapping[str, Any]) -> bool:
+    """Whether a profile document was recorded on this very device, set as it is now."""
+    return bool(profile["device"] == fingerprint() and profile.get("conditions") == conditions())
 
 
 def fingerprint_id(facts: dict[str, str | int]) -> str:

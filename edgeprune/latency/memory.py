@@ -36,7 +36,8 @@ def recall(folder: Path, of: str) -> Remembered | None:
     """What is remembered in `folder` under a `key`; None when nothing is, or it cannot be read."""
     try:
         entry = json.loads((folder / FILE).read_text(encoding="utf-8"))[of]
-        return Remembered(float(entry["ms"]), str(entry["when"]))
+        found = Remembered(float(entry["ms"]), str(entry["when"]))
+        return found if 0 < found.ms < float("inf") else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

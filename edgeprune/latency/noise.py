@@ -113,7 +113,12 @@ class RunQueue:
     """
 
     def __init__(self, tasks: Path = Path("/proc/self/task")) -> None:
-        self._files = []
+        self._files: list[int] = []
+        if resource is not None:  # a file per thread, and runtimes start many
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft != hard:
+                with contextlib.suppress(ValueError, OSError):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         for path in sorted(tasks.glob("*/schedstat")):
             with contextlib.suppress(OSError):  # a thread that has just ended
                 self._files.append(os.open(path, os.O_RDONLY))

@@ -9,6 +9,7 @@ measurement, and takes rounds for independent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ CALM_WINDOW = 7  # rounds
 #: Calm rounds below which they do not speak for themselves.
 FEWEST_CALM = 20
 #: Weight of the usual slope in `fit_slope`: it takes slow and quick stretches to outweigh it, noise does not.
-SLOPE_PRIOR = 0.5
+SLOPE_PRIOR = 0.02
 OUTLIER = 0.15
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -47,11 +48,13 @@ def summarise(
     seed: int = 0,
     quiet: Quiet | None = None,
     waited_ms: FloatArray | None = None,
+    copies: NDArray[np.int64] | None = None,
 ) -> list[Measurement]:
     """One Measurement per row of `samples_ms` `[candidates, rounds]`; row `anchor` is the anchor.
 
     quiet: the anchor's quiet latency; only rounds as calm as that count, corrected to exactly that. None =
     all calm. waited_ms: as `samples_ms`, how long the threads of each run waited for a CPU; None = unknown.
+    copies: as `samples_ms`, which copy of the model ran; None = there is one.
     """
     waited = np.zeros_like(samples_ms) if waited_ms is None else waited_ms
     good = undisturbed(samples_ms, waited)
@@ -69,6 +72,8 @@ def summarise(
             ratios = ratios / shifted
             # One slope serves all models and causes: for this one the correction may be wrong altogether.
             doubt = abs(float(np.median(shifted)) - 1)
+        if copies is not None:
+            doubt += math.hypot(luck(ratios, copies[i, mask]), luck(ratios, copies[anchor, mask]))
         low, high = bootstrap_median_ci(ratios, seed)
         measurements.append(
             Measurement(
@@ -86,6 +91,17 @@ def summarise(
     return measurements
 
 
+def luck(ratios: FloatArray, copies: NDArray[np.int64]) -> float:
+    """The standard error, as a share, that comes from having measured only these copies of a model.
+
+    ratios: `[rounds]`; copies: which copy ran in each. From how far the copies' own medians are apart.
+    """
+    medians = [float(np.median(ratios[copies == copy])) for copy in np.unique(copies)]
+    if len(medians) < 2:
+        return 0.0
+    return float(np.std(medians, ddof=1) / np.mean(medians) / math.sqrt(len(medians)))
+
+
 def undisturbed(samples_ms: FloatArray, waited_ms: FloatArray) -> NDArray[np.bool_]:
     """Which runs had their CPUs to themselves. Both arguments and the result are of one shape.
 
@@ -97,25 +113,34 @@ def undisturbed(samples_ms: FloatArray, waited_ms: FloatArray) -> NDArray[np.boo
 
 
 def levels(anchor_ms: FloatArray, good: NDArray[np.bool_]) -> FloatArray:
-    """The anchor's running median over neighbouring rounds `[rounds]`; inf where it was disturbed in all of them.
+    """The anchor's running median over the rounds beside each `[rounds]`; inf where it was disturbed in all of them.
 
     A median over neighbours tells a slow stretch from a single slow run, and does not favour lucky anchors.
     """
     half = CALM_WINDOW // 2
-    padded = np.pad(np.where(good, anchor_ms, np.nan), half, mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1)
-    level = np.full(len(anchor_ms), np.inf)
-    known = ~np.isnan(windows).all(axis=1)
-    level[known] = np.nanmedian(windows[known], axis=1)
-    return level
+    padded = np.pad(np.where(good, anchor_ms, np.nan), half, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1).copy()
+    windows[:, half] = np.nan  # a round does not vouch for itself: its own luck would choose it
+    known = (~np.isnan(windows)).sum(axis=1)
+    ordered = np.sort(windows, axis=1)  # NaN goes last
+    at = np.arange(len(anchor_ms))
+    middle = (ordered[at, np.maximum(known - 1, 0) // 2] + ordered[at, known // 2 * (known > 0)]) / 2
+    return np.where(known > 0, middle, np.inf)
 
 
-def calm_count(anchor_ms: FloatArray, waited_ms: FloatArray, quiet: Quiet | None, *, settle: bool = False) -> int:
-    """How many rounds of the anchor `[rounds]` are calm so far; with `settle`, against their own quietest stretch too."""
-    good = undisturbed(anchor_ms, waited_ms)
-    own = [quiet_ms(anchor_ms[good])[0]] if settle and good.any() else []
+def calm_count(
+    samples_ms: FloatArray, waited_ms: FloatArray, anchor: int, quiet: Quiet | None, *, settle: bool = False
+) -> int:
+    """How many rounds `[candidates, rounds]` count so far, for the candidate that has the fewest.
+
+    With `settle` they must also be as calm as their own quietest stretch.
+    """
+    good = undisturbed(samples_ms, waited_ms)
+    own = [quiet_ms(samples_ms[anchor, good[anchor]])[0]] if settle and good[anchor].any() else []
     quietest = min([*own, *([quiet.ms] if quiet else [])], default=np.inf)
-    return int((good & (levels(anchor_ms, good) <= (1 + CALM) * quietest)).sum())
+    level = levels(samples_ms[anchor], good[anchor])
+    still = np.isfinite(level) & (level <= (1 + CALM) * quietest)
+    return int((good & good[anchor] & still).sum(axis=1).min())
 
 
 def shift(ratio: float, level_ms: FloatArray, quiet: Quiet) -> FloatArray:
@@ -131,7 +156,8 @@ def fit_slope(measurements: Iterable[Measurement], quiet_ms: float) -> float:
     rather than per FLOP, so a small model pays more than its share: over a slower stretch its ratio rises.
     One least-squares slope for all, drawn to the usual one when the device was equally fast all the time.
     """
-    products, squares = SLOPE_PRIOR * Quiet(quiet_ms).slope, SLOPE_PRIOR
+    products = squares = 0.0
+    candidates = 0
     for one in measurements:
         good = undisturbed(one.raw_ms, one.waited_ms)
         level = levels(one.raw_ms[1], good[1])
@@ -143,8 +169,11 @@ def fit_slope(measurements: Iterable[Measurement], quiet_ms: float) -> float:
             continue
         x = (level[keep] / quiet_ms - 1) * (1 - one.ratio)
         x, y = x - np.median(x), relative[keep] - np.median(relative[keep])
-        products, squares = products + float(x @ y), squares + float(x @ x)
-    return float(np.clip(products / squares, 0, 1))
+        products, squares, candidates = products + float(x @ y), squares + float(x @ x), candidates + 1
+    # All candidates share one anchor and its noise: they are averaged, not counted as so many measurements.
+    products, squares = products / max(candidates, 1), squares / max(candidates, 1)
+    usual = Quiet(quiet_ms).slope
+    return float(np.clip((products + SLOPE_PRIOR * usual) / (squares + SLOPE_PRIOR), 0, 1))
 
 
 def quiet_ms(samples_ms: FloatArray, windows: int = 16) -> tuple[float, str]:
@@ -172,47 +201,46 @@ def tight(measurements: Iterable[Measurement], ci: float) -> bool:
     return all(half_width(measurement) - measurement.doubt <= ci for measurement in measurements)
 
 
-def quantile_ms(measurement: Measurement, anchor_ms: float, quantile: str) -> float | None:
+def quantile_ms(measurement: Measurement, anchor_ms: float | None, quantile: str) -> float | None:
     """The p50, p90 or p99 in milliseconds, or None with fewer samples than it takes.
 
-    anchor_ms: the anchor's latency in the device profile. Tails are the candidate's own samples,
-    corrected by how far the anchor has drifted from the profile since.
+    anchor_ms: the anchor's latency in the device profile; None = the samples as they are. Tails are the
+    candidate's own samples, corrected by how far the anchor has drifted from the profile since; runs that
+    waited for a CPU are not among them: they say something of the machine's other work, not of the model.
     """
-    if quantile == "p50":
+    if quantile == "p50" and anchor_ms is not None:
         return measurement.ratio * anchor_ms
-    if len(measurement.samples_ms) < MIN_SAMPLES[quantile]:
+    if len(measurement.samples_ms) < MIN_SAMPLES.get(quantile, 0):
         return None
-    drift = anchor_ms / float(np.median(measurement.anchor_ms))
+    drift = 1.0 if anchor_ms is None else anchor_ms / float(np.median(measurement.anchor_ms))
     return float(np.quantile(measurement.samples_ms, QUANTILES[quantile])) * drift
 
 
 def quantile_ci_ms(
-    measurement: Measurement, anchor_ms: float, quantile: str, seed: int = 0
+    measurement: Measurement, anchor_ms: float | None, quantile: str, seed: int = 0
 ) -> tuple[float, float] | None:
     """95 % interval in milliseconds of `quantile_ms`; None when that is None."""
-    if quantile == "p50":
+    if quantile == "p50" and anchor_ms is not None:
         return measurement.ratio_ci[0] * anchor_ms, measurement.ratio_ci[1] * anchor_ms
     rounds = len(measurement.samples_ms)
-    if rounds < MIN_SAMPLES[quantile]:
+    if rounds < MIN_SAMPLES.get(quantile, 0):
         return None
     picks = np.random.default_rng(seed).integers(0, rounds, size=(RESAMPLES, rounds))
-    drifts = anchor_ms / np.median(measurement.anchor_ms[picks], axis=1)
+    drifts = 1.0 if anchor_ms is None else anchor_ms / np.median(measurement.anchor_ms[picks], axis=1)
     tails = np.quantile(measurement.samples_ms[picks], QUANTILES[quantile], axis=1) * drifts
     low, high = np.quantile(tails, [0.025, 0.975])
     return float(low) * (1 - measurement.doubt), float(high) * (1 + measurement.doubt)
 
 
-def latency_ms(measurement: Measurement, anchor_ms: float) -> dict[str, float | int | list[float] | None]:
+def latency_ms(measurement: Measurement, anchor_ms: float | None) -> dict[str, float | int | list[float] | None]:
     """p50 with its interval, p90 and p99 in milliseconds, and the number of samples.
 
-    anchor_ms: the anchor's latency in the device profile. p90 and p99 are None below 64 and 662 samples.
+    anchor_ms: as for `quantile_ms`. p90 and p99 are None below 64 and 662 samples.
     """
-    low, high = measurement.ratio_ci
+    interval = quantile_ci_ms(measurement, anchor_ms, "p50")
     return {
-        "p50": quantile_ms(measurement, anchor_ms, "p50"),
-        "p90": quantile_ms(measurement, anchor_ms, "p90"),
-        "p99": quantile_ms(measurement, anchor_ms, "p99"),
-        "ci": [low * anchor_ms, high * anchor_ms],
+        **{quantile: quantile_ms(measurement, anchor_ms, quantile) for quantile in QUANTILES},
+        "ci": list(interval) if interval else None,
         "samples": len(measurement.samples_ms),
     }
 

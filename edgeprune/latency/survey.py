@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeprune.config import Conditions
 from edgeprune.console import Console
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, TargetUnavailable, UsageError
 from edgeprune.latency import choose, device, micro, noise, roofline
 from edgeprune.latency.clock import Clock, race
 from edgeprune.latency.statistics import latency_ms, quiet_ms
@@ -98,13 +98,18 @@ def _model(clock: Clock, model: Path, others: Mapping[Any, Path], console: Conso
         ["dense", *map(str, others)], "dense", ci=0.005, min_rounds=MIN_ROUNDS, budget_s=MODEL_SECONDS
     )
     facts = noise.between(before, clock.counters())
-    own = measured["dense"].anchor_ms
+    own, raw = measured["dense"].anchor_ms, measured["dense"].raw_ms[1]
     dense_ms, how = quiet_ms(own)
     return {
         "latency_ms": {**latency_ms(measured["dense"], dense_ms), "how": how},
-        "noise": {**noise.stability(own), **facts, "disturbances": noise.disturbances(facts)},
+        "noise": {
+            **noise.stability(raw),
+            "disturbed_rounds": len(raw) - len(own),
+            **facts,
+            "disturbances": noise.disturbances(facts),
+        },
         "operators": by_operator(clock.operators("dense", OPERATOR_RUNS)),
-        "uncapped": any(clock.facts[str(key)].get("uncapped") for key in others),
+        "uncapped": any(clock.facts[str(key)].get("uncapped") for key in others if not isinstance(key, int)),
         "measured": {key: measured[str(key)].ratio * dense_ms for key in others},
     }
 
@@ -201,7 +206,11 @@ def _precisions(
     with contextlib.ExitStack() as stack:
         entries: list[tuple[Clock, str]] = []
         for name in (runtime, *others):
-            clock = stack.enter_context(choose.clock(under, name, threads))
+            try:
+                clock = stack.enter_context(choose.clock(under, name, threads))
+            except EdgepruneError as error:
+                left_out.append(f"{name}: {error}")
+                continue
             for scheme, path in {under.precision: model, **int8}.items():
                 if scheme == "int8 dynamic" and name != "onnxruntime":
                     continue  # its integer operators are ONNX Runtime's own
@@ -233,6 +242,14 @@ def _any_runtime(under: Conditions) -> Conditions:
 
 def survey_file(path: Path, under: Conditions, console: Console) -> dict[str, Any]:
     """The survey of any ONNX file, with the device and the conditions; no latency table."""
+    if reason := device.unfit(under.target):
+        raise TargetUnavailable(
+            f"target '{under.target.name}' is not here: {reason}; leave --target out to take one that fits"
+        )
+    if under.precision not in under.target.precisions:
+        raise UsageError(
+            f"precision '{under.precision}' is not one of target '{under.target.name}': {', '.join(under.target.precisions)}"
+        )
     threads, why = device.usable_threads(under.threads or under.target.threads)
     console.say(f"threads: {threads} ({why})")
     runtime, times = choose.fastest(under, dict.fromkeys(choose.eligible(under, console), path), threads)

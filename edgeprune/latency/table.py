@@ -144,6 +144,15 @@ def table_from_json(document: Mapping[str, Any]) -> LatencyTable:
     if set(document) != fields:
         wrong = ", ".join(sorted(fields ^ set(document)))
         raise errors.UsageError(f"this is not a latency table (missing or unknown: {wrong}); profile again")
+    try:
+        table = _read(document)
+    except (TypeError, ValueError) as error:
+        raise errors.UsageError(f"this latency table is damaged ({error}); profile again") from error
+    return table
+
+
+def _read(document: Mapping[str, Any]) -> LatencyTable:
+    """Raises TypeError or ValueError for values that no table has."""
     table = LatencyTable(
         **{
             **document,
@@ -154,5 +163,25 @@ def table_from_json(document: Mapping[str, Any]) -> LatencyTable:
         }
     )
     if len(table.mlp_widths) != len(table.mlp_ms):
-        raise errors.UsageError("this latency table has more or fewer MLP prices than widths; profile again")
+        raise ValueError("more or fewer MLP prices than widths")
+    if not all(type(width) is int for width in table.mlp_widths) or table.mlp_widths[:1] != (0,):
+        raise ValueError("the MLP widths must be whole numbers from 0")
+    if list(table.mlp_widths) != sorted(set(table.mlp_widths)):
+        raise ValueError("the MLP widths must ascend")
+    for name, prices in (("attn_ms", table.attn_ms), ("mlp_ms", table.mlp_ms)):
+        if (
+            prices.ndim != 1
+            or len(prices) < 2
+            or not np.isfinite(prices).all()
+            or (np.diff(prices) < 0).any()
+            or prices[0] != 0
+        ):
+            raise ValueError(f"{name} must be finite, ascend and begin with 0")
+    for name in ("dense_ms", "empty_ms"):
+        if not 0 < float(getattr(table, name)) < float("inf"):
+            raise ValueError(f"{name} must be above zero and finite")
+    if not np.isfinite(float(table.base_ms)):
+        raise ValueError("base_ms must be finite")
+    if type(table.blocks) is not int or type(table.threads) is not int or min(table.blocks, table.threads) < 1:
+        raise ValueError("blocks and threads must be whole numbers of at least 1")
     return table

@@ -10,7 +10,7 @@ rounds, ratios or who the anchor is: it runs what it is told, in the order it is
     {"op": "start", "runtime", "precision", "threads", "max_isa", "seed"}   -> {"info"}
     {"op": "load", "name", "path", "copies"}  -> {"facts"}        copies take turns, round by round
     {"op": "warm", "name", "max_runs", "max_s"}  -> {"runs"}      run until the time is stable
-    {"op": "turns", "names", "turn"}        -> {"ms": [...], "waited_ms": [...]}  one untimed and one timed run each
+    {"op": "turns", "names", "copies", "turn"}  -> {"ms": [...], "waited_ms": [...]}  one untimed and one timed run each
     {"op": "predict", "name", "inputs", "outputs"}  -> {}         .npy paths, batch of images in and out
     {"op": "operators", "name", "runs"}     -> {"operators": [...]}  see `Runtime.operators`
     {"op": "unload", "name"}                -> {}
@@ -42,7 +42,7 @@ from edgeprune import errors, runtimes
 from edgeprune.latency import noise
 
 #: Different inputs per model, so that no run sees the data of the run before it.
-RING = 8
+RING = 7  # shares no factor with usual numbers of copies: each copy sees each input
 #: Runs in each half of the window in which the time must be stable.
 WINDOW = 5
 STABLE = 0.05
@@ -54,6 +54,7 @@ class Worker:
     def __init__(self) -> None:
         self._sessions: dict[str, list[runtimes.Session]] = {}  # the copies of each model
         self._paths: dict[str, str] = {}
+        self._queue = noise.RunQueue()
         self._rings: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
 
     def start(self, runtime: str, precision: str, threads: int, max_isa: str, seed: int) -> dict[str, Any]:
@@ -94,10 +95,14 @@ class Worker:
             shape = (RING, *session.input_shape)
             self._rings[session.input_shape] = list(rng.standard_normal(shape, dtype=np.float32))
         for each in sessions:
-            each.run(self._rings[session.input_shape][0])  # a model that cannot run is refused here
+            try:
+                each.run(self._rings[session.input_shape][0])
+            except Exception as error:
+                raise errors.UsageError(f"{path} opens but does not run: {error}") from error
         gc.collect()
         gc.freeze()
-        self._queue = noise.RunQueue()  # its threads exist now
+        del self._queue  # its files, before as many are opened again
+        self._queue = noise.RunQueue()  # the model's threads exist now
         return {"facts": session.facts}
 
     def unload(self, name: str) -> dict[str, Any]:
@@ -117,19 +122,19 @@ class Worker:
                     break
         return {"runs": len(times)}
 
-    def turns(self, names: list[str], turn: int) -> dict[str, Any]:
+    def turns(self, names: list[str], copies: list[int], turn: int) -> dict[str, Any]:
         """Milliseconds of one run per name, and those that its threads waited for a CPU since the run before it.
 
         Candidates and anchor see the same input in a round.
         """
         times, waits = [], []
-        for name in names:
+        for name, copy in zip(names, copies, strict=True):
             # The untimed run brings weights and scratch back into the cache: what deployment, which
             # runs one model, finds there; dozens of models in turn would find each other's.
             # What disturbs it leaves cold caches to the timed one, so its waiting counts too.
             before = self._queue.waited_ms()
-            self._time(name, turn, turn + 1)
-            times.append(self._time(name, turn, turn))
+            self._time(name, copy, turn + 1)
+            times.append(self._time(name, copy, turn))
             waits.append(self._queue.waited_ms() - before)
         return {"ms": times, "waited_ms": waits}
 

@@ -102,11 +102,13 @@ def _where(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
             if "gflops" in row else ("–", "–", "–")
         )  # fmt: skip
         rows.append((f"{kind}, {blocks} of them", _ms(blocks * ms), f"{blocks * ms / dense:.1%}", _ms(ms), *gflops))
-    rows.append(("what always stays", _ms(table["base_ms"]), f"{table['base_ms'] / dense:.1%}", "", "", "", ""))
+    rest = dense - blocks * sum(kinds.values())
+    rows.append(("everything else", _ms(rest), f"{rest / dense:.1%}", "", "", "", ""))
     heads = len(table["attn_ms"]) - 1
     notes = [
+        f"What always stays is priced at {table['base_ms']:.3f} ms in pruned models, where blocks of many shapes cost a little more.",
         f"A head costs {1e3 * table['attn_ms'][-1] / heads:.0f} µs per block on average, 8 neurons "
-        f"{8e3 * table['mlp_ms'][-1] / table['mlp_widths'][-1]:.2f} µs ({table['samples']} rounds per entry)."
+        f"{8e3 * table['mlp_ms'][-1] / table['mlp_widths'][-1]:.2f} µs ({table['samples']} rounds per entry).",
     ]
     if fit := table["fit"]:
         notes.append(
@@ -188,7 +190,7 @@ def _precisions(survey: dict[str, Any]) -> Section:
     notes = [f"Left out: {reason}." for reason in survey["left_out"]]
     if not rows:
         notes.insert(0, "There is nothing to compare with: one runtime, one precision.")
-    headings = ("runtime and precision", "times as long", "95 % interval", "rounds")
+    headings = ("runtime and precision", f"times as long as {survey['runtime']}'s fp32", "95 % interval", "rounds")
     return Section("Runtimes and precisions", headings, rows, notes)
 
 
@@ -199,6 +201,7 @@ def _noise(survey: dict[str, Any]) -> Section:
         return "–" if noise.get(name) is None else text.format(noise[name])
 
     rows = [
+        ("rounds, and those that waited for a CPU", f"{noise['rounds']}, {noise['disturbed_rounds']}"),
         ("coefficient of variation", number("cv", "{:.1%}")),
         ("drift, last quarter against first", number("drift", "{:+.1%}")),
         ("slowest against fastest stretch", number("slowest_over_fastest_stretch", "{:.2f} x")),
@@ -214,7 +217,12 @@ def _noise(survey: dict[str, Any]) -> Section:
         ("temperature", number("temperature_c", "{:.0f} °C")),
     ]
     notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in noise["disturbances"]]
-    return Section("Noise while surveying", ("", ""), rows, [*notes, "A dash: this system does not show it."])
+    return Section(
+        "Noise while surveying",
+        ("", ""),
+        rows,
+        [*notes, "A dash: this system does not show it, or there were too few rounds."],
+    )
 
 
 def _check(check: dict[str, Any]) -> Section:

@@ -128,7 +128,9 @@ def _session(path: str, threads: int, precision: str, profile: str = "") -> Any:
         raise errors.UsageError(f"onnxruntime cannot open {path}: {error}") from error
     if len(session.get_inputs()) != 1:
         raise errors.UsageError(f"{path} has {len(session.get_inputs())} inputs; export it with one")
-    shape = session.get_inputs()[0].shape
+    shape, kind = session.get_inputs()[0].shape, session.get_inputs()[0].type
+    if kind != "tensor(float)":
+        raise errors.UsageError(f"{path} takes {kind} as input; export it with a float32 input")
     if not all(isinstance(size, int) and size > 0 for size in shape):
         raise errors.UsageError(f"{path} has a dynamic input {shape}; export it with batch 1")
     return session

@@ -110,7 +110,9 @@ def _compiled(
         model = core.read_model(path)
         if len(model.inputs) != 1:
             raise errors.UsageError(f"{path} has {len(model.inputs)} inputs; export it with one")
-        if model.is_dynamic():
+        if (kind := model.inputs[0].element_type.get_type_name()) != "f32":
+            raise errors.UsageError(f"{path} takes {kind} as input; export it with a float32 input")
+        if model.inputs[0].partial_shape.is_dynamic:
             shape = model.inputs[0].partial_shape
             raise errors.UsageError(f"{path} has a dynamic input {shape}; export it with batch 1")
         compiled = core.compile_model(model, "CPU", options)

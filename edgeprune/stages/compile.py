@@ -21,7 +21,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     shutil.copyfile(read["simplify"] / "model.onnx", out / "model.onnx")
     document, table = profile.read_profile(read["profile"])
     # With another device's profile: which runtime is faster there was found there.
-    names = choose.eligible(request.conditions, console) if profile.measurable(document) else [table.runtime]
+    names = [table.runtime]
+    if profile.measurable(document):
+        names = [name for name in choose.eligible(request.conditions, console) if name in document["anchor_ms"]]
     compiled = {name: runtimes.get(name).compile(out / "model.onnx", out) for name in names}
     entries = {name: (files or [out / "model.onnx"])[0] for name, files in compiled.items()}
     winner, times = choose.fastest(request.conditions, entries, table.threads)

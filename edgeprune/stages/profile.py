@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, vit
+from edgeprune import artifact, runtimes, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.errors import UsageError
+from edgeprune.errors import TargetUnavailable, UsageError, unknown
 from edgeprune.latency import choose, device, memory, table
 from edgeprune.latency.clock import COPIES, Clock
-from edgeprune.latency.statistics import QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
+from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
 from edgeprune.stages import baseline, shapes
 from edgeprune.types import FloatArray, LatencyTable, Measurement, Quiet, Shape, to_json
 
@@ -54,7 +54,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         models[name] = out / f"{name}.onnx"
         shapes.export_shape(dense.model, shape, dense.sizes, models[name])
     with choose.clock(request.conditions, runtime, threads) as clock:
-        of = memory.key(anchor, device.fingerprint(), {k: v for k, v in clock.info.items() if k != "pid"})
+        asked = {key: value for key, value in clock.info.items() if key != "pid"}
+        of = memory.key(anchor, device.fingerprint(), {**asked, **device.conditions()})
         known = memory.recall(out.parent, of)
         measured = measure(clock, anchor, models, known, console)
         worker = {"info": clock.info, "dense": clock.facts["dense"]}
@@ -77,6 +78,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     document = {
         "schema": SCHEMA,
         "device": device.fingerprint(),
+        "conditions": device.conditions(),
         "target": request.target,
         "runtime": runtime,
         "anchor_ms": {name: dense_ms * ratio for name, ratio in times.items()},
@@ -128,11 +130,20 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
             "target": document["target"]["name"], "precision": recorded.precision,
             **{f"model's {key}": value for key, value in document["model"].items() if key != "architecture"},
         }  # fmt: skip
-        cpu = document["device"]["cpu"]
-    except (KeyError, TypeError, AttributeError) as error:
+        cpu = str(document["device"]["cpu"])
+        Quiet.of(document, recorded.runtime)
+        positive = [document["anchor"][name] for name in QUANTILES] + list(document["anchor_ms"].values())
+        if not all(isinstance(ms, (int, float)) and 0 < ms < float("inf") for ms in positive):
+            raise ValueError("a latency of the anchor is no positive number")
+        device.same(document)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
             f"{path}: the profile is damaged ({type(error).__name__}: {error}); record it again"
         ) from error
+    if recorded.runtime not in runtimes.names():
+        raise unknown(f"runtime in {path}:", recorded.runtime, runtimes.names())
+    if reason := runtimes.get(recorded.runtime).available():
+        raise TargetUnavailable(reason)
     wanted = {
         "target": request.target.name, "precision": request.precision,
         **{f"model's {key}": value for key, value in describe(request, sizes).items() if key != "architecture"},
@@ -142,6 +153,9 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         wrong.append(f"runtime is {recorded.runtime}, not {request.runtime}")
     if request.threads not in (0, recorded.threads):
         wrong.append(f"threads are {recorded.threads}, not {request.threads}")
+    expected = (sizes.blocks, sizes.heads + 1, sizes.neurons)
+    if (recorded.blocks, len(recorded.attn_ms), recorded.mlp_widths[-1]) != expected:
+        wrong.append(f"table is not of {sizes.blocks} blocks with {sizes.heads} heads and {sizes.neurons} neurons")
     if wrong:
         raise UsageError(f"{path} was recorded for something else: its {'; its '.join(wrong)}")
     console.say(
@@ -156,7 +170,7 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
 
 def measurable(document: Mapping[str, Any]) -> bool:
     """Whether the profile was recorded on this very device, so that models can be measured against it."""
-    return bool(document["device"] == device.fingerprint())
+    return device.same(document)
 
 
 def refuse_recorded(document: Mapping[str, Any], what: str) -> None:
@@ -200,7 +214,13 @@ def settle(
 ) -> tuple[dict[str, Measurement], Quiet, str]:
     """The anchor's quiet latency, how it was found, and the measurements as they are at that."""
     first = next(iter(measured.values()))
-    own_ms, how = quiet_ms(first.raw_ms[1][undisturbed(first.raw_ms[1], first.waited_ms[1])])
+    good = undisturbed(first.raw_ms[1], first.waited_ms[1])
+    if good.sum() < FEWEST_CALM:
+        raise TargetUnavailable(
+            f"this machine is too busy to be profiled: in {len(good) - good.sum()} of {len(good)} rounds the dense model waited "
+            "for a CPU; stop what else is running, or give it fewer --threads"
+        )
+    own_ms, how = quiet_ms(first.raw_ms[1][good])
     if known is not None and known.ms < own_ms:
         again = at_quiet(measured, known.ms, seed)
         if all(measurement.calm for measurement in again[0].values()):
@@ -209,7 +229,13 @@ def settle(
             f"this device is {own_ms / known.ms - 1:.0%} slower than it was on {known.when} (dense {known.ms:.2f} ms), all the time: "
             f"these latencies are of a slow machine; profile again with --rebuild when it is quiet"
         )
-    return *at_quiet(measured, own_ms, seed), how
+    settled, quiet = at_quiet(measured, own_ms, seed)
+    if restless := [name for name, measurement in settled.items() if not measurement.calm]:
+        console.warn(
+            f"too few rounds were quiet for {len(restless)} of {len(settled)} models, all of theirs count: the table is "
+            "less exact than it says; profile again with --rebuild when the machine is quiet"
+        )
+    return settled, quiet, how
 
 
 def at_quiet(measured: Mapping[str, Measurement], dense_ms: float, seed: int) -> tuple[dict[str, Measurement], Quiet]:

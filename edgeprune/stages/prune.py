@@ -48,8 +48,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         plan, predicted = vit.dense_plan(dense.sizes), table.dense_ms
         pruned = dense.model
     else:
-        refuse_unreachable(request, table, dense.sizes.blocks, limit)
-        if profile.measurable(document):
+        here = profile.measurable(document)
+        refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
+        if here:
             plan, predicted, tries = search(
                 request,
                 dense,
@@ -90,12 +91,17 @@ def dense_meets(request: Request, document: dict[str, dict[str, float]], limit: 
     return document["anchor"][request.quantile] <= AIM * limit
 
 
-def refuse_unreachable(request: Request, table: LatencyTable, blocks: int, limit: float) -> None:
-    """Raise Infeasible, naming the lowest reachable latency, when not even an empty model is predicted within the limit."""
-    lowest = table.predict_ms(((0, 0),) * blocks)
-    if limit * AIM < lowest:
+def lowest_ms(table: LatencyTable) -> float:
+    """The lowest latency that the solver can be asked for: what always stays, and no less than the empty model takes."""
+    return max(table.empty_ms, table.base_ms)
+
+
+def refuse_unreachable(request: Request, table: LatencyTable, limit: float, aim: float) -> None:
+    """Raise Infeasible, naming the lowest reachable latency, when `aim` times the limit is below it."""
+    lowest = lowest_ms(table)
+    if limit * aim < lowest:
         raise Infeasible(f"{limit:.2f} ms cannot be reached: the lowest that {request.card.name} can reach on {request.target.name} "
-                         f"is about {lowest / AIM:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
+                         f"is about {lowest / aim:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
 
 
 def options(
@@ -133,7 +139,7 @@ def search(
 
     Raises Infeasible when no plan was measured within the limit.
     """
-    lowest = table.predict_ms(((0, 0),) * dense.sizes.blocks)
+    lowest = lowest_ms(table)
     console.say(f"margin: the solver aims at {AIM:.0%} of the limit, so that the measurement's interval fits below it")
     tries: list[dict[str, object]] = []
     best: tuple[float, Plan] | None = None

@@ -19,6 +19,7 @@ from edgeprune.types import to_json
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     document, table = profile.read_profile(read["profile"])
+    profile.refuse_recorded(document, "survey")
     dense = baseline.load(request, read["baseline"])
     off_grid = shapes.width_models(dense.model, beside_the_grid(dense.sizes, request.target.neuron_step), out)
     facts = survey.survey(

@@ -97,7 +97,8 @@ def time_it(
     )
     anchor_ms, drift = checks.corrected(measured, profiled_ms, strict=request.strict_clock, console=console)
     check = checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)
-    return Timed(check, latency_ms(measured, anchor_ms), measured.ratio, drift, anchor_ms, measured.raw_ms)
+    now = float(np.median(measured.anchor_ms))
+    return Timed(check, latency_ms(measured, anchor_ms), measured.ratio, drift, anchor_ms or now, measured.raw_ms)
 
 
 def predict_it(request: Request, document: Mapping[str, Any], planned: artifact.PlannedModel) -> Timed:

@@ -231,6 +231,8 @@ class Scripted:
 
     def __init__(self, slower: Any = lambda turn: 1.0, waits: Any = lambda turn: 0.0) -> None:
         self.slower, self.waits, self.turns = slower, waits, 0
+        self.facts = {"a": {"copies": 2}, "b": {"copies": 3}}
+        self.met: set[tuple[int, int]] = set()
 
     def _known(self, names: Any) -> None:
         pass
@@ -239,6 +241,7 @@ class Scripted:
         if op == "warm":
             return {"runs": 1}
         self.turns = request["turn"] + 1
+        self.met.add(tuple(copy for _, copy in sorted(zip(request["names"], request["copies"], strict=True))))  # type: ignore[arg-type]
         ms = {"a": 10.0, "b": 5.0}
         wait = self.waits(request["turn"])
         return {
@@ -256,6 +259,12 @@ def test_rounds_that_waited_do_not_count() -> None:
     assert found.ratio == 0.5
     assert set(found.samples_ms) == {5.0}
     assert set(found.raw_ms[0]) == {5.0, 8.0}
+
+
+def test_each_copy_of_the_candidate_meets_each_of_the_anchor() -> None:
+    clock = Scripted()
+    scripted(clock)
+    assert clock.met == {(a, b) for a in range(2) for b in range(3)}
 
 
 def test_every_round_counts_when_asked() -> None:

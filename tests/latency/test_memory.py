@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeprune import errors
 from edgeprune.console import SILENT
 from edgeprune.latency import memory, statistics
 from edgeprune.latency.memory import Remembered
@@ -27,7 +28,7 @@ def test_only_a_quieter_latency_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [memory.FILE]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": {"ms": "x", "when": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": {"ms": "x", "when": 1}}', '{"a": {"ms": 0, "when": 1}}', '{"a": {"ms": NaN, "when": 1}}'])
 def test_a_damaged_memory_is_none_and_is_written_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / memory.FILE).write_text(text)
     assert memory.recall(tmp_path, "a") is None
@@ -74,6 +75,13 @@ def test_a_much_slower_device_stands_on_what_it_is_and_that_is_said(capsys: pyte
     assert found["half"].calm
     assert "a better day" not in how
     assert "30% slower than it was on a better day" in capsys.readouterr().err
+
+
+def test_a_machine_that_is_too_busy_is_not_profiled() -> None:
+    busy = measured(1.0)
+    busy["half"].waited_ms[1, 5:] = 4.0
+    with pytest.raises(errors.TargetUnavailable, match="waited for a CPU; stop what else is running"):
+        profile.settle(busy, None, 0, SILENT)
 
 
 def test_a_quieter_device_than_ever_sets_the_mark() -> None:

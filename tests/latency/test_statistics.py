@@ -157,4 +157,40 @@ def test_calm_rounds_are_counted_as_they_are_summarised() -> None:
     samples, waited = two(level=level), np.zeros((2, 200))
     waited[0, ::4] = 5
     found = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0), waited_ms=waited)[1]
-    assert statistics.calm_count(samples[0], waited[0], Quiet(10.0)) == len(found.samples_ms)
+    assert statistics.calm_count(samples, waited, 0, Quiet(10.0)) == len(found.samples_ms)
+
+
+# Luck, and milliseconds as they are ---------------------------------------------------------
+
+
+def test_copies_that_differ_widen_the_interval() -> None:
+    """Four copies of the candidate, a per cent apart: more rounds do not remove what the choice of copies left."""
+    samples, copies = two(800), np.zeros((2, 800), dtype=np.int64)
+    copies[1] = np.arange(800) % 4
+    samples[1] *= 1 + 0.01 * (copies[1] - 1.5)
+    alone = statistics.summarise(["a", "b"], samples, 0)[1]
+    found = statistics.summarise(["a", "b"], samples, 0, copies=copies)[1]
+    assert alone.doubt == 0
+    assert found.doubt == pytest.approx(0.01 * np.std([0, 1, 2, 3], ddof=1) / 2, rel=0.2)
+    assert statistics.half_width(found) > statistics.half_width(alone) + 0.9 * found.doubt
+    assert found.ratio == alone.ratio
+
+
+def test_one_copy_has_no_luck_to_tell() -> None:
+    assert statistics.luck(np.array([1.0, 2.0, 3.0]), np.zeros(3, dtype=np.int64)) == 0
+
+
+def test_here_and_now_the_samples_count_as_they_are() -> None:
+    """On another device the anchor's latency is not known better than the candidate's own."""
+    found = measurement(300, drift=1.6)
+    assert statistics.quantile_ms(found, None, "p50") == pytest.approx(float(np.median(found.samples_ms)))
+    low, high = statistics.quantile_ci_ms(found, None, "p50") or (0, 0)
+    assert low < float(np.median(found.samples_ms)) < high
+    assert high - low > 10 * 1.6 * 0.5 * 0.005, "the scatter of the samples themselves, not of the ratio"
+    assert statistics.latency_ms(found, None)["samples"] == 300
+
+
+def test_the_slope_is_not_drawn_to_zero_by_the_noise_of_the_anchor() -> None:
+    """A ratio has the anchor below the line: a round must not be compared with a level that holds itself."""
+    still = statistics.summarise(["a", "b"], two(400, noise=0.03), 0) * 20
+    assert statistics.fit_slope(still, 10.0) > 0.35

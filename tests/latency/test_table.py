@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,3 +144,24 @@ def test_round_trip_through_json() -> None:
 def test_something_else_is_not_a_table() -> None:
     with pytest.raises(errors.UsageError, match="not a latency table"):
         table_from_json({"runtime": "x"})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attn_ms": "x"}, "could not convert"),
+        ({"attn_ms": [0.0, -1.0, 2.0, 3.0]}, "attn_ms must be finite, ascend"),
+        ({"mlp_ms": [0.0, 0.5, float("nan"), 1.5]}, "mlp_ms must be finite"),
+        ({"mlp_ms": [0.0, 0.5]}, "more or fewer MLP prices than widths"),
+        ({"mlp_widths": [0, 32, 16, 64]}, "the MLP widths must ascend"),
+        ({"mlp_widths": [8, 16, 32, 64]}, "whole numbers from 0"),
+        ({"dense_ms": 0}, "dense_ms must be above zero"),
+        ({"dense_ms": "5x"}, "could not convert"),
+        ({"base_ms": float("inf")}, "base_ms must be finite"),
+        ({"threads": 0}, "blocks and threads"),
+        ({"blocks": 4.5}, "blocks and threads"),
+    ],
+)
+def test_a_damaged_table_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(errors.UsageError, match="this latency table is damaged .*" + says):
+        table_from_json({**table_to_json(table(ATTN, MLP)), **change})
