@@ -29,7 +29,7 @@ CALM_WINDOW = 7  # rounds
 #: Calm rounds below which they do not speak for themselves.
 FEWEST_CALM = 20
 #: Weight of the usual slope in `fit_slope`: it takes slow and quick stretches to outweigh it, noise does not.
-SLOPE_PRIOR = 0.02
+SLOPE_PRIOR = 0.1
 OUTLIER = 0.15
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 

@@ -131,7 +131,7 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
             **{f"model's {key}": value for key, value in document["model"].items() if key != "architecture"},
         }  # fmt: skip
         cpu = str(document["device"]["cpu"])
-        Quiet.of(document, recorded.runtime)
+        float(document["anchor"]["slope"])
         positive = [document["anchor"][name] for name in QUANTILES] + list(document["anchor_ms"].values())
         if not all(isinstance(ms, (int, float)) and 0 < ms < float("inf") for ms in positive):
             raise ValueError("a latency of the anchor is no positive number")
@@ -158,6 +158,8 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         wrong.append(f"table is not of {sizes.blocks} blocks with {sizes.heads} heads and {sizes.neurons} neurons")
     if wrong:
         raise UsageError(f"{path} was recorded for something else: its {'; its '.join(wrong)}")
+    if recorded.runtime not in document["anchor_ms"]:
+        raise UsageError(f"{path}: the profile is damaged: it has no anchor_ms of {recorded.runtime}; record it again")
     console.say(
         f"profile recorded on {cpu}, {recorded.runtime}, {recorded.threads} threads: dense {recorded.dense_ms:.2f} ms"
     )

@@ -28,7 +28,18 @@ def test_only_a_quieter_latency_is_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [memory.FILE]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": 3}', '{"a": {"ms": "x", "when": 1}}', '{"a": {"ms": 0, "when": 1}}', '{"a": {"ms": NaN, "when": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"a": 3}',
+        '{"a": {"ms": "x", "when": 1}}',
+        '{"a": {"ms": 0, "when": 1}}',
+        '{"a": {"ms": NaN, "when": 1}}',
+    ],
+)
 def test_a_damaged_memory_is_none_and_is_written_anew(tmp_path: Path, text: str) -> None:
     (tmp_path / memory.FILE).write_text(text)
     assert memory.recall(tmp_path, "a") is None
