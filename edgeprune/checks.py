@@ -59,7 +59,7 @@ def measure(
     """
     before = clock.counters()
     measured = clock.measure(
-        [pruned], dense, ci=0.004, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
+        [pruned], dense, ci=0.0025, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
         quiet=None if strict else quiet, every_round=strict,
     )[pruned]  # fmt: skip
     for sentence in noise.disturbances(noise.between(before, clock.counters())):
