@@ -76,7 +76,7 @@ class Console:
             if now - last >= PLAIN_EVERY_S:
                 last = now
                 rate = so_far / (now - start)
-                eta = (total - so_far) / rate if rate > 0 else float("inf")
+                eta = max(total - so_far, 0.0) / rate if rate > 0 else float("inf")
                 self.say(
                     f"{what}: {so_far:.0f}/{total:.0f} {unit}, {rate:.3g} {unit}/s, {eta:.0f} s left {info}".rstrip()
                 )
