@@ -67,7 +67,7 @@ class Quiet:
     """
 
     ms: float
-    slope: float = 0.5  # as measured on several machines, where nothing better is known
+    slope: float = 0.5  # where nothing better is known; about what one virtual machine showed in two runtimes
 
     @classmethod
     def of(cls, profile: Mapping[str, Any], runtime: str) -> Quiet:

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from edgeprune import errors
 
-#: (m, k, n) of the products whose best rate is the compute ceiling. A run takes 1 to 6 ms at 450 GFLOP/s and
-#: 5 to 24 ms on two slow AVX2 cores: long enough that handing work to threads is lost in it, short enough for
-#: many turns. Square and MLP-like, as which is fastest depends on the runtime, its tiles and the caches.
+#: (m, k, n) of the products whose best rate is the compute ceiling. A run takes 1 to 6 ms at 450 GFLOP/s: long
+#: enough that handing work to threads is lost in it, short enough for many turns on slower devices too. Square and MLP-like, as which is fastest depends on the runtime, its tiles and the caches.
 GEMMS: tuple[tuple[int, int, int], ...] = ((256, 1024, 1024), (768, 768, 768), (512, 768, 3072))
 #: Weights of the memory-bound product. Several times the last level cache, since caches that do not
 #: replace the oldest line first keep a part of what does not fit: 64 MB ran up to twice as fast as 128 beside one of 32.

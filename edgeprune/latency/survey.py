@@ -10,10 +10,9 @@ import contextlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgeprune.config import Conditions
 from edgeprune.console import Console
@@ -21,7 +20,7 @@ from edgeprune.errors import EdgepruneError, TargetUnavailable, UsageError
 from edgeprune.latency import choose, device, micro, noise, roofline
 from edgeprune.latency.clock import Clock, race
 from edgeprune.latency.statistics import latency_ms, quiet_ms
-from edgeprune.types import FloatArray, LatencyTable, to_json
+from edgeprune.types import LatencyTable, to_json
 
 SCHEMA = "edgeprune.survey/1"
 #: Time budgets of the three measurements, in seconds.
@@ -58,7 +57,7 @@ def survey(
         uncapped = document.pop("uncapped")
         document["ceilings"] = _ceilings({at: measured[at] for at in micros}, uncapped) if micros else None
         if table is not None and sizes is not None:
-            document |= _sub_blocks(table, sizes, document["ceilings"])
+            document["sub_blocks"] = _sub_blocks(table, sizes, document["ceilings"])
             document["off_grid"] = [{"width": width, "ms": measured[width]} for width in off_grid or {}]
         document["threads_scaling"] = _thread_scaling(model, under, runtime, threads)
         document["precisions"] = _precisions(model, Path(work), under, runtime, threads, left_out, console)
@@ -101,7 +100,7 @@ def _model(clock: Clock, model: Path, others: Mapping[Any, Path], console: Conso
     own, raw = measured["dense"].anchor_ms, measured["dense"].raw_ms[1]
     dense_ms, how = quiet_ms(own)
     return {
-        "latency_ms": {**latency_ms(measured["dense"], dense_ms), "how": how},
+        "latency_ms": {**latency_ms(measured["dense"], None), "quiet": dense_ms, "how": how},
         "noise": {
             **noise.stability(raw),
             "disturbed_rounds": len(raw) - len(own),
@@ -141,8 +140,10 @@ def _ceilings(measured: Mapping[Any, float], uncapped: bool) -> dict[str, Any]:
     }
 
 
-def _sub_blocks(table: LatencyTable, sizes: Mapping[str, int], ceilings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Where the dense model's time goes, what a head and 8 neurons cost, and how near each is to the ceiling."""
+def _sub_blocks(
+    table: LatencyTable, sizes: Mapping[str, int], ceilings: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Every sub-block of the table, its share of the dense model's time, and how near it is to the ceiling."""
     tokens, width, head_dim = sizes["tokens"], sizes["width"], sizes["head_dim"]
     rows = [
         ("attention", f"{heads} heads", float(table.attn_ms[heads]), roofline.attention(tokens, width, heads, head_dim))
@@ -152,29 +153,10 @@ def _sub_blocks(table: LatencyTable, sizes: Mapping[str, int], ceilings: Mapping
         for neurons, ms in reversed(list(zip(table.mlp_widths, table.mlp_ms, strict=True)))
         if neurons
     ]  # fmt: skip
-    sub_blocks = [
+    return [
         {"kind": kind, "kept": kept, "ms": ms, "share": table.blocks * ms / table.dense_ms}
         | (roofline.achieved(cost, ms, ceilings["gflops"], ceilings["gb_per_s"]) if ceilings and ms > 0 else {})
         for kind, kept, ms, cost in rows
-    ]
-    widths, prices = np.array(table.mlp_widths), np.asarray(table.mlp_ms)
-    return {
-        "sub_blocks": sub_blocks,
-        "always_ms": table.base_ms,
-        "marginal_us": {
-            "head": [float(us) for us in np.diff(table.attn_ms) * 1e3],  # of the first, the second, ...
-            "neurons8": float(8e3 * np.polyfit(widths[1:], prices[1:], 1)[0]) if len(widths) > 2 else None,
-        },
-        "staircase": staircase(widths, prices),
-    }
-
-
-def staircase(widths: np.ndarray[Any, Any], prices: FloatArray) -> list[dict[str, Any]]:
-    """Microseconds per 8 neurons of every step of the grid; far above the mean: a step up to stay below."""
-    steps = np.diff(prices) * 8e3 / np.diff(widths)
-    return [
-        {"from": int(a), "to": int(b), "us_per_8_neurons": float(us)}
-        for a, b, us in zip(widths[:-1], widths[1:], steps, strict=True)
     ]
 
 
@@ -201,7 +183,7 @@ def _precisions(
 ) -> list[dict[str, Any]]:
     """Every runtime that can be used here, in fp32 and int8, turn by turn; ratios to `runtime` in fp32."""
     int8 = _made(left_out, "int8", lambda: _int8_models(model, work, under.seed))
-    others = [name for name in choose.eligible(_any_runtime(under), console) if name != runtime]
+    others = [name for name in choose.eligible(replace(under, runtime=""), console) if name != runtime]
     names, measured = [], []
     with contextlib.ExitStack() as stack:
         entries: list[tuple[Clock, str]] = []
@@ -234,10 +216,6 @@ def _int8_models(model: Path, work: Path, seed: int) -> dict[Any, Path]:
     micro.dynamic_int8(model, paths["int8 dynamic"])
     micro.qdq_int8(model, paths["int8 QDQ"], seed=seed)
     return paths
-
-
-def _any_runtime(under: Conditions) -> Conditions:
-    return Conditions(under.target, "", under.precision, under.threads, under.seed)
 
 
 def survey_file(path: Path, under: Conditions, console: Console) -> dict[str, Any]:

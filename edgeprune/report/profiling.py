@@ -78,8 +78,11 @@ def _title(document: dict[str, Any]) -> str:
 
 def _latency(document: dict[str, Any], survey: dict[str, Any]) -> Section:
     found = survey["latency_ms"]
-    rows = [(name, _ms(found[name])) for name in ("p50", "p90", "p99")]
-    notes = [f"{found['samples']} samples, batch 1; p50 is {found['how']}."]
+    low, high = found["ci"]
+    rows = [(name, _ms(found[name])) for name in ("p50", "p90", "p99")] + [("at its quietest", _ms(found["quiet"]))]
+    notes = [
+        f"{found['samples']} samples, batch 1; 95 % interval of p50 {low:.3f} to {high:.3f} ms; at its quietest: {found['how']}."
+    ]
     if "anchor" in document:
         anchor = document["anchor"]
         notes.append(

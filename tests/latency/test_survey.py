@@ -55,7 +55,10 @@ def test_a_file_is_surveyed_in_every_runtime_and_precision(document: dict[str, A
     found = document["survey"]
     assert found["left_out"] == []
     assert (found["threads"], document["file"]["name"]) == (1, "model.onnx")
-    assert found["latency_ms"]["p50"] > 0
+    low, high = found["latency_ms"]["ci"]
+    assert 0 < low <= found["latency_ms"]["p50"] <= high, "an interval of its own, not the model's ratio to itself"
+    assert high > low
+    assert found["latency_ms"]["quiet"] <= found["latency_ms"]["p50"] * 1.001
     assert {row["runtime"] for row in found["precisions"]} == set(NAMES)
     assert found["precisions"][0] == {
         **found["precisions"][0],
@@ -116,9 +119,3 @@ def test_nodes_are_summed_by_operator_and_kernel() -> None:
         {"operator": "MatMul", "kernel": "x", "count": 2, "ms": 3.0, "share": 0.375},
         {"operator": "MatMul", "kernel": "y", "count": 1, "ms": 1.0, "share": 0.125},
     ]
-
-
-def test_a_step_of_the_staircase_is_its_slope() -> None:
-    steps = survey.staircase(np.array([0, 16, 32, 64]), np.array([0.0, 0.02, 0.02, 0.06]))
-    assert [(step["from"], step["to"]) for step in steps] == [(0, 16), (16, 32), (32, 64)]
-    np.testing.assert_allclose([step["us_per_8_neurons"] for step in steps], [10, 0, 10])
