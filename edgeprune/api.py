@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -115,15 +114,15 @@ def profile(
         found, reason = device.detect(config.load_target(name) for name in config.names("targets"))
         target = found.name
         console.say(f"target: {target}, the one that fits this machine best ({reason})")
-    _must_be_writable(Path(export).parent if export else None, "--export")
-    _must_be_writable(Path(out) if out else None, "--out")
     if model.endswith(".onnx"):
-        return _profile_file(Path(model), target, check, export, out, console, **options)
+        others = {**options, "check": check, "export": export, "cache_dir": cache_dir, "rebuild": rebuild}
+        return _profile_file(Path(model), target, out, console, **others)
     if options.get("profile"):
         raise UsageError("a recorded profile is for building; leave it out to profile this device")
     if check < 0:
         raise UsageError(f"check must be 0 or more plans, not {check}")
     need_build_packages("profiling a card")
+    _must_be_writable(export, out)
     made, _ = request(model, target=target, latency="1x", **options)
     from edgeprune import artifact, pipeline
 
@@ -142,8 +141,6 @@ def profile(
 def _profile_file(
     path: Path,
     target: str,
-    check: int,
-    export: str | Path | None,
     out: str | Path | None,
     console: Console,
     *,
@@ -154,13 +151,13 @@ def _profile_file(
     **others: Any,
 ) -> dict[str, Any]:
     """The survey of an ONNX file: no table, as nobody knows which of its parts can be removed."""
-    if check or export or any(others.values()):
-        wrong = ["check"] * bool(check) + ["export"] * bool(export) + [name for name, value in others.items() if value]
+    if wrong := [name.replace("_", "-") for name, value in others.items() if value]:
         raise UsageError(
-            f"--{wrong[0].replace('_', '-')} is for model cards; '{path}' is an ONNX file, which has no latency table"
+            f"--{wrong[0]} is for model cards; '{path}' is an ONNX file: it has no latency table and is not cached"
         )
     if not path.is_file():
         raise UsageError(f"there is no model file '{path}'")
+    _must_be_writable(None, out)
     from edgeprune.latency import survey
 
     under = config.Conditions(config.load_target(target), runtime, precision, threads, seed)
@@ -169,16 +166,14 @@ def _profile_file(
     return document
 
 
-def _must_be_writable(folder: Path | None, option: str) -> None:
-    """Make the folder; StorageError before any work when that cannot be done."""
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise StorageError(f"cannot write to '{folder}': {error.strerror}; choose another {option}") from error
+def _must_be_writable(export: str | Path | None, out: str | Path | None) -> None:
+    """Raise StorageError before minutes of measuring, not after."""
+    from edgeprune import artifact
+
+    if export:
+        artifact.must_be_writable(Path(export), "--export", folder=False)
+    if out:
+        artifact.must_be_writable(Path(out), "--out", folder=True)
 
 
 def _write_profile(

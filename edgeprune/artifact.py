@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,19 @@ def check_files(folder: Path, manifest: dict[str, Any], names: tuple[str, ...] |
             bad.append(f"{name} has changed since it was built")
     if bad:
         raise UsageError(f"the artifact '{folder}' is damaged: {'; '.join(bad)}; build it again")
+
+
+def must_be_writable(path: Path, option: str, *, folder: bool) -> None:
+    """Make the folder, or the file's; StorageError naming the option, before any work, when that cannot be done."""
+    try:
+        if not folder and path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        parent = path if folder else path.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write to '{path}': {error.strerror}; choose another {option}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 from edgeprune import artifact, errors, images
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
-from edgeprune.latency import device, noise
+from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import latency_ms, quantile_ci_ms, quantile_ms, verdict
 from edgeprune.types import Check, Measurement, Quiet, Target, Verdict
@@ -57,14 +57,11 @@ def measure(
 
     quiet: only rounds as calm as that count; None on another device than the profile's. strict: all do.
     """
-    before = clock.counters()
-    measured = clock.measure(
-        [pruned], dense, ci=0.0025, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
-        quiet=None if strict else quiet, every_round=strict,
-    )[pruned]  # fmt: skip
-    for sentence in noise.disturbances(noise.between(before, clock.counters())):
-        console.say(f"meanwhile {sentence}")
-    return measured
+    with choose.watched(clock, console):
+        return clock.measure(
+            [pruned], dense, ci=0.0025, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
+            quiet=None if strict else quiet, every_round=strict,
+        )[pruned]  # fmt: skip
 
 
 def corrected(
@@ -220,11 +217,11 @@ def validate_artifact(
     _must_fit(held_to, manifest)
     evaluation = images.for_artifact(manifest, data, data_dir)
     if out is not None:
-        _must_be_writable(out)
+        artifact.must_be_writable(out, "--out", folder=False)
     runtime, request = manifest["runtime"], manifest["request"]
     count, why = device.usable_threads(threads or manifest["threads"])
     console.say(f"{runtime}, {manifest['precision']}, {count} threads ({why})")
-    max_isa = _cap(held_to)
+    max_isa = choose.cap(held_to)
     with (
         tempfile.TemporaryDirectory(prefix="edgeprune-") as work,
         Clock(runtime, precision=manifest["precision"], threads=count, max_isa=max_isa) as clock,
@@ -236,7 +233,7 @@ def validate_artifact(
         same = (
             device.same(profile)
             and profile["worker"]["info"]["version"] == clock.info["version"]
-            and (count, max_isa) == (manifest["threads"], _cap(recorded))
+            and (count, max_isa) == (manifest["threads"], choose.cap(recorded))
         )
         quiet = Quiet.of(profile, runtime) if same else None
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
@@ -271,11 +268,6 @@ def validate_artifact(
     return found
 
 
-def _cap(target: Target) -> str:
-    """The instruction set that this CPU must be held to, to imitate the target; "" = none."""
-    return target.max_isa if device.needs_cap(target) else ""
-
-
 def _must_fit(target: Target, manifest: dict[str, Any]) -> None:
     """Raise TargetUnavailable unless this machine is the target, UsageError unless the artifact is made for it."""
     if reason := device.unfit(target):
@@ -301,17 +293,6 @@ def _batches(
             advance(len(labels), "")
     for name, reason in sorted(evaluation.corrupt.items()):
         console.warn(f"{name} cannot be read and is skipped: {reason}")
-
-
-def _must_be_writable(path: Path) -> None:
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise errors.StorageError(f"cannot write '{path}': {error.strerror}; choose another --out") from error
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

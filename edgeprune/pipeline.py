@@ -255,8 +255,12 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"precision '{request.precision}' is not one of target '{request.target.name}': {', '.join(request.target.precisions)}"
         )
-    if request.profile is not None and not request.profile.is_file():
-        raise UsageError(f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`")
+    if request.profile is not None:
+        if not request.profile.is_file():
+            raise UsageError(
+                f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`"
+            )
+        artifact.read_json(request.profile)  # unreadable or no JSON: said before any work
     if request.profile is None and (reason := device.unfit(request.target)):
         raise TargetUnavailable(
             f"target '{request.target.name}' is not here: {reason}; `edgeprune targets detect` names one that fits"
@@ -269,12 +273,7 @@ def preflight(request: Request, out: Path, cache_dir: Path) -> None:
     """`check_request`, and folders that cannot be written."""
     check_request(request)
     for folder, option in ((out, "--out"), (cache_dir, "--cache-dir")):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise StorageError(f"cannot write to '{folder}': {error.strerror}; choose another {option}") from error
+        artifact.must_be_writable(folder, option, folder=True)
 
 
 def default_cache_dir() -> Path:

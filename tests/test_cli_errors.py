@@ -554,7 +554,7 @@ def test_validate_on_images_of_other_classes(artifact: Path, image_folder: Calla
 
 def test_validate_to_a_place_that_cannot_be_written(artifact: Path, tmp_path: Path) -> None:
     for out in (artifact / "profile.json" / "found.json", tmp_path):
-        check(["validate", artifact, "--out", out], STORAGE, f"cannot write '{out}'", "choose another --out")
+        check(["validate", artifact, "--out", out], STORAGE, f"cannot write to '{out}'", "choose another --out")
 
 
 def test_a_build_without_its_packages(space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from edgeprune import runtimes
 from edgeprune.config import Conditions
 from edgeprune.console import Console
 from edgeprune.errors import TargetUnavailable, unknown
-from edgeprune.latency import device
+from edgeprune.latency import device, noise
 from edgeprune.latency.clock import COPIES, Clock, race
 from edgeprune.types import Measurement, Target
 
@@ -25,6 +25,15 @@ def cap(target: Target) -> str:
 def clock(under: Conditions, runtime: str, threads: int) -> Clock:
     """A clock at the precision, seed and instruction set of `under`."""
     return Clock(runtime, precision=under.precision, threads=threads, max_isa=cap(under.target), seed=under.seed)
+
+
+@contextlib.contextmanager
+def watched(clock: Clock, console: Console) -> Iterator[None]:
+    """Around a measurement: says afterwards what disturbed it, or that nobody could tell."""
+    before = clock.counters()
+    yield
+    for sentence in noise.disturbances(noise.between(before, clock.counters())):
+        console.say(f"meanwhile {sentence}")
 
 
 def eligible(under: Conditions, console: Console) -> list[str]:

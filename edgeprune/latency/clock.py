@@ -288,39 +288,44 @@ def race(
         clock._ask("warm", name=name, max_runs=WARM_RUNS, max_s=WARM_SHARE * budget_s / len(entries))
     rng = np.random.default_rng(seed)
     names = [name for _, name in entries]
-    rows: list[list[float]] = []
-    waits: list[list[float]] = []
-    copies: list[list[int]] = []
-    counting = None if settle else quiet
+    samples, waits = np.empty((2, len(entries), 0))  # [entries, rounds], as are the copies
+    copies = np.empty((len(entries), 0), dtype=np.int64)
+
+    def summarised() -> list[Measurement]:
+        counting, ran = (None, None) if settle else (quiet, copies)
+        return statistics.summarise(names, samples, anchor, seed, counting, waits, ran)
+
     next_look = max(min_rounds, FEWEST_ROUNDS)
     calm = 0
     while calm < max(max_rounds, FEWEST_ROUNDS):
-        row, waited, used = [math.nan] * len(entries), [0.0] * len(entries), [0] * len(entries)
+        turn = samples.shape[1]
+        row, waited = np.empty(len(entries)), np.zeros(len(entries))
+        used = np.array([_copy(entry, i == anchor, turn) for i, entry in enumerate(entries)])
         order = rng.permutation(len(entries)).tolist()
         # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
         for _, group in itertools.groupby(order, key=lambda i: id(entries[i][0])):
             turns = list(group)
-            chosen = [_copy(entries[i], i == anchor, len(rows)) for i in turns]
-            answer = entries[turns[0]][0]._ask("turns", names=[names[i] for i in turns], copies=chosen, turn=len(rows))
-            for i, ms, wait, copy in zip(turns, answer["ms"], answer["waited_ms"], chosen, strict=True):
-                row[i], waited[i], used[i] = ms, 0.0 if every_round else wait, copy
-        rows.append(row)
-        waits.append(waited)
-        copies.append(used)
+            answer = entries[turns[0]][0]._ask(
+                "turns", names=[names[i] for i in turns], copies=used[turns].tolist(), turn=turn
+            )
+            row[turns] = answer["ms"]
+            if not every_round:
+                waited[turns] = answer["waited_ms"]
+        samples, waits, copies = (np.column_stack(pair) for pair in ((samples, row), (waits, waited), (copies, used)))
         seconds = time.monotonic() - began
         if on_round is not None:
-            on_round(len(rows), seconds)
-        calm = statistics.calm_count(np.array(rows).T, np.array(waits).T, anchor, quiet, settle=settle)
+            on_round(turn + 1, seconds)
+        calm = statistics.calm_count(samples, waits, anchor, quiet, settle=settle)
         waiting = calm < min_rounds and (quiet is not None or settle)
         patience_s = budget_s * (patience if waiting else 1)
-        if len(rows) >= FEWEST_ROUNDS and seconds >= patience_s:
+        if turn + 1 >= FEWEST_ROUNDS and seconds >= patience_s:
             break
         if calm >= next_look:
-            measured = _summarised(names, rows, anchor, seed, counting, waits, None if settle else copies)
+            measured = summarised()
             if statistics.tight(measured, ci):
                 return measured
             next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
-    return _summarised(names, rows, anchor, seed, counting, waits, None if settle else copies)
+    return summarised()
 
 
 def _copy(entry: tuple[Clock, str], is_anchor: bool, turn: int) -> int:
@@ -328,20 +333,6 @@ def _copy(entry: tuple[Clock, str], is_anchor: bool, turn: int) -> int:
     clock, name = entry
     copies: int = clock.facts[name]["copies"]
     return (turn // copies if is_anchor else turn) % copies
-
-
-def _summarised(
-    names: list[str],
-    rows: list[list[float]],
-    anchor: int,
-    seed: int,
-    quiet: Quiet | None,
-    waits: list[list[float]],
-    copies: list[list[int]] | None,
-) -> list[Measurement]:
-    """`statistics.summarise` of rounds, one a row."""
-    ran = None if copies is None else np.array(copies, dtype=np.int64).T
-    return statistics.summarise(names, np.array(rows).T, anchor, seed, quiet, np.array(waits).T, ran)
 
 
 def _environment() -> dict[str, str]:

@@ -6,8 +6,6 @@ or the path, so that every machine can be tested on any other.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
@@ -174,11 +172,6 @@ def conditions() -> dict[str, str | float | None]:
 def same(profile: Mapping[str, Any]) -> bool:
     """Whether a profile document was recorded on this very device, set as it is now."""
     return bool(profile["device"] == fingerprint() and profile.get("conditions") == conditions())
-
-
-def fingerprint_id(facts: dict[str, str | int]) -> str:
-    """A fingerprint's first 12 sha256 digits, for file names and cache keys."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def missing_flags(target: Target, flags: Iterable[str] | None = None) -> list[str]:

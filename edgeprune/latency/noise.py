@@ -44,11 +44,12 @@ Counters = dict[str, float | None]
 def counters(proc: Path = Path("/proc"), sys_root: Path = Path("/sys")) -> Counters:
     """A snapshot of what disturbs a measurement; None where this system does not show it.
 
-    Of this process with all its threads: `voluntary_switches`, `involuntary_switches`, `minor_faults`,
-    `cpu_s`, and `quota_throttled`, the periods in which its control groups ran out of quota.
+    Of this process with all its threads: `voluntary_switches`, `involuntary_switches`, `cpu_s`,
+    `quota_throttled`, the periods in which its control groups ran out of quota, and `waiting_seen`, 1 where
+    `RunQueue` can see its threads wait and 0 where it cannot.
     Of the machine, all CPUs together: `cpus` online, `steal_s` and `busy_s` in CPU-seconds (steal is busy),
-    `throttled` (throttling for heat, counted per CPU), `mhz` (mean), `temperature_c` (hottest sensor),
-    `load1` (1-minute load average). And `wall_s`, a clock that only goes forward.
+    `throttled` (throttling for heat, counted per CPU), `mhz` (mean), `temperature_c` (hottest sensor).
+    And `wall_s`, a clock that only goes forward.
 
     proc, sys_root: where /proc and /sys are.
     """
@@ -66,7 +67,7 @@ def counters(proc: Path = Path("/proc"), sys_root: Path = Path("/sys")) -> Count
         ),
         "mhz": _mhz(proc, sys_root),
         "temperature_c": _temperature(sys_root),
-        "load1": _number(device.read(proc / "loadavg").partition(" ")[0]),
+        "waiting_seen": float(any((proc / "self/task").glob("*/schedstat"))),
     }
 
 
@@ -76,7 +77,7 @@ def between(before: Mapping[str, float | None], after: Mapping[str, float | None
     `seconds`; `voluntary_switches_per_s`, `involuntary_switches_per_s`; `cpus_used` by the process and
     `others_cpus` by everything else, in CPUs' worth of work (/proc/stat counts in hundredths of a second,
     so `others_cpus` says little about an interval of much less than one); `steal_share` of all CPU time;
-    events of `throttled` and `quota_throttled`; `mhz` and `temperature_c` at the end; `mhz_change`, the
+    events of `throttled` and `quota_throttled`; `mhz`, `temperature_c` and `waiting_seen` at the end; `mhz_change`, the
     change of the clock rate relative to the start.
 
     Raises UsageError when no time lies between them.
@@ -103,13 +104,14 @@ def between(before: Mapping[str, float | None], after: Mapping[str, float | None
         "mhz": mhz,
         "mhz_change": None if mhz is None or not mhz_before else mhz / mhz_before - 1,
         "temperature_c": after.get("temperature_c"),
+        "waiting_seen": after.get("waiting_seen"),
     }
 
 
 class RunQueue:
     """How long the threads of this process have waited for a CPU that another process had.
 
-    Linux counts it for every thread; a few microseconds to read. Elsewhere it is always 0.
+    Linux counts it for every thread; a few microseconds to read. Elsewhere it is always 0, and `disturbances` says so.
     """
 
     def __init__(self, tasks: Path = Path("/proc/self/task")) -> None:
@@ -176,6 +178,10 @@ def disturbances(facts: Mapping[str, Any]) -> list[str]:
         return float(facts.get(name) or 0.0)
 
     found = []
+    if facts.get("waiting_seen") == 0:
+        found.append(
+            "this system did not show how long threads wait for a CPU: runs that other work disturbed count too"
+        )
     if fact("steal_share") >= STEAL_SHARE:
         found.append(f"the hypervisor took {100 * fact('steal_share'):.0f} % of the CPU time (steal)")
     if fact("quota_throttled") > 0:
@@ -194,12 +200,11 @@ def disturbances(facts: Mapping[str, Any]) -> list[str]:
 def _usage() -> Counters:
     """This process with all its threads."""
     if resource is None:
-        return dict.fromkeys(("voluntary_switches", "involuntary_switches", "minor_faults", "cpu_s"))
+        return dict.fromkeys(("voluntary_switches", "involuntary_switches", "cpu_s"))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "voluntary_switches": float(usage.ru_nvcsw),
         "involuntary_switches": float(usage.ru_nivcsw),
-        "minor_faults": float(usage.ru_minflt),
         "cpu_s": usage.ru_utime + usage.ru_stime,
     }
 

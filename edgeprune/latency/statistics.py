@@ -124,7 +124,7 @@ def levels(anchor_ms: FloatArray, good: NDArray[np.bool_]) -> FloatArray:
     known = (~np.isnan(windows)).sum(axis=1)
     ordered = np.sort(windows, axis=1)  # NaN goes last
     at = np.arange(len(anchor_ms))
-    middle = (ordered[at, np.maximum(known - 1, 0) // 2] + ordered[at, known // 2 * (known > 0)]) / 2
+    middle = (ordered[at, np.maximum(known - 1, 0) // 2] + ordered[at, known // 2]) / 2
     return np.where(known > 0, middle, np.inf)
 
 

@@ -136,6 +136,7 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         positive = [document["anchor"][name] for name in QUANTILES] + list(document["anchor_ms"].values())
         if not all(isinstance(ms, (int, float)) and 0 < ms < float("inf") for ms in positive):
             raise ValueError("a latency of the anchor is no positive number")
+        str(document["worker"]["info"]["version"])
         device.same(document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
@@ -164,21 +165,16 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
     console.say(
         f"profile recorded on {cpu}, {recorded.runtime}, {recorded.threads} threads: dense {recorded.dense_ms:.2f} ms"
     )
-    if not measurable(document):
+    if not device.same(document):
         console.warn(
             "that is another device: the latency of what is built is predicted, not validated; run `edgeprune validate` there"
         )
     (out / "profile.json").write_text(json.dumps(document, indent=1))
 
 
-def measurable(document: Mapping[str, Any]) -> bool:
-    """Whether the profile was recorded on this very device, so that models can be measured against it."""
-    return device.same(document)
-
-
 def refuse_recorded(document: Mapping[str, Any], what: str) -> None:
     """Raise UsageError when the profile is another device's."""
-    if not measurable(document):
+    if not device.same(document):
         raise UsageError(
             f"the profile is of {document['device'].get('cpu', 'another device')}: this machine cannot {what} for it"
         )
@@ -205,7 +201,7 @@ def measure(
     clock.load("dense", anchor, COPIES)
     for name, path in models.items():
         clock.load(name, path)
-    with clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
+    with choose.watched(clock, console), clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
         return clock.measure(
             list(models), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=TABLE_SECONDS,
             quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, on_round=on_round,

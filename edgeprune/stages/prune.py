@@ -20,7 +20,7 @@ from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
-from edgeprune.latency import choose
+from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.solve import solve
@@ -48,7 +48,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         plan, predicted = vit.dense_plan(dense.sizes), table.dense_ms
         pruned = dense.model
     else:
-        here = profile.measurable(document)
+        here = device.same(document)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
         if here:
             plan, predicted, tries = search(

@@ -33,7 +33,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     planned = artifact.read_plan(read["finetune"] / "plan.json")
     compiled = artifact.read_json(read["compile"] / "compile.json")
     runtime = compiled["runtime"]
-    here = profile.measurable(document)
+    here = device.same(document)
     with (
         accuracy_clock(request, runtime, table.threads)
         if not here

@@ -45,8 +45,8 @@ def test_cpuinfo_of_intel_and_arm() -> None:
 
 def test_fingerprint_is_stable_and_tells_devices_apart() -> None:
     assert device.fingerprint(INTEL) == device.fingerprint(INTEL)
-    ids = {device.fingerprint_id(device.fingerprint(text)) for text in (INTEL, PI)}
-    assert len(ids) == 2 and all(len(i) == 12 for i in ids)
+    ids = {str(device.fingerprint(text)) for text in (INTEL, PI)}
+    assert len(ids) == 2
     assert device.fingerprint()["cpu"]
 
 

@@ -16,8 +16,8 @@ from edgeprune import errors
 from edgeprune.latency import noise
 from edgeprune.latency.clock import Clock
 
-HERE = {"wall_s", "voluntary_switches", "involuntary_switches", "minor_faults", "cpu_s"}
-MACHINE = {"cpus", "steal_s", "busy_s", "throttled", "quota_throttled", "mhz", "temperature_c", "load1"}
+HERE = {"wall_s", "voluntary_switches", "involuntary_switches", "cpu_s"}
+MACHINE = {"cpus", "steal_s", "busy_s", "throttled", "quota_throttled", "mhz", "temperature_c", "waiting_seen"}
 
 
 def tree(folder: Path, files: dict[str, str]) -> dict[str, Path]:
@@ -45,7 +45,7 @@ def test_an_intel_laptop(tmp_path: Path) -> None:
         files[f"{at}/cpufreq/scaling_cur_freq"] = f"{2_000_000 + cpu * 1_000_000}\n"
         files[f"{at}/thermal_throttle/core_throttle_count"] = f"{cpu + 1}\n"
     seen = noise.counters(**tree(tmp_path, files))
-    assert seen["cpus"] == 2 and seen["load1"] == 1.25
+    assert seen["cpus"] == 2 and seen["waiting_seen"] == 0
     assert seen["steal_s"] == 7 / tick and seen["busy_s"] == 142 / tick  # guests are in user already
     assert seen["mhz"] == 2500 and seen["throttled"] == 3 and seen["temperature_c"] == 61.5
     assert seen["quota_throttled"] is None
@@ -93,12 +93,14 @@ def test_a_machine_that_shows_nothing(tmp_path: Path, stat: str, monkeypatch: py
     place = tree(tmp_path, {"proc/stat": stat})
     before = noise.counters(**place)
     assert set(before) == HERE | MACHINE
-    assert all(before[name] is None for name in MACHINE) and all(before[name] is not None for name in HERE)
+    assert before.pop("waiting_seen") == 0
+    assert all(before[name] is None for name in MACHINE - {"waiting_seen"})
+    assert all(before[name] is not None for name in HERE)
     monkeypatch.setattr(noise, "resource", None)
     assert noise.counters(**place)["cpu_s"] is None
     facts = noise.between(before, noise.counters(**place))
-    assert [name for name, value in facts.items() if value is not None] == ["seconds"]
-    assert noise.disturbances(facts) == []
+    assert [name for name, value in facts.items() if value is not None] == ["seconds", "waiting_seen"]
+    assert noise.disturbances(facts)[0].startswith("this system did not show how long threads wait")
 
 
 def test_this_machine() -> None:
@@ -113,14 +115,14 @@ def test_this_machine() -> None:
 
 
 BEFORE: noise.Counters = {
-    "wall_s": 100.0, "cpus": 4.0, "voluntary_switches": 10.0, "involuntary_switches": 5.0, "minor_faults": 1.0,
+    "wall_s": 100.0, "cpus": 4.0, "voluntary_switches": 10.0, "involuntary_switches": 5.0,
     "cpu_s": 2.0, "busy_s": 50.0, "steal_s": 1.0, "throttled": 7.0, "quota_throttled": 2.0, "mhz": 2000.0,
-    "temperature_c": 50.0, "load1": 1.0,
+    "temperature_c": 50.0, "waiting_seen": 1.0,
 }  # fmt: skip
 AFTER: noise.Counters = {
-    "wall_s": 110.0, "cpus": 4.0, "voluntary_switches": 30.0, "involuntary_switches": 1005.0, "minor_faults": 1.0,
+    "wall_s": 110.0, "cpus": 4.0, "voluntary_switches": 30.0, "involuntary_switches": 1005.0,
     "cpu_s": 17.0, "busy_s": 72.6, "steal_s": 2.6, "throttled": 10.0, "quota_throttled": 14.0, "mhz": 1760.0,
-    "temperature_c": 91.0, "load1": 1.0,
+    "temperature_c": 91.0, "waiting_seen": 1.0,
 }  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def test_between() -> None:
     assert noise.between(BEFORE, AFTER) == pytest.approx({
         "seconds": 10.0, "voluntary_switches_per_s": 2.0, "involuntary_switches_per_s": 100.0, "cpus_used": 1.5,
         "others_cpus": 0.6, "steal_share": 0.04, "throttled": 3.0, "quota_throttled": 12.0, "mhz": 1760.0,
-        "mhz_change": -0.12, "temperature_c": 91.0,
+        "mhz_change": -0.12, "temperature_c": 91.0, "waiting_seen": 1.0,
     })  # fmt: skip
 
 
