@@ -59,7 +59,7 @@ class Recipe:
     """How a model is tuned. One entry of `epochs` and `sizes` per phase; `sizes` empty = the model's own.
 
     `augment` is passed to timm.data.create_transform; empty = none, and then the teacher's outputs
-    are computed once and cached.
+    are kept from the first epoch on.
     """
 
     epochs: tuple[float, ...] = (3.0,)
@@ -75,6 +75,12 @@ class Recipe:
     token_layers: int = 4  # after how many blocks, evenly spread, features are compared
     temperature: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
+    views: int = 0  # random views of each image, whose teacher outputs are kept; 0 = a new view in every epoch
+    precision: str = "auto"  # float32, bfloat16 (autocast), or auto: the faster one of both
+    learning_rate_search: bool = True  # try rates around `learning_rate` on a slice of the steps
+    ema: float = 0.98  # greatest decay of a moving average of the weights; 0 = none
+    checks: int = 8  # how often in a phase the model is judged on images kept out of tuning
+    patience: int = 4  # checks without improvement that end a phase; 0 = never
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from edgeprune import config, data, vit
 from edgeprune.api import with_data
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, UsageError
-from edgeprune.stages import finetune
+from edgeprune.tuning.loop import fit
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
     if weights:
         vit.load_weights(network, vit.read_weights(Path(weights)), weights)
     transforms, splits = _data(card, network, seed)
-    finetune.fit(network, splits.train, recipe, transforms, seed=seed, console=console)
+    fit(network, splits.train, recipe, transforms, seed=seed, console=console)
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path)
     vit.load_weights(network, vit.read_weights(path), str(path))  # judge what was written: rounded to fp16
     right = total = 0

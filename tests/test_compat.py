@@ -24,6 +24,7 @@ ROWS = (
     ("api",),
     ("pipeline",),
     ("stages", "publish"),
+    ("tuning",),
     ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks", "obs"),
     ("config",),
     ("compat", "console"),

@@ -1,0 +1,121 @@
+"""How good a tuned model is along the way: its divergence from the teacher on images that take no part in tuning."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune.compat import VisionTransformer
+from edgeprune.data import Images
+from edgeprune.tuning.group import Group
+
+CHECK_IMAGES = 256
+
+State = dict[str, Tensor]
+
+
+def divide(images: Images) -> tuple[Images, Images]:
+    """(check, train): a tenth of the training images, at most `CHECK_IMAGES`, judges the tuning and takes no part in it.
+
+    The calibration images cannot: the survivors were re-fitted on them.
+    """
+    count = min(CHECK_IMAGES, max(1, len(images) // 10))
+    return images.take(count), images.drop(count)
+
+
+@torch.no_grad()
+def divergence(student: VisionTransformer, teacher: VisionTransformer, images: Images, batch_size: int) -> float:
+    """Mean KL(teacher || student) of the predicted classes, in nats."""
+    total = count = 0.0
+    for pixels, _ in images.batches(batch_size):
+        total += float(_divergence(student(pixels), teacher(pixels).log_softmax(-1)))
+        count += len(pixels)
+    return total / count
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    return F.kl_div(logits.float().log_softmax(-1), wanted, log_target=True, reduction="sum")
+
+
+class Judge:
+    """`divergence` on fixed images, shared out over the processes; the teacher is asked once. Calls are counted in float32."""
+
+    def __init__(self, teacher: VisionTransformer, check: Images, batch_size: int, group: Group) -> None:
+        self.group = group
+        own = check.with_transform(check.transform)
+        own.indices = check.indices[group.rank :: group.size]
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            for pixels, _ in own.batches(batch_size):
+                pixels = pixels.to(group.device)
+                self.batches.append((pixels, teacher(pixels).log_softmax(-1)))
+
+    @torch.no_grad()
+    def __call__(self, student: VisionTransformer) -> float:
+        training = student.training
+        student.eval()
+        facts = torch.zeros(2, dtype=torch.float64, device=self.group.device)
+        for pixels, wanted in self.batches:
+            facts += torch.stack([_divergence(student(pixels), wanted).double(), facts.new_tensor(len(pixels))])
+        student.train(training)
+        total, count = self.group.total(facts).tolist()
+        return total / max(count, 1.0)
+
+
+class Average:
+    """A moving average of a model's weights; its horizon grows with the steps until `decay` bounds it."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.steps = 0
+        self.state = copy.deepcopy(model.state_dict())
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        self.steps += 1
+        for name, value in model.state_dict().items():
+            self.state[name].lerp_(value, 1 - decay)
+
+
+@contextmanager
+def wearing(model: nn.Module, state: State) -> Iterator[None]:
+    """The model with other weights, for as long as the context lasts."""
+    own = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+class Best:
+    """The best weights met so far; at first those that the model starts with."""
+
+    def __init__(self, model: VisionTransformer, judge: Judge) -> None:
+        self.judge = judge
+        self.state: State = copy.deepcopy(model.state_dict())
+        self.value = judge(model)
+        self.stale = 0  # checks since the last improvement
+
+    def check(self, model: VisionTransformer, average: Average | None) -> float:
+        """Judge the model, and its moving average if there is one; returns the better divergence."""
+        value, state = self.judge(model), model.state_dict()
+        if average is not None:
+            with wearing(model, average.state):
+                averaged = self.judge(model)
+            if averaged < value:
+                value, state = averaged, average.state
+        self.offer(value, state)
+        return value
+
+    def offer(self, value: float, state: State) -> None:
+        """Keep the weights if they are better than the best."""
+        self.stale += 1
+        if value < self.value:
+            self.value, self.state, self.stale = value, copy.deepcopy(state), 0

@@ -1,0 +1,234 @@
+"""The training loop: phases of AdamW under a warm-up and a cosine, judged along the way."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgeprune.compat import VisionTransformer
+from edgeprune.config import Recipe
+from edgeprune.console import SILENT, Console
+from edgeprune.data import Images, train_transform
+from edgeprune.errors import UsageError
+from edgeprune.tuning import loss as losses
+from edgeprune.tuning.group import Group, alone, loader_workers
+from edgeprune.tuning.judge import Average, Best, Judge
+from edgeprune.tuning.lessons import Lesson, Lessons
+from edgeprune.tuning.precision import Precision
+
+SEARCH_RATES = (0.3, 1.0, 3.0)  # times the recipe's learning rate
+SEARCH_SHARE = 0.12  # of a phase's steps, for all rates together
+SEARCH_STEPS = (4, 40)  # per rate: with fewer nothing is learnt about it, more tell no more
+MAX_NORM = 1.0  # of the gradient
+
+
+@dataclass
+class History:
+    """What a tuning did, step by step."""
+
+    precision: str = ""
+    learning_rates: list[float] = field(default_factory=list)  # one per phase
+    losses: list[float] = field(default_factory=list)  # mean over the batch, one per step
+    checks: list[tuple[int, float]] = field(default_factory=list)  # (steps taken, divergence in nats)
+
+
+def fit(
+    student: VisionTransformer,
+    train: Images,
+    recipe: Recipe,
+    config: dict[str, object],
+    *,
+    teacher: VisionTransformer | None = None,
+    check: Images | None = None,
+    seed: int = 0,
+    console: Console = SILENT,
+    group: Group | None = None,
+) -> History:
+    """Tune `student` in place on `train`, phase after phase of the recipe; leaves it in eval mode, on the CPU.
+
+    With a teacher and `check` images, which must not be among `train`, the model ends with the weights that
+    diverged least from the teacher on them: the last, an average, earlier ones, or those it came with.
+    `config` is timm's data config. `group` is this process unless `accelerate launch` started several.
+    Raises UsageError when the recipe does not fit, or when the loss stops being a number.
+    """
+    group = group or alone()
+    own_size = student.patch_embed.img_size
+    sizes: tuple[int | None, ...] = recipe.sizes or (None,) * len(recipe.epochs)
+    if teacher is not None and recipe.sizes:
+        raise UsageError("the recipe has 'sizes', but a teacher only sees the model's own image size; leave them out")
+    if len(sizes) != len(recipe.epochs):
+        raise UsageError(
+            f"the recipe has {len(recipe.epochs)} 'epochs' but {len(sizes)} 'sizes'; give one of each per phase"
+        )
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    history = History()
+    try:
+        student.to(group.device)
+        if teacher is not None:
+            teacher.to(group.device)
+        judge = Judge(teacher, check, recipe.batch_size, group) if teacher is not None and check is not None else None
+        for number, (size, epochs) in enumerate(zip(sizes, recipe.epochs, strict=True)):
+            if epochs <= 0:
+                continue
+            if size is not None:
+                student.set_input_size(img_size=(size, size))
+            images = train.with_transform(train_transform(config, recipe.augment, size))
+            phase = Phase(
+                student, images, recipe, epochs, teacher, judge, seed + 1000 * number, console, group, history
+            )
+            phase.run(f"tuning at {size or own_size[0]} px")
+        if student.patch_embed.img_size != own_size:
+            student.set_input_size(img_size=own_size)
+    finally:
+        student.eval().cpu()
+        if teacher is not None:
+            teacher.cpu()
+    return history
+
+
+@dataclass
+class Phase:
+    """One run of the schedule from start to end. Searching for the rate is a part of its steps."""
+
+    student: VisionTransformer
+    images: Images  # under the training transform
+    recipe: Recipe
+    epochs: float
+    teacher: VisionTransformer | None
+    judge: Judge | None
+    seed: int
+    console: Console
+    group: Group
+    history: History
+
+    def __post_init__(self) -> None:
+        self.lessons = Lessons(
+            self.images,
+            self.recipe.batch_size,
+            self.epochs,
+            self.recipe.views if self.recipe.augment else 1,
+            self.seed,
+            None if self.teacher is None else self._ask,
+            self.group.rank,
+            self.group.size,
+            loader_workers(self.group.device),
+            self.console,
+        )
+        self.steps = max(1, round(self.lessons.per_epoch * self.epochs))
+        self.precision = Precision(self.recipe.precision, self.steps, self.group, self.console)
+        self.read = losses.read_tokens(self.student if self.teacher is None else self.teacher)
+
+    def run(self, what: str) -> None:
+        self.student.train()
+        lessons = iter(self.lessons)
+        best = None if self.judge is None else Best(self.student, self.judge)
+        rate, left = self.recipe.learning_rate, self.steps
+        with self.console.progress(what, self.steps * self.recipe.batch_size, "images") as self.advance:
+            if best is not None and self.recipe.learning_rate_search:
+                rate, left = self._search(lessons, best)
+            self.history.learning_rates.append(rate)
+            self._train(itertools.islice(lessons, left), left, rate, best)
+        self.history.precision = self.precision.name
+        if best is not None:
+            self.student.load_state_dict(best.state)
+
+    def _search(self, lessons: Iterator[Lesson], best: Best) -> tuple[float, int]:
+        """Try some rates for a few steps, all on the same lessons; returns the best rate and the steps left.
+
+        The model goes on from where the best rate led it.
+        """
+        assert self.judge is not None
+        few, many = SEARCH_STEPS
+        each = min(many, int(self.steps * SEARCH_SHARE / len(SEARCH_RATES)))
+        rate = self.recipe.learning_rate
+        if each < few:
+            return rate, self.steps
+        slice_ = list(itertools.islice(lessons, each))
+        start, found = copy.deepcopy(self.student.state_dict()), []
+        for factor in SEARCH_RATES:
+            self.student.load_state_dict(start)
+            self._train(slice_, each, factor * rate, None)
+            found.append((self.judge(self.student), factor * rate, copy.deepcopy(self.student.state_dict())))
+        value, rate, state = min(found, key=lambda one: one[0])
+        self.student.load_state_dict(state)
+        best.offer(value, state)
+        best.stale = 0
+        tried = ", ".join(f"{r:.1e}: {v:.4f}" for v, r, _ in found)
+        self.console.say(f"learning rate {rate:.1e}, the best of {len(found)} after {each} steps each ({tried} nats)")
+        return rate, self.steps - each * len(SEARCH_RATES)
+
+    def _train(self, lessons: Iterable[Lesson], steps: int, rate: float, best: Best | None) -> None:
+        """`steps` steps of a schedule of that length; with `best`, checked along the way and perhaps ended early."""
+        optimizer, schedule = self._optimizer(steps, rate)
+        average = Average(self.student, self.recipe.ema) if best is not None and self.recipe.ema else None
+        checks = {round((i + 1) * steps / self.recipe.checks) for i in range(self.recipe.checks)} if best else set()
+        for step, lesson in enumerate(lessons, 1):
+            loss = self._backward(lesson)
+            if not math.isfinite(loss):
+                raise UsageError(
+                    f"the loss became {loss} at step {step - 1} of {steps}; lower [finetune] learning_rate"
+                )
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_NORM)
+            optimizer.step()
+            schedule.step()
+            self.history.losses.append(loss)
+            self.advance(self.recipe.batch_size, f"loss {loss:.4f}")
+            if average is not None:
+                average.update(self.student)
+            if best is not None and step in checks:
+                value = best.check(self.student, average)
+                self.history.checks.append((len(self.history.losses), value))
+                self.console.detail(f"step {step}: divergence {value:.4f} nats, best {best.value:.4f}")
+                if self.recipe.patience and best.stale >= self.recipe.patience and step < steps:
+                    self.console.say(f"stopped at step {step} of {steps}: no better for {best.stale} checks")
+                    return
+
+    def _backward(self, lesson: Lesson) -> float:
+        """Gradients of the mean loss over the whole batch; returns that loss."""
+        pixels, labels, targets = lesson
+        self.student.zero_grad(set_to_none=True)
+        total: Tensor | None = None
+        with self.precision.step():
+            if len(labels):
+                where = self.group.device
+                with self.precision.autocast():
+                    total = losses.total_loss(
+                        self.student,
+                        pixels.to(where),
+                        labels.to(where),
+                        targets and targets.to(where),
+                        self.recipe,
+                        self.read,
+                    )
+                total.backward()
+        return self.group.average_gradients(self.student.parameters(), len(labels), total)
+
+    def _ask(self, pixels: Tensor) -> losses.Targets:
+        assert self.teacher is not None
+        with self.precision.autocast():
+            return losses.teach(self.teacher, pixels.to(self.group.device), self.recipe, self.read)
+
+    def _optimizer(self, steps: int, rate: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        decay = [p for p in self.student.parameters() if p.ndim >= 2]
+        plain = [p for p in self.student.parameters() if p.ndim < 2]
+        optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": self.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=rate,
+        )
+        warmup = max(1, round(self.recipe.warmup * steps))
+
+        def factor(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+            return min((step + 1) / warmup, cosine)
+
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,97 @@
+"""What tuning minimises (ZipLM's recipe, arXiv 2302.04089, section 3.3; label smoothing: arXiv 1512.00567).
+
+loss = label_weight * cross entropy + logit_weight * T^2 KL(teacher || student)
+     + token_weight * mean over layers of ||h_s - h_t||^2 / ||h_t||^2
+
+The residual width is never pruned, so token features compare without a mapping layer. Every term is a
+mean over images of something that belongs to one image: a batch may be split over processes at will.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeprune import vit
+from edgeprune.compat import VisionTransformer
+from edgeprune.config import Recipe
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher says of `n` images: logits `[n, classes]`, per layer token features `[n, tokens, width]`."""
+
+    logits: Tensor
+    tokens: tuple[Tensor, ...]
+
+    def __getitem__(self, pick: Tensor) -> Targets:
+        return Targets(self.logits[pick], tuple(layer[pick] for layer in self.tokens))
+
+    def to(self, where: torch.device) -> Targets:
+        return Targets(self.logits.to(where), tuple(layer.to(where) for layer in self.tokens))
+
+
+def feature_layers(blocks: int, count: int) -> list[int]:
+    """`count` block indices, evenly spread and ending with the last."""
+    count = min(count, blocks)
+    return [round((i + 1) * blocks / count) - 1 for i in range(count)]
+
+
+def read_tokens(model: VisionTransformer) -> Tensor:
+    """Which tokens of the last block's output reach the logits, `[tokens]` bool: with a CLS token it alone.
+
+    Found by their gradient, so that every kind of pooling is right.
+    """
+    sizes = vit.anatomy(model)
+    parameter = next(model.parameters())
+    draw = torch.randn(1, sizes.tokens, sizes.width, generator=torch.Generator().manual_seed(0))
+    stream = draw.to(parameter.device, parameter.dtype).requires_grad_()
+    with torch.enable_grad():
+        [gradient] = torch.autograd.grad(vit.classify(model, stream).square().sum(), stream)
+    return gradient.abs().sum((0, 2)) > 0
+
+
+def features(streams: Sequence[Tensor], layers: int, read: Tensor) -> tuple[Tensor, ...]:
+    """What is compared of the residual streams after each block: some layers, of the last only the tokens `read`."""
+    chosen = feature_layers(len(streams), layers)
+    return tuple(streams[i] if i < len(streams) - 1 else streams[i][:, read] for i in chosen)
+
+
+@torch.no_grad()
+def teach(teacher: VisionTransformer, pixels: Tensor, recipe: Recipe, read: Tensor) -> Targets:
+    """What `teacher` says of images `[n, channels, height, width]`."""
+    *hidden, logits = vit.streams(teacher, pixels)
+    wanted = recipe.token_layers if recipe.token_weight else 0
+    return Targets(logits.float(), features(hidden, wanted, read))
+
+
+def total_loss(
+    student: VisionTransformer, pixels: Tensor, labels: Tensor, targets: Targets | None, recipe: Recipe, read: Tensor
+) -> Tensor:
+    """The loss summed over the images of the batch, in float32."""
+    *hidden, logits = vit.streams(student, pixels)
+    logits = logits.float()
+    loss = logits.new_zeros(())
+    if recipe.label_weight:
+        own = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="sum")
+        loss = loss + recipe.label_weight * own
+    if targets is None:
+        return loss
+    if recipe.logit_weight:
+        t = recipe.temperature
+        own, wanted = F.log_softmax(logits / t, -1), F.log_softmax(targets.logits / t, -1)
+        loss = loss + recipe.logit_weight * t * t * F.kl_div(own, wanted, log_target=True, reduction="sum")
+    if recipe.token_weight and targets.tokens:
+        pairs = zip(features(hidden, recipe.token_layers, read), targets.tokens, strict=True)
+        loss = loss + recipe.token_weight * torch.stack([_distance(*pair) for pair in pairs]).mean()
+    return loss
+
+
+def _distance(have: Tensor, wanted: Tensor) -> Tensor:
+    """||have - wanted||^2 / ||wanted||^2 of token features `[n, tokens, width]`, summed over the images."""
+    wanted = wanted.float()
+    return ((have.float() - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))).sum()
