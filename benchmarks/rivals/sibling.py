@@ -1,0 +1,70 @@
+"""The smaller dense sibling: same family, fewer blocks or a smaller width, trained from scratch; nothing is pruned.
+
+It has no one-shot form. It is trained for `--sibling-minutes`: give it what the dense model's training and the
+fine-tuning take together, in the trainer that made the dense model (`benchmarks/reference.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgeprune import vit
+from edgeprune.compat import VisionTransformer
+from edgeprune.errors import UsageError
+from rivals import Task
+
+SHALLOWEST = 0.5  # of the dense depth; heads keep their width, the MLP its ratio
+
+
+class Sibling:
+    trained = True
+
+    def prepare(self, task: Task) -> None:
+        sizes, self.task = task.sizes, task
+        least = max(1, round(SHALLOWEST * sizes.blocks))
+        family = [(b, h) for b in range(least, sizes.blocks + 1) for h in range(1, sizes.heads + 1)]
+        self.family = sorted(family, key=lambda size: self.share(*size))
+
+    def model(self, aim_ms: float, target_ms: float) -> VisionTransformer:
+        """The largest, untrained, whose share of the dense model's multiply-adds is that of the latency asked for."""
+        shares = np.array([self.share(*size) for size in self.family])
+        blocks, heads = self.family[max(int((shares <= aim_ms / self.task.table.dense_ms + 1e-9).sum()) - 1, 0)]
+        torch.manual_seed(self.task.seed)
+        return self.make(blocks, heads)
+
+    def make(self, blocks: int, heads: int) -> VisionTransformer:
+        sizes, card = self.task.sizes, self.task.request.card
+        kwargs = {
+            **card.kwargs, "depth": blocks, "num_heads": heads, "embed_dim": heads * sizes.head_dim,
+            "mlp_ratio": sizes.neurons / sizes.width,
+        }  # fmt: skip
+        return vit.create(card.architecture, kwargs, sizes.num_classes)
+
+    def share(self, blocks: int, heads: int) -> float:
+        """Of the dense model's multiply-adds."""
+        sizes, width = self.task.sizes, heads * self.task.sizes.head_dim
+        neurons = width * sizes.neurons // sizes.width
+        small = vit.Anatomy(
+            blocks, heads, sizes.head_dim, neurons, width, sizes.tokens, sizes.image, sizes.num_classes
+        )  # fmt: skip
+        return vit.macs(small, small.shape) / vit.macs(sizes, sizes.shape)
+
+    def train(self, model: VisionTransformer, minutes: float) -> None:
+        """In place, from the random weights it has."""
+        import reference  # the trainer of the dense model, beside this package
+
+        if self.task.request.card.data.name != "folder":
+            raise UsageError("a sibling is trained on a folder of images of the model's own size; use the card cifar10")
+        transforms: dict[str, Any] = self.task.request.card.transforms.__dict__
+        mean, std = (torch.tensor(transforms[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        options = argparse.Namespace(minutes=minutes, learning_rate=1e-3, batch_size=128, mixup=0.0)
+        torch.manual_seed(self.task.seed)
+        images, labels = reference.pixels(self.task.splits.train, torch.device("cpu"))
+        reference.tune(model, images, labels, mean, std, options)
+
+
+METHODS = {"sibling": Sibling}
