@@ -14,6 +14,7 @@ from edgeprune.config import ModelSpec, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, UsageError
 from edgeprune.extras import need_build_packages
+from edgeprune.tuning import launch
 from edgeprune.types import Latency
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def request(
     seed: int = 0,
     strict_clock: bool = False,
     profile: str | Path | None = None,
+    processes: int = 0,
+    accelerate_config: str | Path | None = None,
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError."""
     texts = [latency] if isinstance(latency, str) else list(latency)
@@ -54,10 +57,13 @@ def request(
         raise UsageError(f"max-drop must be 0 or more accuracy points, not {max_drop}")
     if threads < 0:
         raise UsageError(f"threads must be 0 (all) or more, not {threads}")
+    group = Path(accelerate_config) if accelerate_config else None
+    launch.check_request(processes, group)
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
+        processes=processes, accelerate_config=group,
     )  # fmt: skip
     return made, latencies
 

@@ -21,6 +21,8 @@ CRASH_HELP = "this is a defect in edgeprune"
 def main() -> None:
     """Run the command line and exit with the code of the contract."""
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and _in_a_group():
+            sys.exit(errors.PASSED)
         code = cli.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as stop:
@@ -45,6 +47,13 @@ def main() -> None:
             f"{CRASH_HELP}: {type(error).__name__}: {error}; run again with -v and report the output to {ISSUES}",
             EdgepruneError.exit_code,
         )
+
+
+def _in_a_group() -> bool:
+    """Whether `accelerate launch` started this process and leaves it nothing to do."""
+    from edgeprune.tuning import launch
+
+    return launch.lead_or_leave(sys.argv[1:])
 
 
 def _end(message: str, code: int) -> None:
@@ -161,6 +170,10 @@ def cli() -> None:
 @STRICT
 @click.option("--profile", type=click.Path(), metavar="FILE",
               help="Use a profile that `edgeprune profile --export` recorded; on another device the latency is then predicted, not validated.")  # fmt: skip
+@click.option("--processes", default=0, metavar="N",
+              help="Processes that tune together, under Hugging Face Accelerate; 0 = one.")  # fmt: skip
+@click.option("--accelerate-config", type=click.Path(), metavar="FILE",
+              help="Tune in the processes that a file of `accelerate config` describes.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
 @OUTPUT
 def build(

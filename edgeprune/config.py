@@ -73,6 +73,7 @@ class Recipe:
     logit_weight: float = 1.0  # KL to the teacher's logits
     token_weight: float = 1.0  # distance to the teacher's token features
     token_layers: int = 4  # after how many blocks, evenly spread, features are compared
+    cls_share: float = 0.5  # least weight, in that distance, of the CLS token (of all tokens that the head reads)
     temperature: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
     views: int = 0  # random views of each image, whose teacher outputs are kept; 0 = a new view in every epoch
@@ -129,6 +130,8 @@ class Request:
     strict_clock: bool = False  # take the machine as slow or fast as it now is: no correction for drift
     profile: Path | None = None  # a recorded profile instead of measuring one here
     check: int = 0  # held-out random plans to compare the latency table with
+    processes: int = 0  # that tune together on this machine; 0 = this one alone
+    accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
 
     @property
     def conditions(self) -> Conditions:

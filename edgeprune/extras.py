@@ -13,6 +13,7 @@ BUILD = {
     "safetensors": "safetensors", "PIL": "pillow",
 }  # fmt: skip
 IMAGES = {"PIL": "pillow"}
+ACCELERATE = {"accelerate": "accelerate"}
 DIGITS = {"sklearn": "scikit-learn"}
 
 

@@ -17,7 +17,6 @@ from edgeprune.config import Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import UsageError
 from edgeprune.tuning import lessons, loss, precision
-from edgeprune.tuning.group import alone
 from edgeprune.tuning.judge import Average, divergence, wearing
 from edgeprune.tuning.loop import fit
 from edgeprune.types import BlockPlan, Plan
@@ -259,6 +258,15 @@ def test_tokens_that_the_head_reads(
     assert loss.read_tokens(make_vit(architecture, **kwargs)).nonzero().flatten().tolist() == tokens
 
 
+def test_the_cls_token_has_its_share() -> None:
+    read = torch.tensor([True] + [False] * 4)
+    torch.testing.assert_close(loss.token_weights(read, 0.5), torch.tensor([0.5] + [0.125] * 4))
+    torch.testing.assert_close(loss.token_weights(read, 0.0), torch.full((5,), 0.2))
+    torch.testing.assert_close(loss.token_weights(read, 1.0), torch.tensor([1.0, 0, 0, 0, 0]))
+    torch.testing.assert_close(loss.token_weights(~read, 0.5), torch.full((5,), 0.2))  # pooled: they count enough
+    torch.testing.assert_close(loss.token_weights(torch.ones(4).bool(), 1.0), torch.full((4,), 0.25))
+
+
 def test_a_loss_that_is_no_number_stops_the_tuning(tiny_vit: Any, images: data.Images) -> None:
     student = vit.slice_model(tiny_vit, HARSH)
     with torch.no_grad():
@@ -316,18 +324,19 @@ def test_a_moving_average_follows_the_weights() -> None:
 def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Eight steps in turns, the first of each not timed; then the faster one."""
     monkeypatch.setattr(precision, "has_bfloat16", lambda _: True)
+    cpu = torch.device("cpu")
     for cost, want in ((0.5, "bfloat16"), (0.97, "float32"), (1.5, "float32")):
-        choice = precision.Precision("auto", 100, alone(), Console())
+        choice = precision.Precision("training", "auto", 100, cpu, Console())
         now = [0.0]
         monkeypatch.setattr(precision.time, "perf_counter", lambda now=now: now[0])
-        for _ in range(8):
-            with choice.step():
-                now[0] += cost if choice.name == "bfloat16" else 1.0
+        for images in (8, 8, 8, 0, 8, 8, 4, 8, 8):  # nothing is learnt from an empty share
+            with choice.run(images):
+                now[0] += images * (cost if choice.name == "bfloat16" else 1.0)
         assert choice.name == want
-        assert f"precision: {want}; a step in bfloat16 takes {cost:.2f}" in capsys.readouterr().err
-    assert precision.Precision("auto", 10, alone(), SILENT).name == "float32"
+        assert f"training in {want}: bfloat16 takes {cost:.2f} of the time" in capsys.readouterr().err
+    assert precision.Precision("training", "auto", 10, cpu, SILENT).name == "float32"
     with pytest.raises(UsageError, match="precision must be one of auto, float32, bfloat16 in a recipe, not 'half'"):
-        precision.Precision("half", 10, alone(), SILENT)
+        precision.Precision("training", "half", 10, cpu, SILENT)
 
 
 def test_tuning_in_bfloat16_works(tiny_vit: Any, images: data.Images) -> None:

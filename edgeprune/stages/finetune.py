@@ -10,9 +10,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from edgeprune import artifact, vit
-from edgeprune.config import Request
+from edgeprune.artifact import PlannedModel
+from edgeprune.compat import VisionTransformer
+from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
 from edgeprune.stages import baseline
+from edgeprune.tuning import launch
 from edgeprune.tuning.judge import divergence, divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import to_json
@@ -27,7 +30,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     student = artifact.rebuild(planned, read["prune"] / "pruned.safetensors")
     recipe = request.card.finetune
     shutil.copyfile(read["prune"] / "plan.json", out / "plan.json")
-    check, train = divide(dense.splits.train)
+    check, _ = divide(dense.splits.train)
     after = before = divergence(student, dense.model, check, recipe.batch_size)
     history = History()
     if planned.plan == vit.dense_plan(dense.sizes):
@@ -40,16 +43,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             f"less than {NEGLIGIBLE:.0e}; there is nothing to recover"
         )
     else:
-        history = fit(
-            student,
-            train,
-            recipe,
-            dense.transforms,
-            teacher=dense.model,
-            check=check,
-            seed=request.seed,
-            console=console,
-        )
+        history = tune(student, planned, dense, recipe, request, out, console)
         after = divergence(student, dense.model, check, recipe.batch_size)
         console.say(
             f"divergence from the dense model on {len(check)} images kept out of tuning: "
@@ -61,3 +55,20 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense.splits.report(out, console)
     document = {"divergence_before": before, "divergence_after": after, "epochs": recipe.epochs, **to_json(history)}
     (out / "finetune.json").write_text(json.dumps(document))
+
+
+def tune(
+    student: VisionTransformer, planned: PlannedModel, dense: baseline.Dense, recipe: Recipe, request: Request,
+    work: Path, console: Console,
+) -> History:  # fmt: skip
+    """Tune `student`, which is `planned`, in place: in this process, or in as many as the request asks for.
+
+    It ends no further from the dense model on the check images than it began. `work`: an existing folder.
+    """
+    check, train = divide(dense.splits.train)
+    if launch.wanted(request):
+        return launch.fit(student, dense.model, planned, recipe, request, train.corrupt, work, console)
+    return fit(
+        student, train, recipe, dense.transforms,
+        teacher=dense.model, check=check, seed=request.seed, console=console,
+    )  # fmt: skip

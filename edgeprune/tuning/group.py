@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune.errors import UsageError
 from edgeprune.latency import device
 
 
@@ -52,10 +53,6 @@ class Group:
                 p.grad /= max(images, 1.0)
         return float(summed / max(images, 1.0))
 
-    def agreed(self, value: float) -> float:
-        """What the first process says."""
-        return float(self.total(torch.tensor(value if self.rank == 0 else 0.0, device=self.device).double()))
-
 
 def alone() -> Group:
     """This process, on the GPU if there is one."""
@@ -65,8 +62,15 @@ def alone() -> Group:
 def launched() -> Group:
     """The group that `accelerate launch` started this process in. Call it once per process."""
     from accelerate import Accelerator
+    from accelerate.utils import DistributedType
 
     accelerator = Accelerator()
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UsageError(
+            f"edgeprune tunes with every process holding the whole model, not under {kind.value}; "
+            "choose multi-GPU or multi-CPU in `accelerate config`"
+        )
     return Group(accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator)
 
 

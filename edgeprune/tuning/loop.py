@@ -6,8 +6,9 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +35,16 @@ MAX_NORM = 1.0  # of the gradient
 class History:
     """What a tuning did, step by step."""
 
-    precision: str = ""
+    precision: str = ""  # of training
+    teacher_precision: str = ""
     learning_rates: list[float] = field(default_factory=list)  # one per phase
     losses: list[float] = field(default_factory=list)  # mean over the batch, one per step
     checks: list[tuple[int, float]] = field(default_factory=list)  # (steps taken, divergence in nats)
+
+    @staticmethod
+    def of(document: Mapping[str, Any]) -> History:
+        """The history that was written as JSON."""
+        return History(**{**document, "checks": [(step, value) for step, value in document["checks"]]})
 
 
 def fit(
@@ -125,7 +132,9 @@ class Phase:
             self.console,
         )
         self.steps = max(1, round(self.lessons.per_epoch * self.epochs))
-        self.precision = Precision(self.recipe.precision, self.steps, self.group, self.console)
+        asked, where = self.recipe.precision, self.group.device
+        self.precision = Precision("training", asked, self.steps, where, self.console)
+        self.teaching = Precision("teacher", asked, self.steps, where, self.console)
         self.read = losses.read_tokens(self.student if self.teacher is None else self.teacher)
 
     def run(self, what: str) -> None:
@@ -139,6 +148,7 @@ class Phase:
             self.history.learning_rates.append(rate)
             self._train(itertools.islice(lessons, left), left, rate, best)
         self.history.precision = self.precision.name
+        self.history.teacher_precision = self.teaching.name
         if best is not None:
             self.student.load_state_dict(best.state)
 
@@ -198,7 +208,7 @@ class Phase:
         pixels, labels, targets = lesson
         self.student.zero_grad(set_to_none=True)
         total: Tensor | None = None
-        with self.precision.step():
+        with self.precision.run(len(labels)):
             if len(labels):
                 where = self.group.device
                 with self.precision.autocast():
@@ -215,7 +225,7 @@ class Phase:
 
     def _ask(self, pixels: Tensor) -> losses.Targets:
         assert self.teacher is not None
-        with self.precision.autocast():
+        with self.teaching.run(len(pixels)), self.teaching.autocast():
             return losses.teach(self.teacher, pixels.to(self.group.device), self.recipe, self.read)
 
     def _optimizer(self, steps: int, rate: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -1,9 +1,9 @@
 """What tuning minimises (ZipLM's recipe, arXiv 2302.04089, section 3.3; label smoothing: arXiv 1512.00567).
 
 loss = label_weight * cross entropy + logit_weight * T^2 KL(teacher || student)
-     + token_weight * mean over layers of ||h_s - h_t||^2 / ||h_t||^2
+     + token_weight * mean over layers of ||h_s - h_t||^2 / ||h_t||^2, tokens weighted
 
-The residual width is never pruned, so token features compare without a mapping layer. Every term is a
+Of the last layer only the tokens that the head reads count: the others no longer reach the logits. The residual width is never pruned, so token features compare without a mapping layer. Every term is a
 mean over images of something that belongs to one image: a batch may be split over processes at will.
 """
 
@@ -86,12 +86,29 @@ def total_loss(
         own, wanted = F.log_softmax(logits / t, -1), F.log_softmax(targets.logits / t, -1)
         loss = loss + recipe.logit_weight * t * t * F.kl_div(own, wanted, log_target=True, reduction="sum")
     if recipe.token_weight and targets.tokens:
-        pairs = zip(features(hidden, recipe.token_layers, read), targets.tokens, strict=True)
-        loss = loss + recipe.token_weight * torch.stack([_distance(*pair) for pair in pairs]).mean()
+        weights = token_weights(read, recipe.cls_share)
+        distances = [
+            _distance(have, wanted.float(), weights if have.shape[1] == len(weights) else weights[read])
+            for have, wanted in zip(features(hidden, recipe.token_layers, read), targets.tokens, strict=True)
+        ]
+        loss = loss + recipe.token_weight * torch.stack(distances).mean()
     return loss
 
 
-def _distance(have: Tensor, wanted: Tensor) -> Tensor:
+def token_weights(read: Tensor, share: float) -> Tensor:
+    """What each token counts, `[tokens]`, summing to 1: those that the head reads at least `share` together.
+
+    One CLS token among 196 patches would hardly count otherwise, and it is what the logits are made of.
+    """
+    weights = torch.full((len(read),), 1 / len(read), device=read.device)
+    count = int(read.sum())
+    if count / len(read) < share:
+        weights[read] = share / count
+        weights[~read] = (1 - share) / (len(read) - count)
+    return weights
+
+
+def _distance(have: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     """||have - wanted||^2 / ||wanted||^2 of token features `[n, tokens, width]`, summed over the images."""
-    wanted = wanted.float()
-    return ((have.float() - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))).sum()
+    off, all_ = ((x.float().square().sum(-1) * weights).sum(-1) for x in (have - wanted, wanted))
+    return (off / all_).sum()

@@ -1,0 +1,70 @@
+"""One of the processes that tune together: `accelerate launch ... -m edgeprune.tuning.worker FOLDER`.
+
+`edgeprune.tuning.launch` writes the folder, starts this and reads what it leaves behind.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from edgeprune import artifact, config, data, vit
+from edgeprune.config import ModelSpec, Recipe
+from edgeprune.console import SILENT, Console
+from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.tuning import judge, loop
+from edgeprune.tuning.group import Group, launched
+from edgeprune.types import to_json
+
+
+def main(folder: Path) -> int:
+    """Tune; what goes wrong is left in the folder as `error-RANK.json`. Returns the exit code."""
+    rank = 0
+    try:
+        group = launched()
+        rank = group.rank
+        tune(folder, group)
+    except Exception as error:
+        known = isinstance(error, EdgepruneError)
+        message = str(error) if known else f"{type(error).__name__}: {error}"
+        document = {"kind": type(error).__name__ if known else "EdgepruneError", "message": message}
+        (folder / f"error-{rank}.json").write_text(json.dumps(document))
+        return 1
+    return 0
+
+
+def tune(folder: Path, group: Group) -> None:
+    """The job in `folder`, as one of the group; its first process writes the result."""
+    job: dict[str, Any] = artifact.read_json(folder / "job.json")
+    card = config.parse(ModelSpec, job["card"], "job.json")
+    recipe = config.parse(Recipe, job["recipe"], "job.json")
+    planned = artifact.read_plan(folder / "plan.json")
+    student = artifact.rebuild(planned, folder / "student.safetensors")
+    teacher = vit.create(planned.architecture, planned.kwargs, planned.num_classes)
+    vit.load_weights(teacher, vit.read_weights(folder / "teacher.safetensors"), str(folder))
+    transforms = data.transform_config(card, teacher)
+    check, train = judge.divide(data.load_splits(card, transforms, job["seed"]).train)
+    console = Console(verbose=job["verbose"]) if group.rank == 0 else SILENT
+    if group.size < max(2, job["processes"]):
+        raise UsageError(
+            f"accelerate started {group.size} of {job['processes'] or 'several'} processes; "
+            "on the CPUs of one machine use --processes N: with its own config file they need mpirun"
+        )
+    console.say(
+        f"{group.size} processes tune on {group.device.type}, each on its share of every {recipe.batch_size} images"
+    )
+    history = loop.fit(
+        student, train, recipe, transforms, teacher=teacher, check=check, seed=job["seed"], console=console, group=group
+    )
+    (folder / f"unreadable-{group.rank}.json").write_text(json.dumps(train.corrupt))
+    if group.rank == 0:
+        save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "tuned.safetensors")
+        (folder / "history.json").write_text(json.dumps(to_json(history)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

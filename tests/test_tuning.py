@@ -1,0 +1,147 @@
+"""python -m pytest tests/test_tuning.py
+
+Tuning in several processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+
+from edgeprune import api, artifact, config, extras, vit
+from edgeprune.artifact import PlannedModel
+from edgeprune.config import Request
+from edgeprune.console import SILENT, Console
+from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.stages import baseline, finetune
+from edgeprune.tuning import launch
+from edgeprune.tuning.loop import History
+from edgeprune.types import BlockPlan, Plan
+
+PLAN = Plan((BlockPlan((1,), tuple(range(0, 192, 3))), BlockPlan((), tuple(range(96))), BlockPlan((0, 2), ())))
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
+    """The small card on digits, augmented, its weights random; 29 images a batch leave shares of 15 and 14."""
+    root = tmp_path_factory.mktemp("group")
+    (root / "small.toml").write_text(small.CARD)
+    (root / "here.toml").write_text(small.TARGET)
+    small.random_weights(root / "small.safetensors")
+    made, _ = api.request(str(root / "small.toml"), target=str(root / "here.toml"), latency="2x")
+    recipe = replace(made.card.finetune, epochs=(0.5,), batch_size=29, augment={"hflip": 0.5, "scale": (0.7, 1.0)})
+    return replace(made, card=replace(made.card, finetune=recipe))
+
+
+def tune(request: Request, work: Path, console: Console = SILENT) -> tuple[Any, History]:
+    """The tuned student and what happened."""
+    card = request.card
+    dense = baseline.with_data(baseline.load_source(card, None), request)
+    planned = PlannedModel(card.architecture, card.kwargs, card.num_classes, PLAN, 1.0, 1.0)
+    student = vit.slice_model(dense.model, PLAN)
+    return student, finetune.tune(student, planned, dense, card.finetune, request, work, console)
+
+
+def test_two_processes_tune_as_one_does(request_: Request, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At an equal global batch the loss curves and the weights are the same but for rounding."""
+    alone, curve = tune(request_, tmp_path)
+    together, curve2 = tune(replace(request_, processes=2), tmp_path, Console())
+    assert len(curve.losses) == len(curve2.losses) >= 10
+    assert curve2.losses == pytest.approx(curve.losses, rel=1e-3)
+    assert [step for step, _ in curve2.checks] == [step for step, _ in curve.checks]
+    assert [value for _, value in curve2.checks] == pytest.approx([value for _, value in curve.checks], rel=1e-2)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(together.state_dict()[name], value, rtol=1e-2, atol=1e-3)
+    assert "2 processes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_the_processes_is_raised_here(request_: Request, tmp_path: Path) -> None:
+    recipe = replace(request_.card.finetune, learning_rate=1e30)
+    broken = replace(request_, processes=2, card=replace(request_.card, finetune=recipe))
+    with pytest.raises(
+        UsageError, match=r"the loss became (nan|inf) at step \d+ of \d+; lower \[finetune\] learning_rate"
+    ):
+        tune(broken, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_do_not_start_say_why(
+    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit('no such device')"])
+    with pytest.raises(EdgepruneError, match="the tuning processes ended with code 1: no such device"):
+        tune(replace(request_, processes=2), tmp_path)
+
+
+def test_a_config_file_of_accelerate_is_passed_on(request_: Request, tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    with pytest.raises(UsageError, match=r"there is no file '.*accelerate.yaml'; `accelerate config"):
+        launch.check_request(0, file)
+    file.touch()
+    launch.check_request(0, file)
+    arguments = launch.command(replace(request_, accelerate_config=file), tmp_path)
+    assert arguments[arguments.index("--config_file") + 1] == str(file) and arguments[-1] == str(tmp_path)
+    with pytest.raises(UsageError, match="leave --processes out"):
+        launch.check_request(2, file)
+
+
+def test_accelerate_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "ACCELERATE", {"accelerate_that_is_not_here": "accelerate"})
+    launch.check_request(1, None)
+    with pytest.raises(UsageError, match=r"needs accelerate \(not installed\).* pip install 'edgeprune\[accelerate\]'"):
+        launch.check_request(2, None)
+    with pytest.raises(UsageError, match="processes must be 0"):
+        launch.check_request(-1, None)
+
+
+def test_the_job_is_whole(request_: Request) -> None:
+    """A card survives the way through JSON."""
+    card = json.loads(json.dumps(config_json(request_.card)))
+    assert config.parse(config.ModelSpec, card, "job.json") == replace(
+        request_.card, finetune=replace(request_.card.finetune, augment={"hflip": 0.5, "scale": [0.7, 1.0]})
+    )
+
+
+def config_json(card: config.ModelSpec) -> Any:
+    from edgeprune.types import to_json
+
+    return to_json(card)
+
+
+@pytest.mark.parametrize(
+    ("rank", "local", "arguments", "code", "says"),
+    [
+        ("1", "2", ["build", "nonsense"], 0, ""),
+        ("0", "2", ["build", "nonsense", "--target", "cpu-avx2", "--latency", "1x"], 2, "unknown model 'nonsense'"),
+        ("0", "2", ["train"], 2, "only `edgeprune build` uses several processes"),
+        ("0", "1", ["build"], 2, "--accelerate-config FILE"),
+    ],
+)
+def test_a_build_under_accelerate_launch(rank: str, local: str, arguments: list[str], code: int, says: str) -> None:
+    """The first process does the work, the others leave; what cannot be meant is refused."""
+    launched = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local, "TORCHELASTIC_RUN_ID": "none"}
+    result = subprocess.run(
+        [sys.executable, "-m", "edgeprune", *arguments], env={**os.environ, **launched},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == code and says in result.stderr, result.stderr
+
+
+def test_a_group_within_a_group_does_not_see_it() -> None:
+    outer = {"PATH": "/bin", "RANK": "0", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    assert launch.clean(outer) == {"PATH": "/bin"}
+
+
+def test_what_is_left_behind_is_read(tmp_path: Path) -> None:
+    (tmp_path / "history.json").write_text(json.dumps({"losses": [1.0], "checks": [[1, 0.5]]}))
+    assert History.of(artifact.read_json(tmp_path / "history.json")) == History(losses=[1.0], checks=[(1, 0.5)])
