@@ -80,8 +80,8 @@ class Recipe:
     precision: str = "auto"  # float32, bfloat16 (autocast), or auto: the faster one of both
     learning_rate_search: bool = True  # try rates around `learning_rate` on a slice of the steps
     ema: float = 0.98  # greatest decay of a moving average of the weights; 0 = none
-    checks: int = 8  # how often in a phase the model is judged on images kept out of tuning
-    patience: int = 4  # checks without improvement that end a phase; 0 = never
+    checks: int = 5  # how often in a phase the model is judged on images kept out of tuning
+    patience: int = 3  # checks without improvement that end a phase; 0 = never
 
 
 @dataclass(frozen=True)

@@ -83,4 +83,4 @@ def has_bfloat16(where: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices itself."""
     if where.type == "cuda":
         return torch.cuda.get_device_capability(where) >= (8, 0)
-    return bool(device.cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return bool(device.cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})

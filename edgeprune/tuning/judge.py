@@ -103,14 +103,18 @@ class Best:
         self.value = judge(model)
         self.stale = 0  # checks since the last improvement
 
-    def check(self, model: VisionTransformer, average: Average | None) -> float:
-        """Judge the model, and its moving average if there is one; returns the better divergence."""
-        value, state = self.judge(model), model.state_dict()
+    def check(self, model: VisionTransformer, average: Average | None, *, last: bool) -> float:
+        """Judge the moving average, the model itself at the end or where there is none; returns the best divergence.
+
+        Before the rate has come down, the average is the better of the two: judging both would double the cost.
+        """
+        found: list[tuple[float, State]] = []
         if average is not None:
             with wearing(model, average.state):
-                averaged = self.judge(model)
-            if averaged < value:
-                value, state = averaged, average.state
+                found.append((self.judge(model), average.state))
+        if average is None or last:
+            found.append((self.judge(model), model.state_dict()))
+        value, state = min(found, key=lambda one: one[0])
         self.offer(value, state)
         return value
 
