@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of a script, which finds what is beside it."""
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))
+    return importlib.import_module(name)
 
 
 def write_model(path: Path, width: int) -> str:
@@ -53,3 +54,159 @@ def test_clock_refuses_what_says_nothing(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit):
         script("clock").main(["--repeats", "1"])
     assert "--repeats 2 or more" in capsys.readouterr().err
+
+
+# Accuracy -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def task(make_vit: Any, make_images: Any, tmp_path: Path) -> Any:
+    """A tiny model, random images and an invented latency table."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    script("accuracy")
+    import rivals
+
+    from edgeprune import config, vit
+    from edgeprune.types import Latency, LatencyTable
+
+    model = make_vit(depth=2, mlp_ratio=2.0)
+    sizes = vit.anatomy(model)
+    widths = vit.neuron_grid(sizes.neurons, 16)
+    prices = {"attn_ms": 0.1 * np.arange(sizes.heads + 1), "mlp_ms": 0.4 * np.array(widths) / sizes.neurons}
+    table = LatencyTable(
+        "openvino", "fp32", 1, 2, 0.1, mlp_widths=widths, dense_ms=1.5, empty_ms=0.1, samples=1, **prices
+    )
+    request = config.Request(config.load_card("digits"), config.load_target("cpu-avx512"), Latency("2x", fraction=0.5))
+    made = rivals.Task(request, model, sizes, None, table, tmp_path)  # type: ignore[arg-type]
+    made.batches = [(make_images(8, seed=i), torch.arange(8) % 5) for i in range(2)]
+    return made
+
+
+METHODS = ["ziplm", "nvit", "flap", "vbp", "random", "magnitude"]
+TORCH_PRUNING = ["tp-l2-uniform-narrow", "tp-taylor-global-narrow", "tp-hessian-uniform-whole"]
+
+
+@pytest.mark.parametrize("name", [*METHODS, *TORCH_PRUNING])
+def test_a_rival_makes_the_model_that_was_asked_for(task: Any, name: str, make_images: Any, tmp_path: Path) -> None:
+    """Within its budget, the same when asked again, and as ONNX what it is in torch."""
+    if name.startswith("tp-"):
+        pytest.importorskip("torch_pruning")
+    import rivals
+
+    from edgeprune.stages import export
+
+    before = {k: v.clone() for k, v in task.model.state_dict().items()}
+    rival = rivals.make(name)
+    rival.prepare(task)
+    for speed_up in (1.0, 1.4):
+        aim = task.table.dense_ms / speed_up
+        model = rival.model(aim, aim)
+        shape = rivals.shape_of(model)
+        assert 0.7 * aim <= rivals.predict_ms(task, shape) <= aim * (1 + 1e-9)
+        assert rivals.shape_of(rival.model(aim, aim)) == shape
+    export.to_onnx(model, task.sizes.image, tmp_path / "model.onnx")
+    assert export.compare(model, tmp_path / "model.onnx", make_images(4, seed=9))["agreement"] == 1
+    after = task.model.state_dict()
+    assert all(bool((after[k] == v).all()) for k, v in before.items()), "a rival must not change the dense model"
+
+
+def test_obs_ends_in_least_squares(task: Any) -> None:
+    """The error after the last removals is that of the best weights for the columns that are left."""
+    torch = pytest.importorskip("torch")
+    from rivals import ziplm
+
+    rng = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*size, generator=rng, dtype=torch.float64) for size in ((40, 8), (3, 8)))
+    hessian = x.T @ x / 40 + 0.01 * torch.eye(8)
+    order, errors = ziplm.obs(weight, hessian, 2)
+    kept = torch.tensor([2 * u + i for u in sorted(order[2:]) for i in range(2)])
+    new = torch.zeros_like(weight)
+    new[:, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.T).T
+    change = weight - new
+    assert errors[2] == pytest.approx(float(((change @ hessian) * change).sum()))
+
+
+def test_slice_with_means_keeps_the_mean_output(task: Any) -> None:
+    """With all neurons of a block gone, its MLP answers with what it answered on average."""
+    torch = pytest.importorskip("torch")
+    import rivals
+
+    plan = rivals.plan_of(
+        {at: [] if at == (0, "mlp") else range(task.sizes.units(at[1])) for at in rivals.sub_blocks(task.sizes)},
+        task.sizes,
+    )
+    seen: list[Any] = []
+    hook = task.model.blocks[0].mlp.register_forward_hook(lambda _, x, y: seen.append(y.flatten(0, 1)))
+    with torch.no_grad():
+        for pixels, _ in task.batches:
+            task.model(pixels)
+    hook.remove()
+    bias = rivals.slice_with_means(task, plan).blocks[0].mlp.bias
+    assert torch.allclose(bias, torch.cat(seen).mean(0), atol=1e-5)
+
+
+def test_hit_asks_again_until_the_measurement_agrees() -> None:
+    """A method whose table is 30 % wrong, and one whose shapes are coarse."""
+    accuracy = script("accuracy")
+
+    class Stand:
+        """Measures `wrong` times what was asked for, in steps of `step`."""
+
+        def __init__(self, wrong: float, step: float) -> None:
+            self.wrong, self.step, self.timings = wrong, step, {}
+            self.options = type("Options", (), {"measurements": 6})
+
+        def model(self, aim_ms: float, target_ms: float) -> float:
+            return max(aim_ms * self.wrong // self.step, 1) * self.step
+
+        def time(self, model: float) -> Any:
+            return self.timings.setdefault(model, accuracy.Timing(model, (model, model), 60, True))
+
+    for wrong in (0.7, 1.0, 1.3):
+        stand = Stand(wrong, 1e-6)
+        found = accuracy.hit(stand, stand, 1.0)
+        assert abs(found.timing.ms - 1) <= 0.02 and found.measurements <= 3
+    stand = Stand(1.3, 0.3)
+    found = accuracy.hit(stand, stand, 1.0)
+    assert found.timing.ms == pytest.approx(0.9) and accuracy.verdict(found.timing.ms, 1.0)[0] == "coarse"
+    stand = Stand(1.0, 2.0)
+    found = accuracy.hit(stand, stand, 1.0)
+    assert found.timing.ms == 2 and accuracy.verdict(found.timing.ms, 1.0)[0] == "unreachable"
+
+
+def test_rows_are_kept_and_compared_on_the_same_images(tmp_path: Path) -> None:
+    accuracy = script("accuracy")
+    tables = script("tables")
+    rng = np.random.default_rng(0)
+    dense = rng.random(1000) < 0.7
+    pruned = np.where(rng.random(1000) < 0.1, ~dense, dense)
+    assert (accuracy.unpacked(accuracy.packed(pruned), 1000) == pruned).all()
+    drop, (low, high) = accuracy.paired(dense, pruned)
+    assert drop == pytest.approx(100 * (dense.mean() - pruned.mean())) and low < drop < high
+    own, half = tables.mean_and_half(np.stack([dense, dense]).astype(float))
+    assert own == pytest.approx(100 * dense.mean()) and half == pytest.approx(196 * dense.std() / 1000**0.5)
+    key = ("weights", "flap", 2.0, 0, 0, "label")
+    row = accuracy.described(key, {}, "unreachable", "why", {})
+    accuracy.Book(tmp_path / "rows.jsonl").add(row)
+    assert accuracy.Book(tmp_path / "rows.jsonl").rows == {key: row}
+
+
+def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole benchmark on a tiny model, twice: the second run finds everything done."""
+    for package in ("torch", "timm", "openvino", "onnxsim"):
+        pytest.importorskip(package)
+    accuracy = script("accuracy")
+    rows, options = tmp_path / "quick.jsonl", ["--quick", "--tune-steps", "2", "--label", "test"]
+    accuracy.main([*options, "--methods", "edgeprune,flap", "--results", str(rows)])
+    made = accuracy.read(rows)
+    assert [(row["method"], row["tune_steps"]) for row in made] == [
+        ("edgeprune", 0), ("edgeprune", 2), ("flap", 0), ("flap", 2)
+    ]  # fmt: skip
+    for row in made:
+        assert row["status"] in ("ok", "coarse", "unreachable") and len(row["plan"]) == 4
+        assert row["latency_ci_ms"][0] <= row["latency_ms"] <= row["latency_ci_ms"][1]
+        assert row["drop"] == pytest.approx(row["dense_accuracy"] - row["accuracy"])
+    pytest.importorskip("matplotlib")
+    script("tables").main(["--results", str(rows), "--out", str(tmp_path)])
+    assert "| edgeprune |" in (tmp_path / "accuracy.md").read_text() and (tmp_path / "quick-0.png").is_file()

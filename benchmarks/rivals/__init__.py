@@ -225,6 +225,7 @@ class ByShare:
     """A method with a knob: the share of the model that it keeps, 0 to 1. The table says where to turn it."""
 
     task: Task
+    setting = 0  # of whatever else there is to set
 
     def at(self, share: float) -> VisionTransformer:
         """The model at this setting."""
@@ -232,7 +233,7 @@ class ByShare:
 
     def prepare(self, task: Task) -> None:
         self.task = task
-        self.predicted: dict[float, float] = {}
+        self.predicted: dict[tuple[int, float], float] = {}
 
     def model(self, aim_ms: float, target_ms: float) -> VisionTransformer:
         """At the largest share that the table predicts within `aim_ms`."""
@@ -247,6 +248,7 @@ class ByShare:
         return self.at(low)
 
     def predict_ms(self, share: float) -> float:
-        if share not in self.predicted:
-            self.predicted[share] = predict_ms(self.task, shape_of(self.at(share)))
-        return self.predicted[share]
+        key = self.setting, share
+        if key not in self.predicted:
+            self.predicted[key] = predict_ms(self.task, shape_of(self.at(share)))
+        return self.predicted[key]

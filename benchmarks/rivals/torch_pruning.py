@@ -3,8 +3,8 @@
 `tp-IMPORTANCE-SCOPE-HEADS`: importance l2, taylor, hessian or random; scope uniform (every layer alike), global (one
 ranking) or, for narrow heads, isomorphic (one ranking per kind of layer, arXiv 2407.04616); heads go whole, or are
 narrowed. The residual width stays, as for every method here. Called as in the library's own timm example, and then
-so that it serves the library best: widths in multiples of 8, the attention's temperature kept when heads narrow, at
-least one head or 8 of its dimensions kept where that is a setting.
+so that it serves the library best: widths in multiples of 8 while that reaches, the attention's temperature kept when
+heads narrow, ratios that end before a layer would vanish, as the library then leaves it whole.
 
 The Hessian importance of the library counts the last sample only: `accumulate_grad` looks names up in a dictionary
 of tensors. That is left as it is.
@@ -23,9 +23,14 @@ from torch.nn import functional as F
 
 from edgeprune.compat import VisionTransformer
 from edgeprune.errors import TargetUnavailable
-from rivals import ByShare, Task
+from rivals import ByShare, Task, fits
 
-ROUND_TO = 8  # 16 leaves a head of 32 dimensions only two widths
+#: Of a global ranking: what a layer cannot give without vanishing, others give in the next step. Whole heads go in
+#: one: the library fails on a step in which no head is due.
+STEPS = 8
+#: Widths are multiples of this; finer only where a latency cannot be reached otherwise. 16 leaves a head of 32
+#: dimensions only two widths.
+ROUND_TO = (8, 4, 1)
 HESSIAN_IMAGES = 16  # the last one decides, see above; more change nothing
 
 
@@ -54,7 +59,14 @@ class TorchPruning(ByShare):
                 model.zero_grad()
                 F.cross_entropy(model(image[None]), label[None]).backward()
                 scorer.accumulate_grad(model)
-        self.scored = model, scorer  # copied together: gradients are looked up by the model's tensors
+        self.scored = model, scorer  # copied together: the scorer looks things up by the model's tensors
+
+    def model(self, aim_ms: float, target_ms: float) -> VisionTransformer:
+        for self.setting in ROUND_TO:
+            model = super().model(aim_ms, target_ms)
+            if fits(self.task, model, aim_ms):
+                break
+        return model
 
     def at(self, share: float) -> VisionTransformer:
         import torch_pruning as tp
@@ -63,13 +75,16 @@ class TorchPruning(ByShare):
             return copy.deepcopy(self.task.model)
         sizes, ratio = self.task.sizes, 1 - share
         model, scorer = copy.deepcopy(self.scored)
+        for parameter, original in zip(model.parameters(), self.scored[0].parameters(), strict=True):
+            parameter.grad = None if original.grad is None else original.grad.clone()  # deepcopy leaves them behind
         torch.manual_seed(self.task.seed)  # the random importance draws from the global generator
         fixed = [model.patch_embed.proj, model.head]
         for block in model.blocks:
             fixed += [block.attn.proj, block.mlp.fc2]
-        narrowest = 1 - min(ROUND_TO, sizes.head_dim) / sizes.head_dim
+        narrowest = 1 - min(self.setting, sizes.head_dim) / sizes.head_dim
         # Where a layer would lose everything the library leaves it whole: the ratio that is given ends before.
         own = {block.attn.qkv: min(ratio, narrowest) for block in model.blocks} if self.scope == "uniform" else {}
+        steps = 1 if self.scope == "uniform" or self.whole else STEPS
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parameters that no layer wraps: they belong to the residual width
             pruner = tp.pruner.BasePruner(
@@ -80,16 +95,18 @@ class TorchPruning(ByShare):
                 isomorphic=self.scope == "isomorphic",
                 pruning_ratio=ratio,
                 pruning_ratio_dict=None if self.whole else own,
+                iterative_steps=steps,
                 head_pruning_ratio=min(ratio, 1 - 1 / sizes.heads),
                 prune_num_heads=self.whole,
                 prune_head_dims=not self.whole,
                 num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
                 ignored_layers=fixed,
-                round_to=ROUND_TO,
+                round_to=self.setting,
                 in_channel_groups={},  # its defaults are dictionaries that it then writes to
                 out_channel_groups={},
             )
-            pruner.step()
+            for _ in range(steps):
+                pruner.step()
         for block in model.blocks:
             repair(block.attn, self.whole)
         model.zero_grad(set_to_none=True)
