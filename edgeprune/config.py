@@ -77,6 +77,7 @@ class Recipe:
     temperature: float = 1.0
     augment: dict[str, Any] = field(default_factory=dict)
     views: int = 0  # random views of each image, whose teacher outputs are kept; 0 = a new view in every epoch
+    echo: int = 2  # how often a batch is used with one answer of the teacher, where views are not kept
     precision: str = "auto"  # float32, bfloat16 (autocast), or auto: the faster one of both
     learning_rate_search: bool = True  # try rates around `learning_rate` on a slice of the steps
     ema: float = 0.98  # greatest decay of a moving average of the weights; 0 = none

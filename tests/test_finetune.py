@@ -110,7 +110,8 @@ def test_kept_answers_equal_those_asked_for_again(
         assert targets is not None and targets_ is not None
         torch.testing.assert_close(targets.logits, targets_.logits)
         for own, wanted in zip(targets.tokens, targets_.tokens, strict=True):
-            torch.testing.assert_close(own.float(), wanted, rtol=2e-3, atol=2e-3)  # kept as float16
+            assert own.dtype == wanted.dtype == torch.float16
+            torch.testing.assert_close(own, wanted)
 
 
 @pytest.mark.parametrize(("views", "epochs", "asked"), [(1, 3.0, 40), (2, 3.0, 80), (0, 3.0, 120), (1, 0.4, 16)])
@@ -130,6 +131,15 @@ def test_the_teacher_is_asked_once_per_view(
     own.ask = counting
     list(itertools.islice(own, round(5 * epochs)))
     assert sum(counted) == asked
+
+
+def test_lessons_are_given_again(tiny_vit: Any, images: data.Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four twice before the next four come, and the teacher is asked once."""
+    monkeypatch.setattr(lessons, "ECHO_LESSONS", 4)
+    own = lessons_of(tiny_vit, images, views=0, epochs=4.0, echo=2)
+    sums = [float(pixels.sum()) for pixels, _, _ in itertools.islice(own, 16)]
+    assert sorted(sums[:4]) == sorted(sums[4:8]) and sorted(sums[8:12]) == sorted(sums[12:16])
+    assert len({*sums[:4], *sums[8:12]}) == 8
 
 
 @pytest.mark.parametrize("views", [0, 1])

@@ -25,6 +25,8 @@ from edgeprune.tuning.loss import Targets
 
 CACHE_BYTES = 2 << 30  # pixels and teacher outputs above this size are computed again in every epoch
 
+ECHO_LESSONS = 64  # that are collected before they are given again
+
 #: Pixels `[n, channels, height, width]`, labels `[n]`, what the teacher says of them.
 Lesson = tuple[Tensor, Tensor, Targets | None]
 
@@ -97,6 +99,7 @@ class Lessons:
     ask: Callable[[Tensor], Targets] | None = None
     rank: int = 0
     size: int = 1
+    echo: int = 1  # how often a lesson is given where views are not kept; data echoing, arXiv 1907.05550
     workers: int = 0
     console: Console = SILENT
     keep: bool | None = None  # None = not known yet
@@ -107,6 +110,28 @@ class Lessons:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[Lesson]:
+        """Lessons; with `echo`, some are collected on the way and then given again, in another order."""
+        fresh = self._fresh()
+        if self.echo < 2 or self.views:
+            yield from fresh
+        for chunk in itertools.count():
+            given: list[Lesson] = []
+            for lesson in fresh:
+                yield lesson
+                given.append(lesson)
+                if len(given) >= self._echoed(given[0]):
+                    break
+            for again in range(1, self.echo):
+                for i in np.random.default_rng([self.seed, chunk, again]).permutation(len(given)):
+                    yield given[i]
+
+    def _echoed(self, lesson: Lesson) -> int:
+        """How many lessons are collected before they are given again."""
+        share = math.ceil(self.batch_size / self.size)
+        fit = int(CACHE_BYTES // max(1, share * _bytes_per_image(lesson)))
+        return max(1, min(ECHO_LESSONS, fit, math.ceil(self.per_epoch * self.epochs / self.echo)))
+
+    def _fresh(self) -> Iterator[Lesson]:
         stores: dict[int, Store] = {}
         for epoch in itertools.count():
             view = epoch if self.keep is False or not self.views else epoch % self.views
@@ -154,9 +179,7 @@ class Lessons:
     def _keeps(self, lesson: Lesson) -> bool:
         """Whether answers are kept: found out once, at the first lesson."""
         if self.keep is None:
-            pixels, _, targets = lesson
-            tokens = sum(x[0].numel() for x in targets.tokens) if targets else 0
-            size = (4 * pixels[0].numel() + 2 * tokens) * len(self.images) * max(self.views, 1)
+            size = _bytes_per_image(lesson) * len(self.images) * max(self.views, 1)
             comes_again = 0 < self.views < self.epochs
             self.keep = comes_again and size <= CACHE_BYTES
             if comes_again and not self.keep:
@@ -164,3 +187,11 @@ class Lessons:
                     f"images and teacher outputs are not kept: {size / 2**30:.1f} GiB is above {CACHE_BYTES / 2**30:.0f} GiB"
                 )
         return self.keep
+
+
+def _bytes_per_image(lesson: Lesson) -> int:
+    """Memory that a lesson's pixels and teacher outputs take per image, tokens as float16; 0 for an empty one."""
+    pixels, labels, targets = lesson
+    if not len(labels):
+        return 0
+    return 4 * pixels[0].numel() + 2 * (sum(x[0].numel() for x in targets.tokens) if targets else 0)

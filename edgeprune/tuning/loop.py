@@ -126,13 +126,14 @@ class Phase:
             self.images,
             self.recipe.batch_size,
             self.epochs,
-            self.recipe.views if self.recipe.augment else 1,
-            self.seed,
-            None if self.teacher is None else self._ask,
-            self.group.rank,
-            self.group.size,
-            loader_workers(self.group.device),
-            self.console,
+            views=self.recipe.views if self.recipe.augment else 1,
+            seed=self.seed,
+            ask=None if self.teacher is None else self._ask,
+            rank=self.group.rank,
+            size=self.group.size,
+            echo=1 if self.teacher is None else self.recipe.echo,
+            workers=loader_workers(self.group.device),
+            console=self.console,
         )
         self.steps = max(1, round(self.lessons.per_epoch * self.epochs))
         asked, where = self.recipe.precision, self.group.device
