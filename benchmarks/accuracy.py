@@ -129,8 +129,9 @@ train = { epochs = [12.0], batch_size = 32, learning_rate = 2e-3, label_weight =
 @contextmanager
 def quick(options: argparse.Namespace) -> Iterator[Request]:
     """A model small enough for CI, on whatever this machine is, and short measurements: it shows that all of it runs."""
-    profile.TABLE_SECONDS, prune.MEASURE_SECONDS, choose.RACE_SECONDS = 5.0, 2.0, 2.0
-    options.measure_seconds, options.measurements = 1.0, 2
+    profile.TABLE_SECONDS, choose.RACE_SECONDS = 4.0, 2.0
+    prune.MEASURE_SECONDS, prune.ATTEMPTS = 1.0, 3
+    options.measure_seconds, options.measurements = 1.0, min(options.measurements, 2)
     target, _ = device.detect(config.load_target(name) for name in config.names("targets"))
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         card = Path(folder) / "quick.toml"

@@ -63,7 +63,6 @@ def test_clock_refuses_what_says_nothing(capsys: pytest.CaptureFixture[str]) -> 
 def task(make_vit: Any, make_images: Any, tmp_path: Path) -> Any:
     """A tiny model, random images and an invented latency table."""
     torch = pytest.importorskip("torch")
-    pytest.importorskip("timm")
     script("accuracy")
     import rivals
 
@@ -193,18 +192,22 @@ def test_rows_are_kept_and_compared_on_the_same_images(tmp_path: Path) -> None:
 
 
 def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole benchmark on a tiny model, twice: the second run finds everything done."""
-    for package in ("torch", "timm", "openvino", "onnxsim"):
+    """The whole benchmark on a tiny model; where the machine is too busy to measure, a row may have no model."""
+    for package in ("torch", "openvino", "onnxsim"):
         pytest.importorskip(package)
     accuracy = script("accuracy")
-    rows, options = tmp_path / "quick.jsonl", ["--quick", "--tune-steps", "2", "--label", "test"]
+    rows, options = tmp_path / "quick.jsonl", ["--quick", "--tune-steps", "2", "--measurements", "1", "--label", "test"]
     accuracy.main([*options, "--methods", "edgeprune,flap", "--results", str(rows)])
     made = accuracy.read(rows)
     assert [(row["method"], row["tune_steps"]) for row in made] == [
         ("edgeprune", 0), ("edgeprune", 2), ("flap", 0), ("flap", 2)
     ]  # fmt: skip
     for row in made:
-        assert row["status"] in ("ok", "coarse", "unreachable") and len(row["plan"]) == 4
+        assert row["status"] in ("ok", "coarse", "unreachable")
+        if row["plan"] is None:
+            assert row["status"] == "unreachable" and row["reason"]
+            continue
+        assert len(row["plan"]) == 4
         assert row["latency_ci_ms"][0] <= row["latency_ms"] <= row["latency_ci_ms"][1]
         assert row["drop"] == pytest.approx(row["dense_accuracy"] - row["accuracy"])
     pytest.importorskip("matplotlib")

@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from edgeprune.compat import VisionTransformer
 from edgeprune.errors import TargetUnavailable
-from rivals import ByShare, Task, fits
+from rivals import ByShare, Task, fits, predict_ms, shape_of
 
 #: Of a global ranking: what a layer cannot give without vanishing, others give in the next step. Whole heads go in
 #: one: the library fails on a step in which no head is due.
-STEPS = 8
+STEPS = 5
 #: Widths are multiples of this; finer only where a latency cannot be reached otherwise. 16 leaves a head of 32
 #: dimensions only two widths.
 ROUND_TO = (8, 4, 1)
@@ -62,11 +62,12 @@ class TorchPruning(ByShare):
         self.scored = model, scorer  # copied together: the scorer looks things up by the model's tensors
 
     def model(self, aim_ms: float, target_ms: float) -> VisionTransformer:
+        tried = []
         for self.setting in ROUND_TO:
-            model = super().model(aim_ms, target_ms)
-            if fits(self.task, model, aim_ms):
-                break
-        return model
+            tried.append(super().model(aim_ms, target_ms))
+            if fits(self.task, tried[-1], aim_ms):
+                return tried[-1]
+        return min(tried, key=lambda model: predict_ms(self.task, shape_of(model)))
 
     def at(self, share: float) -> VisionTransformer:
         import torch_pruning as tp
