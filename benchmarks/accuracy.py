@@ -47,6 +47,7 @@ HERE = Path(__file__).parent
 ATTEMPTS = 10  # models asked of a method for one row, of which `--measurements` may be new shapes
 CHECKED = 32  # images on which the ONNX must agree with torch
 BATCH = 500
+SCREENING = 5  # every so manieth test image is enough to tell Torch-Pruning's variants apart
 
 DEFAULT_METHODS = "edgeprune,ziplm,nvit,flap,vbp,random,magnitude,tp-*"
 QUICK_METHODS = "edgeprune,ziplm,nvit,flap,vbp,random,magnitude"  # what needs no package of its own
@@ -75,6 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sibling-minutes", type=float, default=0.0, help="to train each dense sibling; 0 = no sibling"
     )
     parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
+    parser.add_argument("--screen", type=int, default=0, help="measure only so many variants of Torch-Pruning; 0 = all")
     parser.add_argument("--measure-seconds", type=float, default=10.0, help="longest measurement of one shape")
     parser.add_argument("--measurements", type=int, default=6, help="of new shapes, at most, for one row")
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
@@ -122,7 +124,7 @@ data = { name = "digits" }
 transforms = { crop_pct = 1.0 }
 calibration = { images = 128, batch_size = 32 }
 finetune = { epochs = [1.0], batch_size = 32, learning_rate = 5e-4 }
-train = { epochs = [12.0], batch_size = 32, learning_rate = 2e-3, label_weight = 1.0, logit_weight = 0.0, token_weight = 0.0 }
+train = { epochs = [8.0], batch_size = 32, learning_rate = 2e-3, label_weight = 1.0, logit_weight = 0.0, token_weight = 0.0 }
 """
 
 
@@ -147,11 +149,14 @@ def run(request: Request, options: argparse.Namespace) -> None:
     console = Console()
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     book = Book(options.results)
+    methods = chosen(options.methods)
     with open_bench(request, options, console) as bench:
+        worth = screen(bench, methods) if options.screen else {}
         for seed in options.seeds:
             task: Task | None = None
-            for method in chosen(options.methods):
-                wanted = [(speed_up, bench.keys(method, speed_up, seed)) for speed_up in options.speed_ups]
+            for method in methods:
+                speed_ups = [s for s in options.speed_ups if method in worth.get(s, methods)]
+                wanted = [(speed_up, bench.keys(method, speed_up, seed)) for speed_up in speed_ups]
                 if all(key in book.rows for _, keys in wanted for key in keys):
                     continue
                 if task is None:
@@ -179,6 +184,41 @@ def chosen(patterns: str) -> list[str]:
             raise UsageError(f"there is no method '{pattern}'; known: {', '.join(rivals.makers())}")
         names += [name for name in found if name not in names]
     return names
+
+
+def screen(bench: Bench, methods: list[str]) -> dict[float, list[str]]:
+    """The methods that are worth measuring at every speed-up: of Torch-Pruning's variants only the best `--screen`.
+
+    Their models of the first seed are judged on some test images at the latency that the table predicts. What
+    was found is kept beside the results, so that an interrupted run goes on with the same variants.
+    """
+    path = bench.options.results.with_suffix(".screen.json")
+    found: dict[str, dict[str, float]] = artifact.read_json(path) if path.is_file() else {}
+    variants = [method for method in methods if method.startswith("tp-")]
+    task: Task | None = None
+    worth = {}
+    for name in variants:
+        rival: Rival | None = None
+        for speed_up in bench.options.speed_ups:
+            scores = found.setdefault(f"{bench.weights[:12]} {speed_up:g}x {bench.options.label}", {})
+            if name in scores:
+                continue
+            task = task or bench.task(bench.options.seeds[0])
+            if rival is None:
+                rival = rivals.make(name)
+                rival.prepare(task)
+            target_ms = bench.table.dense_ms / speed_up
+            model = rival.model(target_ms, target_ms)
+            slower = rivals.predict_ms(task, rivals.shape_of(model)) / target_ms - 1
+            # what cannot reach the latency is worth less than anything that can
+            scores[name] = 100 * float(bench.judge(model, SCREENING).mean()) - 100 * (slower > TOLERANCE)
+            path.write_text(json.dumps(found, indent=1))
+    for speed_up in bench.options.speed_ups:
+        scores = found.get(f"{bench.weights[:12]} {speed_up:g}x {bench.options.label}", {})
+        ranked = sorted(variants, key=lambda name: -scores[name])
+        worth[speed_up] = [m for m in methods if m not in variants or m in ranked[: bench.options.screen]]
+        print(f"{speed_up:g}x, screened: {', '.join(f'{name} {scores[name]:.1f}' for name in ranked)}", flush=True)
+    return worth
 
 
 # Results ------------------------------------------------------------------------------------
@@ -267,9 +307,9 @@ class Bench:
         return Task(request, dense.model, dense.sizes, dense.splits, self.table, self.options.cache_dir)
 
     @torch.inference_mode()
-    def judge(self, model: VisionTransformer) -> NDArray[np.bool_]:
-        """Which test images the model names rightly `[n]`."""
-        batches = zip(self.pixels.split(BATCH), self.labels.split(BATCH), strict=True)
+    def judge(self, model: VisionTransformer, every: int = 1) -> NDArray[np.bool_]:
+        """Which test images, or every so manieth of them, the model names rightly `[n]`."""
+        batches = zip(self.pixels[::every].split(BATCH), self.labels[::every].split(BATCH), strict=True)
         return torch.cat([model(pixels).argmax(-1) == labels for pixels, labels in batches]).numpy()
 
     def time(self, model: VisionTransformer) -> Timing:
