@@ -146,7 +146,8 @@ def cell(rows: list[Row]) -> str:
     missed = {row["status"] for row in rows} - {"ok"}
     measured = np.mean([row["measured_speed_up"] for row in rows])
     variant = f" ({rows[0]['method'].removeprefix('tp-')})" if rows[0]["method"].startswith("tp-") else ""
-    return f"{value:.2f} ± {half:.2f}" + (f" at {measured:.2f}x" if missed else "") + variant
+    busy = "" if all(row["calm"] for row in rows) else ", busy machine"
+    return f"{value:.2f} ± {half:.2f}" + (f" at {measured:.2f}x" if missed else "") + busy + variant
 
 
 def lead(rows: list[Row], cells: Cells) -> str:
