@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from clock import LOAD
 
 from edgeprune import api, checks, pipeline
@@ -115,12 +116,13 @@ def solve(request: Request, cache: Path, options: argparse.Namespace) -> Any:
     document, table = profile.read_profile(done["profile"].folder)
     quiet = Quiet.of(document, table.runtime)
     levels = calibrate.read_levels(done["calibrate"].folder, dense.sizes.blocks)
+    planner = prune.Planner(replace(request, search_seconds=0), dense, levels, table, {}, torch.empty(0), SILENT)
     rows = []
     for speed_up in np.geomspace(1.3, 5, options.count):
         limit = table.dense_ms / speed_up
         one = replace(request, latency=Latency(f"{speed_up:.2f}x", fraction=1 / speed_up))
         began = time.monotonic()
-        plan, predicted, tries = prune.search(one, dense, anchor, table, quiet, levels, limit, SILENT)
+        plan, predicted, tries = prune.search(one, dense, anchor, table, quiet, planner, limit, SILENT)
         seconds = time.monotonic() - began
         measured = next(t["measured_ms"] for t in tries if t["shape"] == plan.shape)
         with choose.clock(one.conditions, table.runtime, table.threads) as clock:

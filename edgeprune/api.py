@@ -33,6 +33,7 @@ def request(
     max_drop: float | None = None,
     quantile: str = "",
     criterion: str = "fisher",
+    search_seconds: float | None = None,
     runtime: str = "",
     precision: str = "fp32",
     threads: int = 0,
@@ -55,13 +56,16 @@ def request(
         card = replace(card, finetune=replace(card.finetune, epochs=(float(epochs),), sizes=()))
     if max_drop is not None and not max_drop >= 0:
         raise UsageError(f"max-drop must be 0 or more accuracy points, not {max_drop}")
+    if search_seconds is not None and not 0 <= search_seconds < float("inf"):
+        raise UsageError(f"search-seconds must be 0 or more, not {search_seconds}")
     if threads < 0:
         raise UsageError(f"threads must be 0 (all) or more, not {threads}")
     group = Path(accelerate_config) if accelerate_config else None
     launch.check_request(processes, group)
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
-        quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion, runtime=runtime,
+        quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion,
+        search_seconds=search_seconds, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group,
     )  # fmt: skip

@@ -158,6 +158,11 @@ def cli() -> None:
     metavar="NAME",
     help="How units are scored: a name from `edgeprune methods`.",
 )
+@click.option(
+    "--search-seconds",
+    type=float,
+    help="How long to search for a better plan than the least sum of scores; 0 = not at all (default: 60).",
+)
 @MACHINE
 @click.option(
     "--out",

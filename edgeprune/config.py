@@ -124,6 +124,7 @@ class Request:
     quantile: str = "p50"
     max_drop: float | None = None  # accuracy points; None = no accuracy gate
     criterion: str = "fisher"
+    search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
     runtime: str = ""  # "" = the fastest that the target allows
     precision: str = "fp32"
     threads: int = 0  # 0 = all that this process may use

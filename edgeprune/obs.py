@@ -7,6 +7,11 @@ the columns S and re-fitting the others costs, to second order and here exactly,
 
 (Hassibi and Stork 1993; in this structured form ZipLM, arXiv 2302.04089, eq. 3). Units go one at a
 time, so of two alike only one goes. With C centred, the bias takes up the mean: b += (W - W') mu.
+
+Which unit is cheapest also depends on what the loss makes of each output. With G the covariance of the
+gradients at the outputs, the change that matters is tr(G dW C dW^T) (the Kronecker view of the Fisher
+information: K-FAC, Martens and Grosse, arXiv 1503.05671): the same sweep over the rows G^(1/2) W, which
+`loss_rows` makes. The best weights of the survivors do not depend on G, the choice of survivors does.
 Everything is float64.
 """
 
@@ -18,23 +23,23 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-2
-REINVERT = 256  # eliminations after which the running inverse is computed afresh, against drift
+SWEEP = 256  # eliminations after which inverse and weights are computed afresh, against drift
 
 
 @dataclass
 class Moments:
-    """Mean and covariance of a layer's inputs, accumulated batch by batch in float64.
+    """Mean and covariance of a layer's inputs, accumulated batch by batch in float64; tokens may have weights.
 
     Sums are kept about the first batch's mean, so that nothing cancels where means are large.
     """
 
-    count: int = 0
+    count: float = 0.0  # sum of the weights
     shift: Tensor | None = None  # [inputs]
     total: Tensor | None = None  # [inputs], of x - shift
     product: Tensor | None = None  # [inputs, inputs], of (x - shift)(x - shift)^T
 
-    def add(self, x: Tensor) -> None:
-        """Take in tokens `[..., inputs]`."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Take in tokens `[..., inputs]`, each counted `weights` `[...]` times (once if None)."""
         x = x.detach().reshape(-1, x.shape[-1])
         if self.shift is None:
             self.shift = x.mean(0)
@@ -42,9 +47,10 @@ class Moments:
             self.product = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         assert self.total is not None and self.product is not None
         x = x - self.shift
-        self.count += len(x)
-        self.total += x.sum(0, dtype=torch.float64)
-        self.product += x.T @ x
+        weighed = x if weights is None else x * weights.reshape(-1, 1)
+        self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
+        self.total += weighed.sum(0, dtype=torch.float64)
+        self.product += weighed.T @ x
 
     @property
     def mean(self) -> Tensor:
@@ -64,6 +70,12 @@ def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:
     return covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
+def loss_rows(weight: Tensor, gradients: Tensor) -> Tensor:
+    """G^(1/2) W: rows `[outputs, inputs]` whose squared change is what the loss feels; gradients G `[outputs, outputs]`."""
+    values, vectors = torch.linalg.eigh(gradients.double())
+    return values.clamp_min(0).sqrt()[:, None] * (vectors.T @ weight.double())
+
+
 def removal_order(weight: Tensor, hessian: Tensor, unit_size: int) -> tuple[list[int], list[float]]:
     """Remove every unit, cheapest first; returns the order and the error after each removal.
 
@@ -71,42 +83,77 @@ def removal_order(weight: Tensor, hessian: Tensor, unit_size: int) -> tuple[list
     `unit_size` neighbouring inputs. The error is tr((W - W') H (W - W')^T) of the best W' without the
     units removed so far; the list starts with 0.0 and has one entry more than there are units.
     """
-    w = weight.double().clone()
-    h = hessian.double()
-    inverse = _inverse(h)
-    alive = list(range(len(h) // unit_size))
+    w, h = weight.double(), hessian.double()
+    alive = torch.arange(len(h) // unit_size)
     order: list[int] = []
     errors = [0.0]
-    while alive:
-        # rows and columns of removed units are gone from w and inverse: position p holds unit alive[p]
-        scores = _scores(w, inverse, unit_size)
-        p = int(scores.argmin())
-        span = slice(p * unit_size, (p + 1) * unit_size)
-        rows = torch.linalg.solve(inverse[span, span], inverse[span])
-        w -= w[:, span] @ rows
-        inverse -= inverse[:, span] @ rows
-        order.append(alive.pop(p))
-        errors.append(errors[-1] + max(float(scores[p]), 0.0))
-        keep = torch.cat([torch.arange(span.start), torch.arange(span.stop, len(inverse))])
-        w, inverse = w[:, keep], inverse[keep][:, keep]
-        if alive and len(order) % REINVERT == 0:
-            columns = (torch.tensor(alive)[:, None] * unit_size + torch.arange(unit_size)).flatten()
-            inverse = _inverse(h[columns][:, columns])
+    while len(alive):
+        kept = (alive[:, None] * unit_size + torch.arange(unit_size)).flatten()
+        factor = torch.linalg.cholesky(h[kept][:, kept])
+        survivors = torch.cholesky_solve(h[kept] @ w.T, factor).T
+        inverse = torch.cholesky_inverse(factor)
+        sweep = _sweep if unit_size == 1 else _sweep_groups
+        removed, scores = sweep(survivors, inverse, unit_size)
+        order += alive[removed].tolist()
+        for score in scores:
+            errors.append(errors[-1] + max(score, 0.0))
+        alive = alive[torch.isin(torch.arange(len(alive)), torch.tensor(removed), invert=True)]
     return order, errors
 
 
+def _sweep(w: Tensor, inverse: Tensor, _: int) -> tuple[list[int], list[float]]:
+    """Remove up to `SWEEP` single inputs; their positions, in order, and scores.
+
+    The updates of the inverse and of the weights are kept as factors, inverse - U^T U and w - C^T U, and only
+    the row and column that a step needs are formed: a step reads `[inputs, steps so far]`, not `[inputs, inputs]`.
+    """
+    steps, inputs = min(SWEEP, len(inverse)), len(inverse)
+    u = torch.empty(steps, inputs, dtype=torch.float64)
+    c = torch.empty(steps, len(w), dtype=torch.float64)
+    diagonal, norms = inverse.diagonal().clone(), w.square().sum(0)
+    gone = torch.zeros(inputs, dtype=torch.bool)
+    removed, scores = [], []
+    for k in range(steps):
+        j = int(torch.where(gone, torch.inf, norms / diagonal).argmin())
+        root = diagonal[j].sqrt()
+        row = (inverse[j] - u[:k, j] @ u[:k]) / root
+        column = (w[:, j] - u[:k, j] @ c[:k]) / root
+        score = float(column @ column)
+        shared = column @ w - (c[:k] @ column) @ u[:k]  # inner products of the column with the weights as they now are
+        norms = (norms - 2 * row * shared + score * row.square()).clamp_min(0)
+        gone[j] = True
+        diagonal = torch.where(gone, 1.0, (diagonal - row.square()).clamp_min(1e-300))
+        u[k], c[k] = row, column
+        removed.append(j)
+        scores.append(score)
+    return removed, scores
+
+
+def _sweep_groups(w: Tensor, inverse: Tensor, unit_size: int) -> tuple[list[int], list[float]]:
+    """Remove units of several inputs, eagerly: there are few; their positions, in order, and scores."""
+    alive = list(range(len(inverse) // unit_size))
+    removed, scores = [], []
+    for _ in range(min(len(alive), max(1, SWEEP // unit_size))):
+        # rows and columns of removed units are gone from w and inverse: position p holds unit alive[p]
+        found = _scores(w, inverse, unit_size)
+        p = int(found.argmin())
+        span = slice(p * unit_size, (p + 1) * unit_size)
+        rows = torch.linalg.solve(inverse[span, span], inverse[span])
+        keep = torch.cat([torch.arange(span.start), torch.arange(span.stop, len(inverse))])
+        w = (w - w[:, span] @ rows)[:, keep]
+        inverse = (inverse - inverse[:, span] @ rows)[keep][:, keep]
+        removed.append(alive.pop(p))
+        scores.append(float(found[p]))
+    return removed, scores
+
+
 def _scores(w: Tensor, inverse: Tensor, unit_size: int) -> Tensor:
-    if unit_size == 1:
-        return w.square().sum(0) / inverse.diagonal()
+    """What removing each unit costs, `[units]`."""
     units = len(inverse) // unit_size
     blocks = torch.stack([inverse[s : s + unit_size, s : s + unit_size] for s in range(0, len(inverse), unit_size)])
     columns = w.T.reshape(units, unit_size, -1)
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False)
     return whitened.square().sum((1, 2))
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
 def refit(weight: Tensor, bias: Tensor, mean: Tensor, hessian: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

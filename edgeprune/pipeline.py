@@ -74,7 +74,7 @@ PIPELINE = (
         "prune",
         prune.run,
         ("baseline", "profile", "calibrate"),
-        ("latency", "quantile", "calibration", "seed"),
+        ("latency", "quantile", "calibration", "search_seconds", "seed"),
         per_latency=True,
     ),
     # distillation from the dense model
@@ -123,6 +123,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "recorded": lambda r: artifact.sha256(r.profile) if r.profile is not None else "",
     "check": lambda r: r.check,
     "criterion": lambda r: r.criterion,
+    "search_seconds": lambda r: r.search_seconds,
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
     "quantile": lambda r: r.quantile,
     "max_drop": lambda r: r.max_drop,

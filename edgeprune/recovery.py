@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeprune import obs, vit
 from edgeprune.compat import VisionTransformer
@@ -38,56 +38,51 @@ def survivors(
             mean, hessian = moments[i, kind]
             kept = vit.columns(units, sizes.unit_size(kind))
             weight, bias = obs.refit(layer.weight, layer.bias, mean, hessian, kept)
-            _write(pruned.blocks[i], kind, weight, bias)
+            vit.write_output(vit.sub_block(pruned.blocks[i], kind), kind, weight, bias)
     return pruned
 
 
 @torch.no_grad()
-def sequential(dense: VisionTransformer, pruned: VisionTransformer, batches: Sequence[Tensor]) -> tuple[int, int]:
+def sequential(
+    dense: VisionTransformer,
+    pruned: VisionTransformer,
+    batches: Sequence[Tensor],
+    weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None = None,
+) -> tuple[int, int]:
     """Re-fit `pruned` in place, block by block, on images `[n, channels, height, width]` per batch.
 
     Each sub-block's last layer is solved, by ridge least squares around its present weights, for the
-    dense model's residual stream. The last quarter of the batches is held out: a solution that does
-    not bring the stream closer there is dropped. Returns (accepted, tried).
+    dense model's residual stream. weights: how much each token counts, per sub-block and batch `[n, tokens]`
+    (all alike if None). The last quarter of the batches is held out: a solution that does not bring the
+    stream closer there is dropped. Returns (accepted, tried).
     """
     wanted = [vit.embed(dense, images) for images in batches]
     have = [x.clone() for x in wanted]
     fit = max(1, len(batches) - max(1, round(HELD_OUT * len(batches))))
     accepted = tried = 0
-    for full, small in zip(dense.blocks, pruned.blocks, strict=True):
+    for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         for kind in vit.KINDS:
-            wanted = [_step(full, kind, x) for x in wanted]
-            accepted += _refit(small, kind, have, wanted, fit)
+            wanted = [vit.step(full, kind, x) for x in wanted]
+            counted = [torch.ones(x.shape[:2]) for x in have] if weights is None else weights[i, kind]
+            accepted += _refit(small, kind, have, wanted, counted, fit)
             tried += 1
-            have = [_step(small, kind, x) for x in have]
+            have = [vit.step(small, kind, x) for x in have]
     return accepted, tried
 
 
-def _step(block: Any, kind: SubBlockKind, x: Tensor) -> Tensor:
-    """The residual stream after one sub-block."""
-    return x + _scale(block, kind)(_call(block, kind, x))
-
-
-def _call(block: Any, kind: SubBlockKind, x: Tensor) -> Tensor:
-    norm = block.norm1 if kind == "attn" else block.norm2
-    return _sub_block(block, kind)(norm(x))
-
-
-def _scale(block: Any, kind: SubBlockKind) -> nn.Module:
-    return block.ls1 if kind == "attn" else block.ls2
-
-
-def _refit(block: Any, kind: SubBlockKind, have: list[Tensor], wanted: list[Tensor], fit: int) -> bool:
+def _refit(
+    block: Any, kind: SubBlockKind, have: list[Tensor], wanted: list[Tensor], weights: Sequence[Tensor], fit: int
+) -> bool:
     """Solve one sub-block's last layer (or what stays of it, a bias); True if it held up on held-out images."""
-    gain = getattr(_scale(block, kind), "gamma", torch.ones(()))
+    gain = getattr(vit.scale(block, kind), "gamma", torch.ones(()))
     if bool((gain.abs() < 1e-12).any()):  # LayerScale hides this sub-block: nothing to learn from its output
         return False
     inputs, outputs = _observe(block, kind, have)
     missing = [(w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True)]
     columns = inputs[0].shape[-1]
     moments = Moments()
-    for z, m in zip(inputs[:fit], missing[:fit], strict=True):
-        moments.add(torch.cat([z, m], -1))
+    for z, m, w in zip(inputs[:fit], missing[:fit], weights[:fit], strict=True):
+        moments.add(torch.cat([z, m], -1), w)
     mean, covariance = moments.mean, moments.covariance
     change = torch.zeros(missing[0].shape[-1], columns, dtype=torch.float64)
     if columns:
@@ -95,12 +90,12 @@ def _refit(block: Any, kind: SubBlockKind, have: list[Tensor], wanted: list[Tens
         change = torch.linalg.solve(hessian, covariance[:columns, columns:]).T
     shift = mean[columns:] - change @ mean[:columns]
     before = after = 0.0
-    for z, m in zip(inputs[fit:] or inputs, missing[fit:] or missing, strict=True):
-        before += float((m * gain).square().sum())
-        after += float(((m - z @ change.T.float() - shift.float()) * gain).square().sum())
+    for z, m, w in list(zip(inputs, missing, weights, strict=True))[fit:] or [(inputs[0], missing[0], weights[0])]:
+        before += float((m * gain).square().sum(-1).mul(w).sum())
+        after += float(((m - z @ change.T.float() - shift.float()) * gain).square().sum(-1).mul(w).sum())
     if not after < before:
         return False
-    layer = _sub_block(block, kind) if columns == 0 else vit.output_layer(block, kind)
+    layer = vit.sub_block(block, kind) if columns == 0 else vit.output_layer(block, kind)
     layer.bias += shift.float()
     if columns:
         layer.weight += change.float()
@@ -109,25 +104,11 @@ def _refit(block: Any, kind: SubBlockKind, have: list[Tensor], wanted: list[Tens
 
 def _observe(block: Any, kind: SubBlockKind, have: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs `[n, tokens, columns]` of the sub-block's last layer (no columns if removed) and the sub-block's outputs."""
-    if isinstance(_sub_block(block, kind), vit.RemovedSubBlock):
-        return [x[..., :0] for x in have], [_call(block, kind, x) for x in have]
+    if isinstance(vit.sub_block(block, kind), vit.RemovedSubBlock):
+        return [x[..., :0] for x in have], [vit.call(block, kind, x) for x in have]
     inputs: list[Tensor] = []
     hook = vit.output_layer(block, kind).register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
     try:
-        return inputs, [_call(block, kind, x) for x in have]
+        return inputs, [vit.call(block, kind, x) for x in have]
     finally:
         hook.remove()
-
-
-def _sub_block(block: Any, kind: SubBlockKind) -> Any:
-    return block.attn if kind == "attn" else block.mlp
-
-
-def _write(block: Any, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> None:
-    sub = _sub_block(block, kind)
-    if isinstance(sub, vit.RemovedSubBlock):
-        sub.bias.copy_(bias)
-    else:
-        layer = vit.output_layer(block, kind)
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)

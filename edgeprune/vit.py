@@ -151,9 +151,25 @@ def anatomy(model: VisionTransformer) -> Anatomy:
     )
 
 
+def sub_block(block: Any, kind: SubBlockKind) -> Any:
+    """Attention or MLP."""
+    return block.attn if kind == "attn" else block.mlp
+
+
 def output_layer(block: Any, kind: SubBlockKind) -> nn.Linear:
     """The linear layer that writes the sub-block's result to the residual stream."""
     return cast(nn.Linear, block.attn.proj if kind == "attn" else block.mlp.fc2)
+
+
+@torch.no_grad()
+def write_output(sub: Any, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> None:
+    """Set weight `[width, inputs]` and bias `[width]` of the layer that ends a sub-block; a removed one has but a bias."""
+    if isinstance(sub, RemovedSubBlock):
+        sub.bias.copy_(bias)
+    else:
+        layer = sub.proj if kind == "attn" else sub.fc2
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
 
 
 # Weights ------------------------------------------------------------------------------------
@@ -249,21 +265,30 @@ def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
     model = copy.deepcopy(model)
     block: Any
     for block, keep in zip(model.blocks, plan.blocks, strict=True):
+        if len(keep.heads) < sizes.heads:
+            block.attn = slice_sub_block(block, "attn", keep.heads, sizes)
+        if len(keep.neurons) < sizes.neurons:
+            block.mlp = slice_sub_block(block, "mlp", keep.neurons, sizes)
         if not keep.heads:
-            block.attn, block.norm1 = RemovedSubBlock(block.attn.proj.bias), nn.Identity()
-        elif len(keep.heads) < sizes.heads:
-            attn, kept = block.attn, columns(keep.heads, sizes.head_dim)
-            rows = (torch.arange(3)[:, None] * attn.attn_dim + kept).flatten()
-            attn.qkv = _linear(attn.qkv, rows=rows)
-            attn.proj = _linear(attn.proj, cols=kept)
-            attn.num_heads, attn.attn_dim = len(keep.heads), len(kept)
+            block.norm1 = nn.Identity()
         if not keep.neurons:
-            block.mlp, block.norm2 = RemovedSubBlock(block.mlp.fc2.bias), nn.Identity()
-        elif len(keep.neurons) < sizes.neurons:
-            kept = torch.tensor(keep.neurons)
-            block.mlp.fc1 = _linear(block.mlp.fc1, rows=kept)
-            block.mlp.fc2 = _linear(block.mlp.fc2, cols=kept)
+            block.norm2 = nn.Identity()
     return model
+
+
+def slice_sub_block(block: Any, kind: SubBlockKind, units: tuple[int, ...], sizes: Anatomy) -> Any:
+    """A copy of a dense block's attention or MLP that keeps only these units, ascending; the block is left alone."""
+    if not units:
+        return RemovedSubBlock(output_layer(block, kind).bias)
+    sub = copy.deepcopy(sub_block(block, kind))
+    kept = columns(units, sizes.unit_size(kind))
+    if kind == "attn":
+        rows = (torch.arange(3)[:, None] * sub.attn_dim + kept).flatten()
+        sub.qkv, sub.proj = _linear(sub.qkv, rows=rows), _linear(sub.proj, cols=kept)
+        sub.num_heads, sub.attn_dim = len(units), len(kept)
+    else:
+        sub.fc1, sub.fc2 = _linear(sub.fc1, rows=kept), _linear(sub.fc2, cols=kept)
+    return sub
 
 
 def check_plan(plan: Plan, sizes: Anatomy) -> None:
@@ -297,6 +322,24 @@ def _linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None
 def embed(model: VisionTransformer, images: Tensor) -> Tensor:
     """`[n, channels, height, width]` -> the residual stream before block 0, `[n, tokens, width]`."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def step(block: Any, kind: SubBlockKind, stream: Tensor, sub: Any = None) -> Tensor:
+    """The residual stream after one sub-block of the block, or after `sub` in its place."""
+    return stream + scale(block, kind)(call(block, kind, stream, sub))
+
+
+def call(block: Any, kind: SubBlockKind, stream: Tensor, sub: Any = None) -> Tensor:
+    """What the sub-block, or `sub` in its place, makes of the residual stream, before LayerScale."""
+    sub = sub_block(block, kind) if sub is None else sub
+    if isinstance(sub, RemovedSubBlock):
+        return sub(stream)
+    return sub((block.norm1 if kind == "attn" else block.norm2)(stream))
+
+
+def scale(block: Any, kind: SubBlockKind) -> nn.Module:
+    """LayerScale, or the identity."""
+    return block.ls1 if kind == "attn" else block.ls2
 
 
 def classify(model: VisionTransformer, stream: Tensor) -> Tensor:

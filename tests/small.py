@@ -76,6 +76,7 @@ BUDGETS = {
     "edgeprune.latency.survey.PRECISIONS_SECONDS": 1.0,
     "edgeprune.stages.check.CHECK_SECONDS": 2.0,
     "edgeprune.stages.prune.MEASURE_SECONDS": 3.0,
+    "edgeprune.stages.prune.SEARCH_SECONDS": 0.5,
     "edgeprune.checks.SECONDS": 3.0,
 }
 

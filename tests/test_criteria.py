@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeprune import criteria, obs, vit
+from edgeprune import criteria, obs, recovery, vit
 from edgeprune.console import SILENT
 from edgeprune.criteria import Evidence
 from edgeprune.errors import UsageError
+from edgeprune.types import Plan
 
 SIZES = [5, 3, 1, 4]  # of the batches
 SUB_BLOCKS = [(i, kind) for i in range(3) for kind in vit.KINDS]
@@ -24,20 +26,20 @@ def evidence(make_vit: Callable[..., Any], make_images: Callable[..., Any]) -> E
     return gather(make_vit(), list(make_images(sum(SIZES)).split(SIZES)))
 
 
-def gather(model: Any, pixels: list[torch.Tensor], label: int = 0) -> Evidence:
+def gather(model: Any, pixels: list[torch.Tensor], label: int = 0, uses_loss: bool = False) -> Evidence:
     def batches() -> Iterator[Any]:
         for part in pixels:
             yield part, torch.full((len(part),), label)
 
-    moments = criteria.collect_moments(model, batches(), lambda done, info: None)
+    found = criteria.collect(model, batches(), 0, lambda done, info: None, uses_loss=uses_loss)
     return Evidence(
-        model=model, sizes=vit.anatomy(model), moments=moments, batches=batches, images=sum(map(len, pixels)),
+        model=model, sizes=vit.anatomy(model), moments=found.moments, gradients=found.gradients, batches=batches, images=sum(map(len, pixels)),
         neuron_grid=vit.neuron_grid(24, 8), seed=0, console=SILENT,
     )  # fmt: skip
 
 
 def test_the_shipped_criteria_are_found() -> None:
-    assert {"fisher", "magnitude", "ziplm"} <= set(criteria.names())
+    assert {"fisher", "kl", "magnitude", "ziplm"} <= set(criteria.names())
     assert criteria.DEFAULT in criteria.names()
 
 
@@ -183,3 +185,75 @@ def test_fisher_in_small_groups_is_the_same(evidence: Evidence, monkeypatch: pyt
 def test_make_levels_makes_errors_monotone() -> None:
     level = criteria.make_levels((1, "mlp"), [2, 0, 1], np.array([0.0, 2.0, 1.0, 3.0]))
     assert level.errors.tolist() == [0.0, 2.0, 2.0, 3.0] and level.kept(1) == (1,)
+
+
+# Statistics that know the loss ----------------------------------------------------------------
+
+
+def test_the_loss_weighs_tokens(make_vit: Callable[..., Any], make_images: Callable[..., Any]) -> None:
+    model, images = make_vit(), make_images(6)
+    found = criteria.collect(model, [(images, torch.zeros(6))], 0, lambda *_: None, uses_loss=True)
+    for at in SUB_BLOCKS:
+        (weights,) = found.weights[at]
+        assert weights.shape == (6, 17)
+        torch.testing.assert_close(weights.mean(1), torch.ones(6))  # images count alike
+        assert found.gradients[at].shape == (48, 48)
+        assert found.gradients[at].trace() == pytest.approx(1, rel=1e-4)
+    last = found.weights[2, "mlp"][0]
+    torch.testing.assert_close(last[:, 1:], torch.full((6, 16), criteria.FLOOR))  # nothing reads them any more
+
+
+def test_weights_count_as_repeats(make_vit: Callable[..., Any], make_images: Callable[..., Any]) -> None:
+    x = torch.randn(5, 4, 3)
+    times = torch.randint(1, 4, (5, 4))
+    weighed, repeated = obs.Moments(), obs.Moments()
+    weighed.add(x, times.float())
+    repeated.add(x.flatten(0, 1).repeat_interleave(times.flatten(), 0))
+    torch.testing.assert_close(weighed.mean, repeated.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weighed.covariance, repeated.covariance, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_decides_which_unit_goes(make_vit: Callable[..., Any], make_images: Callable[..., Any]) -> None:
+    """Outputs that the loss ignores do not make a unit worth keeping."""
+    evidence = gather(make_vit(), [make_images(8)])
+    at = (1, "mlp")
+    weight = evidence.layer(at)[0]
+    ignoring = torch.zeros(48, 48, dtype=torch.float64)
+    ignoring[0, 0] = 1.0
+    aware = replace(evidence, gradients={at: ignoring})
+    order, errors, everything = criteria.obs_order(aware, at)
+    hessian = obs.damped(evidence.moments[at].covariance)
+    want, want_errors = obs.removal_order(weight[:1], hessian, 1)
+    assert order == want
+    np.testing.assert_allclose(errors, want_errors, rtol=1e-6, atol=1e-9)
+    assert everything == pytest.approx(errors[-1], rel=1e-6)
+
+
+def test_kl_is_the_divergence_of_single_substitutions(
+    make_vit: Callable[..., Any], make_images: Callable[..., Any]
+) -> None:
+    evidence = gather(make_vit(), [make_images(6), make_images(5, seed=1)], uses_loss=True)
+    levels = criteria.get("kl").score(evidence)
+    assert [(level.block, level.kind) for level in levels] == SUB_BLOCKS
+    images = torch.cat([pixels for pixels, _ in evidence.batches()])
+    moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in evidence.moments.items()}
+    level = levels[3]
+    for kept in evidence.grid("mlp"):
+        plan = vit.dense_plan(evidence.sizes)
+        blocks = list(plan.blocks)
+        blocks[1] = replace(blocks[1], neurons=level.kept(kept))
+        pruned = recovery.survivors(evidence.model, replace(plan, blocks=tuple(blocks)), moments)
+        with torch.no_grad():
+            own, wanted = pruned(images).log_softmax(-1), evidence.model(images).log_softmax(-1)
+        want = float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
+        assert level.errors[24 - kept] >= want * (1 - 1e-3) - 1e-7  # made monotone: never below
+    assert level.errors[24] == pytest.approx(want_all(evidence, moments, images), rel=0.5)
+
+
+def want_all(evidence: Evidence, moments: Any, images: torch.Tensor) -> float:
+    blocks = list(vit.dense_plan(evidence.sizes).blocks)
+    blocks[1] = replace(blocks[1], neurons=())
+    pruned = recovery.survivors(evidence.model, Plan(tuple(blocks)), moments)
+    with torch.no_grad():
+        own, wanted = pruned(images).log_softmax(-1), evidence.model(images).log_softmax(-1)
+    return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))

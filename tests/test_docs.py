@@ -200,8 +200,10 @@ def test_the_criterion_of_contributing_runs(
     def batches() -> Iterator[Any]:
         return iter([(make_images(8), torch.zeros(8, dtype=torch.long))])
 
+    uses_loss = criteria.get(criterion).USES_LOSS
+    found = criteria.collect(model, batches(), 0, lambda *_: None, uses_loss=uses_loss)
     evidence = criteria.Evidence(
-        model=model, sizes=sizes, moments=criteria.collect_moments(model, batches(), lambda *_: None),
+        model=model, sizes=sizes, moments=found.moments, gradients=found.gradients,
         batches=batches, images=8, neuron_grid=vit.neuron_grid(sizes.neurons, 8), seed=0, console=SILENT,
     )  # fmt: skip
     assert criterion in criteria.names()

@@ -193,18 +193,18 @@ def test_the_inverse_computed_afresh_changes_nothing(monkeypatch: pytest.MonkeyP
     h = obs.damped(torch.tensor(np.cov(x.T, bias=True)))
     want_order, want_errors = obs.removal_order(torch.tensor(w), h, unit_size)
     calls = 0
-    inverse = obs._inverse
+    name = "_sweep" if unit_size == 1 else "_sweep_groups"
+    sweep = getattr(obs, name)
 
-    def counted(matrix: torch.Tensor) -> torch.Tensor:
+    def counted(*arguments: object) -> object:
         nonlocal calls
         calls += 1
-        return inverse(matrix)
+        return sweep(*arguments)
 
-    monkeypatch.setattr(obs, "REINVERT", 3)
-    monkeypatch.setattr(obs, "_inverse", counted)
+    monkeypatch.setattr(obs, "SWEEP", 3 * unit_size)
+    monkeypatch.setattr(obs, name, counted)
     order, errors = obs.removal_order(torch.tensor(w), h, unit_size)
-    units = 24 // unit_size
-    assert calls == 1 + (units - 1) // 3
+    assert calls == 24 // unit_size // 3
     assert order == want_order
     np.testing.assert_allclose(errors, want_errors, rtol=1e-8)
 

@@ -26,8 +26,8 @@ def batches(make_images: Callable[..., Any]) -> list[torch.Tensor]:
 
 
 def moments_of(model: Any, batches: list[torch.Tensor]) -> dict[Any, tuple[torch.Tensor, torch.Tensor]]:
-    found = criteria.collect_moments(model, iter([(b, torch.zeros(len(b))) for b in batches]), lambda done, info: None)
-    return {at: (own.mean, obs.damped(own.covariance)) for at, own in found.items()}
+    found = criteria.collect(model, [(b, torch.zeros(len(b))) for b in batches], 0, lambda *_: None, uses_loss=False)
+    return {at: (own.mean, obs.damped(own.covariance)) for at, own in found.moments.items()}
 
 
 @torch.no_grad()
@@ -106,14 +106,14 @@ def test_no_sub_block_gets_worse_on_held_out_images(
     """Before and after every single re-fit, the stream's distance on the batches that did not fit it."""
     refit, seen = recovery._refit, []
 
-    def watched(block: Any, kind: Any, have: Any, wanted: Any, fit: int) -> bool:
+    def watched(block: Any, kind: Any, have: Any, wanted: Any, weights: Any, fit: int) -> bool:
         def held_out() -> float:
             pairs = list(zip(have, wanted, strict=True))[fit:]
             assert pairs
-            return sum(float((w - recovery._step(block, kind, x)).square().sum()) for x, w in pairs)
+            return sum(float((w - vit.step(block, kind, x)).square().sum()) for x, w in pairs)
 
         before = held_out()
-        accepted = refit(block, kind, have, wanted, fit)
+        accepted = refit(block, kind, have, wanted, weights, fit)
         seen.append((accepted, before, held_out()))
         return accepted
 

@@ -2,21 +2,23 @@
 
 A criterion is a module with one function, `score(evidence) -> list[Levels]`: for every sub-block the
 order in which units go, and the error of every level. Errors are compared across sub-blocks by the
-search, so they must share a scale. The weights of the survivors are re-fitted afterwards whatever
-the criterion (edgeprune.obs.refit).
+search, so they must share a scale. `USES_LOSS` says whether the statistics it looks at know the loss: tokens
+weighed by their gradients, and the covariance of the gradients. The weights of the survivors are re-fitted
+afterwards whatever the criterion (edgeprune.obs.refit).
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from edgeprune import obs, vit
 from edgeprune.compat import VisionTransformer
@@ -31,14 +33,17 @@ SubBlock = tuple[int, SubBlockKind]
 
 DEFAULT = "fisher"
 
+FLOOR = 0.2  # what a token counts that the loss does not feel; tokens count 1 on average
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a criterion may look at: the dense model, input moments, and calibration images."""
+    """What a criterion may look at: the dense model, statistics of its layers, and calibration images."""
 
     model: VisionTransformer
     sizes: vit.Anatomy
     moments: dict[SubBlock, Moments]
+    gradients: dict[SubBlock, Tensor]  # covariance of the output gradients `[width, width]`; empty without the loss
     batches: Callable[[], Iterator[Batch]]  # calibration images; labels must not be used
     images: int
     neuron_grid: tuple[int, ...]  # the MLP widths that the search may choose, ascending from 0
@@ -58,6 +63,7 @@ class Evidence:
 class Criterion(Protocol):
     __name__: str
     __doc__: str | None
+    USES_LOSS: bool
 
     def score(self, evidence: Evidence) -> list[Levels]: ...
 
@@ -77,8 +83,10 @@ def obs_order(evidence: Evidence, at: SubBlock) -> tuple[list[int], list[float],
     """OBS removal order and errors of one sub-block, and the error of removing all of it."""
     weight, _ = evidence.layer(at)
     hessian = obs.damped(evidence.moments[at].covariance)
-    order, errors = obs.removal_order(weight, hessian, evidence.sizes.unit_size(at[1]))
     w = weight.double()
+    if at in evidence.gradients:
+        w = obs.loss_rows(w, evidence.gradients[at])
+    order, errors = obs.removal_order(w, hessian, evidence.sizes.unit_size(at[1]))
     return order, errors, float(((w @ hessian) * w).sum())
 
 
@@ -90,23 +98,81 @@ def make_levels(at: SubBlock, order: list[int], errors: np.ndarray) -> Levels:
     return Levels(at[0], at[1], np.asarray(order, dtype=np.int64), errors)
 
 
-@torch.no_grad()
-def collect_moments(
-    model: VisionTransformer, batches: Iterator[Batch], advance: Callable[[float, str], None]
-) -> dict[SubBlock, Moments]:
-    """Mean and covariance of the inputs of every `attn.proj` and `mlp.fc2`, over all calibration tokens."""
-    moments: dict[SubBlock, Moments] = {}
+def grid_levels(evidence: Evidence, at: SubBlock, order: list[int], errors: np.ndarray) -> Levels:
+    """Levels from errors `[grid]` at the numbers of units that may be kept, most kept first; interpolated between."""
+    units = evidence.sizes.units(at[1])
+    removed = [units - kept for kept in reversed(evidence.grid(at[1]))]
+    return make_levels(at, order, np.interp(np.arange(units + 1), removed, np.maximum.accumulate(errors)))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the layers that end sub-blocks see on calibration images, and what the loss makes of it."""
+
+    moments: dict[SubBlock, Moments]
+    gradients: dict[SubBlock, Tensor]  # covariance of the output gradients `[width, width]`, float64
+    weights: dict[SubBlock, list[Tensor]]  # how much each token counts, per batch `[n, tokens]`
+
+
+def collect(
+    model: VisionTransformer,
+    batches: Iterable[Batch],
+    seed: int,
+    advance: Callable[[float, str], None],
+    *,
+    uses_loss: bool,
+) -> Statistics:
+    """Mean and covariance of the inputs of every `attn.proj` and `mlp.fc2`, over all calibration tokens.
+
+    With the loss, a token counts as much as the squared gradient of -log p(y) at the layer's output, with y drawn
+    from the model's own softmax (never a label), beside a floor that all tokens share. Images count alike, or
+    the few that a good model is unsure of would decide everything. So tokens that nothing reads any more (all
+    but the class token in the last block) do not shape its weights, and neither do outliers that the loss ignores.
+    """
+    places = [(i, kind) for i in range(len(model.blocks)) for kind in vit.KINDS]
+    found = Statistics({at: Moments() for at in places}, {}, {at: [] for at in places} if uses_loss else {})
+    generator = torch.Generator().manual_seed(seed)
+    seen = 0
+    for pixels, _ in batches:
+        inputs, gradients = observe(model, pixels, places, generator if uses_loss else None)
+        seen += inputs[places[0]][..., 0].numel()
+        for at in places:
+            weights = None
+            if uses_loss:
+                g = gradients[at]
+                g = g / g.square().sum(-1).mean(1).clamp_min(1e-30).sqrt()[:, None, None]
+                weights = FLOOR + (1 - FLOOR) * g.square().sum(-1)
+                found.weights[at].append(weights)
+                g = g.flatten(0, 1)
+                found.gradients[at] = found.gradients.get(at, 0) + (g.T @ g).double()
+            found.moments[at].add(inputs[at], weights)
+        advance(len(pixels), "")
+    return replace(found, gradients={at: total / seen for at, total in found.gradients.items()})
+
+
+def observe(
+    model: VisionTransformer, pixels: Tensor, places: Sequence[SubBlock], generator: torch.Generator | None
+) -> tuple[dict[SubBlock, Tensor], dict[SubBlock, Tensor]]:
+    """Inputs `[n, tokens, inputs]` of the layers that end these sub-blocks and, with a generator, gradients
+    `[n, tokens, width]` of -log p(y) at their outputs, y drawn from the model's softmax."""
+    inputs: dict[SubBlock, Tensor] = {}
+    outputs: dict[SubBlock, Tensor] = {}
     hooks = []
-    for i, block in enumerate(model.blocks):
-        for kind in vit.KINDS:
-            moments[i, kind] = own = Moments()
-            layer = vit.output_layer(block, kind)
-            hooks.append(layer.register_forward_pre_hook(lambda _, inputs, own=own: own.add(inputs[0])))
+    for at in places:
+
+        def keep(_: object, x: tuple[Tensor, ...], y: Tensor, at: SubBlock = at) -> None:
+            inputs[at], outputs[at] = x[0].detach(), y
+
+        hooks.append(vit.output_layer(model.blocks[at[0]], at[1]).register_forward_hook(keep))
     try:
-        for pixels, _ in batches:
-            model(pixels)
-            advance(len(pixels), "")
+        with torch.set_grad_enabled(generator is not None):
+            logits = model(pixels)
+            if generator is None:
+                return inputs, {}
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(logits, drawn, reduction="sum")
+            gradients = torch.autograd.grad(loss, [outputs[at] for at in places])
     finally:
         for hook in hooks:
             hook.remove()
-    return moments
+    return inputs, dict(zip(places, gradients, strict=True))

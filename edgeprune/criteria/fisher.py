@@ -15,12 +15,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgeprune import obs, vit
-from edgeprune.criteria import Evidence, SubBlock, make_levels, obs_order
+from edgeprune.criteria import Evidence, SubBlock, grid_levels, obs_order, observe
 from edgeprune.types import Levels
 
+USES_LOSS = True
 CHANGES_BYTES = 1 << 30  # weight changes held at once; more sub-blocks than fit take another backward pass
 
 
@@ -35,9 +35,7 @@ def score(evidence: Evidence) -> list[Levels]:
         changes = {at: _changes(evidence, at, orders[at]) for at in group}
         errors = _fisher(evidence, changes)
         for at in group:
-            removed = [evidence.sizes.units(at[1]) - kept for kept in reversed(evidence.grid(at[1]))]
-            every = np.interp(np.arange(evidence.sizes.units(at[1]) + 1), removed, np.maximum.accumulate(errors[at]))
-            levels.append(make_levels(at, orders[at], every))
+            levels.append(grid_levels(evidence, at, orders[at], errors[at]))
     return sorted(levels, key=lambda level: (level.block, level.kind))
 
 
@@ -72,33 +70,16 @@ def _changes(evidence: Evidence, at: SubBlock, order: list[int]) -> tuple[Tensor
 
 
 def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) -> dict[SubBlock, np.ndarray]:
-    inputs: dict[SubBlock, Tensor] = {}
-    outputs: dict[SubBlock, Tensor] = {}
-    hooks = []
-    for at in changes:
-
-        def keep(_: object, x: tuple[Tensor, ...], y: Tensor, at: SubBlock = at) -> None:
-            inputs[at], outputs[at] = x[0].detach(), y
-
-        hooks.append(vit.output_layer(evidence.model.blocks[at[0]], at[1]).register_forward_hook(keep))
     generator = torch.Generator().manual_seed(evidence.seed)
     totals = {at: torch.zeros(len(dw), dtype=torch.float64) for at, (dw, _) in changes.items()}
     count = 0
-    try:
-        with evidence.console.progress("Fisher errors", evidence.images, "images") as advance:
-            for pixels, _ in evidence.batches():
-                with torch.enable_grad():
-                    logits = evidence.model(pixels)
-                    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                    loss = F.cross_entropy(logits, drawn, reduction="sum")
-                    gradients = torch.autograd.grad(loss, [outputs[at] for at in changes])
-                for (at, (dw, db)), g in zip(changes.items(), gradients, strict=True):
-                    per_image = torch.einsum("ntc,ntd->ncd", g, inputs[at]).flatten(1)
-                    change = per_image @ dw.T + g.sum(1) @ db.T  # [images, levels]
-                    totals[at] += change.double().square().sum(0)
-                count += len(pixels)
-                advance(len(pixels), "")
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with evidence.console.progress("Fisher errors", evidence.images, "images") as advance:
+        for pixels, _ in evidence.batches():
+            inputs, gradients = observe(evidence.model, pixels, list(changes), generator)
+            for at, (dw, db) in changes.items():
+                per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1)
+                change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
+                totals[at] += change.double().square().sum(0)
+            count += len(pixels)
+            advance(len(pixels), "")
     return {at: (total / count).numpy() for at, total in totals.items()}

@@ -11,6 +11,8 @@ import numpy as np
 from edgeprune.criteria import Evidence, make_levels
 from edgeprune.types import Levels
 
+USES_LOSS = False
+
 
 def score(evidence: Evidence) -> list[Levels]:
     levels = []

@@ -12,6 +12,8 @@ import numpy as np
 from edgeprune.criteria import Evidence, make_levels, obs_order
 from edgeprune.types import Levels
 
+USES_LOSS = False
+
 
 def score(evidence: Evidence) -> list[Levels]:
     levels = []

@@ -1,16 +1,18 @@
 """Calibrate: what the dense model's layers see, and how much each of its units matters.
 
-Writes `moments.safetensors` (mean and damped covariance of the inputs of every `proj` and `fc2`) and
-`levels.npz` (order of removal and error of every level). Neither depends on the latency asked for.
+Writes `moments.safetensors` (mean and damped covariance of the inputs of every `proj` and `fc2`),
+`tokens.safetensors` (how much each token of each calibration image counts there; empty for a criterion that does
+not know the loss) and `levels.npz` (order of removal and error of every level). None depends on the latency asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,13 +26,16 @@ from edgeprune.types import Levels
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
     images, batch_size = dense.splits.calibration, request.card.calibration.batch_size
-    with console.progress("input statistics", len(images), "images") as advance:
-        moments = criteria.collect_moments(dense.model, images.batches(batch_size), advance)
     criterion = criteria.get(request.criterion)
+    with console.progress("layer statistics", len(images), "images") as advance:
+        found = criteria.collect(
+            dense.model, images.batches(batch_size), request.seed, advance, uses_loss=criterion.USES_LOSS
+        )
     evidence = criteria.Evidence(
         model=dense.model,
         sizes=dense.sizes,
-        moments=moments,
+        moments=found.moments,
+        gradients=found.gradients,
         batches=lambda: images.batches(batch_size),
         images=len(images),
         neuron_grid=vit.neuron_grid(dense.sizes.neurons, request.target.neuron_step),
@@ -45,10 +50,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         arrays[f"{level.block}.{level.kind}.errors"] = level.errors
     np.savez(out / "levels.npz", **arrays)
     tensors: dict[str, Tensor] = {}
-    for (block, kind), own in moments.items():
+    for (block, kind), own in found.moments.items():
         tensors[f"{block}.{kind}.mean"] = own.mean
         tensors[f"{block}.{kind}.hessian"] = obs.damped(own.covariance)
     save_file(tensors, out / "moments.safetensors")
+    weights = {f"{block}.{kind}": torch.cat(parts).half() for (block, kind), parts in found.weights.items()}
+    save_file(weights, out / "tokens.safetensors")
     dense.splits.report(out, console)
 
 
@@ -70,3 +77,13 @@ def read_moments(folder: Path, blocks: int) -> dict[criteria.SubBlock, tuple[Ten
         for i in range(blocks)
         for kind in vit.KINDS
     }
+
+
+def read_weights(folder: Path, lengths: Sequence[int]) -> dict[criteria.SubBlock, Sequence[Tensor]] | None:
+    """How much each token counts, per sub-block and batch of these lengths `[n, tokens]`; None if all count alike."""
+    tensors = load_file(folder / "tokens.safetensors")
+    found: dict[criteria.SubBlock, Sequence[Tensor]] = {}
+    for name, weights in tensors.items():
+        block, kind = name.split(".")
+        found[int(block), "attn" if kind == "attn" else "mlp"] = weights.float().split(list(lengths))
+    return found or None

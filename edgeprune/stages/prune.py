@@ -1,8 +1,8 @@
 """Prune: the plan with the least error whose *measured* latency is within the limit and close to it.
 
-Solve on the latency table, slice, export, measure turn by turn with the dense model; where the
-measurement differs from the prediction, rescale the budget and solve again. Then the survivors are
-re-fitted. Writes `plan.json`, `pruned.safetensors` and `search.json`.
+Solve on the latency table, search on from there with stitched models, slice, export, measure turn by turn with
+the dense model; where the measurement differs from the prediction, rescale the budget and solve again. Then the
+survivors are re-fitted. Writes `plan.json`, `pruned.safetensors` and `search.json`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from edgeprune import recovery, vit
+from edgeprune import criteria, recovery, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -23,14 +25,18 @@ from edgeprune.errors import Infeasible
 from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
+from edgeprune.search import improve
 from edgeprune.solve import solve
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
+from edgeprune.stitch import Choice, Database, Judge, LayerMoments
 from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Quiet, Shape, to_json
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
 CLOSE = 0.955  # a plan measured below this share of the limit leaves accuracy on the table
 ATTEMPTS = 8
+SEARCH_SECONDS = 60.0
+JUDGED = 256  # calibration images that a judge of the search looks at, at most
 MEASURE_SECONDS = 25.0
 MIN_ROUNDS = {"p50": 60, "p90": 100, "p99": 700}
 
@@ -50,27 +56,21 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     else:
         here = device.same(document)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
+        moments = calibrate.read_moments(read["calibrate"], dense.sizes.blocks)
+        batches = [pixels for pixels, _ in dense.splits.calibration.batches(request.card.calibration.batch_size)]
+        planner = Planner(request, dense, levels, table, moments, torch.cat(batches), console)
         if here:
-            plan, predicted, tries = search(
-                request,
-                dense,
-                read["baseline"] / "dense.onnx",
-                table,
-                Quiet.of(document, table.runtime),
-                levels,
-                limit,
-                console,
-            )
+            anchor, quiet = read["baseline"] / "dense.onnx", Quiet.of(document, table.runtime)
+            plan, predicted, tries = search(request, dense, anchor, table, quiet, planner, limit, console)
         else:
             console.say(
                 f"nothing can be measured here: the solver aims at {AIM_UNMEASURED:.0%} of the limit, room for the table's error"
             )
-            plan = solve_plan(levels, table, AIM_UNMEASURED * limit)
+            plan = planner.plan(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
-        moments = calibrate.read_moments(read["calibrate"], dense.sizes.blocks)
         pruned = recovery.survivors(dense.model, plan, moments)
-        batches = [pixels for pixels, _ in dense.splits.calibration.batches(request.card.calibration.batch_size)]
-        accepted, tried = recovery.sequential(dense.model, pruned, batches)
+        weights = calibrate.read_weights(read["calibrate"], [len(batch) for batch in batches])
+        accepted, tried = recovery.sequential(dense.model, pruned, batches, weights)
         console.say(
             f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
         )
@@ -117,12 +117,56 @@ def options(
     return errors, costs, counts
 
 
-def solve_plan(levels: list[Levels], table: LatencyTable, budget_ms: float) -> Plan:
-    """The plan of least total error that the table predicts within `budget_ms`; Infeasible when there is none."""
-    errors, costs, counts = options(levels, table)
-    chosen = solve(errors, costs, budget_ms - table.base_ms)
-    kept = [level.kept(counts[i][chosen[i]]) for i, level in enumerate(levels)]
-    return Plan(tuple(BlockPlan(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)))
+class Planner:
+    """Plans for a latency budget: the additive optimum, and what a search finds from there.
+
+    The first plan has the whole of the request's search time, later ones, for budgets nearby, a quarter of it
+    and what was found before. A quarter of the calibration images only decides between finalists.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        dense: baseline.Dense,
+        levels: list[Levels],
+        table: LatencyTable,
+        moments: Mapping[criteria.SubBlock, LayerMoments],
+        images: Tensor,
+        console: Console,
+    ) -> None:
+        self.levels, self.table, self.console = levels, table, console
+        self.seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
+        self.seed = request.seed
+        self.errors, self.costs, self.counts = options(levels, table)
+        self.known: list[Choice] = []
+        if self.seconds > 0:
+            second = images[: max(1, len(images) // 4)].flip(0)
+            first = images[len(second) :]
+            database = Database(dense.model, levels, self.counts, moments)
+            self.judges = Judge(database, first[:JUDGED]), Judge(database, second[:JUDGED])
+
+    def plan(self, budget_ms: float) -> Plan:
+        """The best plan that the table predicts within `budget_ms`; Infeasible when there is none."""
+        room = budget_ms - self.table.base_ms
+        if self.seconds <= 0:
+            return self.of(solve(self.errors, self.costs, room))
+        seconds = self.seconds / 4 if self.known else self.seconds
+        with self.console.progress("search", seconds, "seconds") as advance:
+            found = improve(
+                self.errors, self.costs, room, *self.judges, seconds, self.seed, known=self.known, advance=advance
+            )
+        self.known.append(found.choice)
+        self.console.say(
+            f"search: {found.judged} stitched models judged in {found.seconds:.0f} s; divergence from the dense model on images "
+            f"kept out of it: {found.start:.4f} nats for the least sum of errors, {found.divergence:.4f} for the best found"
+        )
+        return self.of(found.choice)
+
+    def of(self, choice: Choice) -> Plan:
+        kept = [
+            level.kept(counts[option]) for level, counts, option in zip(self.levels, self.counts, choice, strict=True)
+        ]
+        return Plan(tuple(BlockPlan(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)))
 
 
 def search(
@@ -131,7 +175,7 @@ def search(
     anchor: Path,
     table: LatencyTable,
     quiet: Quiet,
-    levels: list[Levels],
+    planner: Planner,
     limit: float,
     console: Console,
 ) -> tuple[Plan, float, list[dict[str, object]]]:
@@ -149,7 +193,7 @@ def search(
     with choose.clock(request.conditions, table.runtime, table.threads) as clock:
         clock.load("dense", anchor, COPIES)
         for attempt in range(1, ATTEMPTS + 1):
-            plan = solve_plan(levels, table, budget)
+            plan = planner.plan(budget)
             predicted = table.predict_ms(plan.shape)
             if plan.shape in seen:
                 if best is not None or predicted <= lowest:

@@ -1,0 +1,44 @@
+"""KL: structured OBS order, and how far the model's output moves when one sub-block alone is at a level.
+
+error(level) = mean over images of KL(dense || dense with this sub-block at this level), the survivors re-fitted.
+Measured, so right beyond second order too; needs a forward pass of the blocks from there on per level (the
+residual streams before are kept). Needs weights and activations, no gradients, no labels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from edgeprune import obs
+from edgeprune.criteria import Evidence, SubBlock, grid_levels, obs_order
+from edgeprune.stitch import Database, Judge
+from edgeprune.types import Levels
+
+USES_LOSS = True
+IMAGES = 256
+
+
+def score(evidence: Evidence) -> list[Levels]:
+    orders: dict[SubBlock, list[int]] = {}
+    with evidence.console.progress("OBS", len(evidence.moments), "sub-blocks") as advance:
+        for at in evidence.moments:
+            orders[at] = obs_order(evidence, at)[0]
+            advance(1, "")
+    places = sorted(orders)
+    counts = [evidence.grid(kind) for _, kind in places]
+    unjudged = [Levels(*at, np.array(orders[at]), np.zeros(len(orders[at]) + 1)) for at in places]
+    moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in evidence.moments.items()}
+    pixels = torch.cat([pixels for pixels, _ in evidence.batches()])[:IMAGES]
+    judge = Judge(Database(evidence.model, unjudged, counts, moments), pixels)
+    dense = tuple(len(count) - 1 for count in counts)
+    judge.keep(dense)
+    levels = []
+    with evidence.console.progress("divergence", sum(dense), "levels") as advance:
+        for i, at in enumerate(places):
+            errors = [0.0]
+            for option in reversed(range(dense[i])):
+                errors.append(judge.divergence((*dense[:i], option, *dense[i + 1 :])))
+                advance(1, "")
+            levels.append(grid_levels(evidence, at, orders[at], np.array(errors)))
+    return levels

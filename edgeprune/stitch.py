@@ -1,0 +1,113 @@
+"""Stitched models: the dense model with each sub-block at any of its levels, judged by what comes out.
+
+A database holds, for every sub-block and every number of units it may keep, the re-fitted sub-block
+(SPDY's idea, arXiv 2201.13096). A choice of levels is then a model without any further work, and
+calibration images tell how far it diverges from the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune import obs, vit
+from edgeprune.compat import VisionTransformer
+from edgeprune.types import Levels, SubBlockKind
+
+STREAM_BYTES = 1 << 30  # residual streams that a judge may hold
+
+#: (mean, damped covariance) of a layer's inputs.
+LayerMoments = tuple[Tensor, Tensor]
+
+#: Which option of every sub-block, in the order attn 0, mlp 0, attn 1, ...
+Choice = tuple[int, ...]
+
+
+class Database:
+    """Every sub-block at every level, re-fitted on the dense model's inputs; made when first asked for."""
+
+    def __init__(
+        self,
+        dense: VisionTransformer,
+        levels: Sequence[Levels],
+        counts: Sequence[Sequence[int]],
+        moments: Mapping[tuple[int, SubBlockKind], LayerMoments],
+    ) -> None:
+        """counts: how many units each option of each sub-block keeps, in the order of `levels`."""
+        self.dense, self.levels, self.counts, self.moments = dense, levels, counts, moments
+        self.sizes = vit.anatomy(dense)
+        self._made: dict[tuple[int, int], nn.Module] = {}
+
+    @torch.no_grad()
+    def sub_block(self, at: int, option: int) -> nn.Module:
+        """Attention or MLP of sub-block `at` (the dense one if nothing is removed)."""
+        if (at, option) not in self._made:
+            level = self.levels[at]
+            kept = level.kept(self.counts[at][option])
+            block = self.dense.blocks[level.block]
+            if len(kept) == self.sizes.units(level.kind):
+                made = vit.sub_block(block, level.kind)
+            else:
+                made = vit.slice_sub_block(block, level.kind, kept, self.sizes)
+                mean, hessian = self.moments[level.block, level.kind]
+                layer = vit.output_layer(block, level.kind)
+                columns = vit.columns(kept, self.sizes.unit_size(level.kind))
+                vit.write_output(made, level.kind, *obs.refit(layer.weight, layer.bias, mean, hessian, columns))
+            self._made[at, option] = made
+        return self._made[at, option]
+
+
+class Judge:
+    """KL divergence from the dense model on fixed images; each choice is computed once, from where it is new.
+
+    Residual streams of the choice last given to `keep` are held, one per sub-block, so that a choice that
+    shares its first blocks costs only the others.
+    """
+
+    def __init__(self, database: Database, images: Tensor) -> None:
+        """images: `[n, channels, height, width]`; no more are used than `STREAM_BYTES` of residual streams allow."""
+        sizes = database.sizes
+        images = images[: max(1, STREAM_BYTES // (4 * sizes.tokens * sizes.width * (2 * sizes.blocks + 1)))]
+        self.database = database
+        with torch.no_grad():
+            self.start = vit.embed(database.dense, images)
+            self.wanted = database.dense(images).log_softmax(-1)
+        self.known: dict[Choice, float] = {}
+        self.kept: Choice = ()
+        self.streams: list[Tensor] = [self.start]
+
+    @torch.no_grad()
+    def divergence(self, choice: Choice) -> float:
+        """Mean KL(dense || stitched) over the images, in nats."""
+        if choice not in self.known:
+            self.known[choice] = self._run(choice, None)
+        return self.known[choice]
+
+    @torch.no_grad()
+    def keep(self, choice: Choice) -> None:
+        """Hold this choice's residual streams for its neighbours."""
+        if choice != self.kept:
+            streams: list[Tensor] = []
+            self.known[choice] = self._run(choice, streams)
+            self.kept, self.streams = choice, streams
+
+    def _run(self, choice: Choice, streams: list[Tensor] | None) -> float:
+        shared = 0
+        while shared < len(self.streams) - 1 and self.kept[shared] == choice[shared]:
+            shared += 1
+        x = self.streams[shared]
+        if streams is not None:
+            streams += self.streams[: shared + 1]
+        for at in range(shared, len(choice)):
+            x = self._step(at, choice[at], x)
+            if streams is not None:
+                streams.append(x)
+        logits = vit.classify(self.database.dense, x)
+        return float(F.kl_div(logits.log_softmax(-1), self.wanted, log_target=True, reduction="batchmean"))
+
+    def _step(self, at: int, option: int, x: Tensor) -> Tensor:
+        level = self.database.levels[at]
+        return vit.step(self.database.dense.blocks[level.block], level.kind, x, self.database.sub_block(at, option))
