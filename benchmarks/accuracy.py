@@ -394,7 +394,7 @@ def rows(
         "images": len(bench.right), "dense_right": packed(bench.right),
     }  # fmt: skip
     try:
-        found = again(bench, rival, known, target_ms) if known else hit(bench, rival, target_ms)
+        found = (again(rival, known, target_ms) if known else None) or hit(bench, rival, target_ms)
     except Infeasible as error:
         for key in keys:
             if key not in book.rows:
@@ -466,15 +466,19 @@ def verdict(ms: float, target_ms: float) -> tuple[str, str]:
     return "unreachable", f"the fastest model takes {ms:.3f} ms, the target is {target_ms:.3f} ms"
 
 
-def again(bench: Bench, rival: Rival, row: dict[str, Any], target_ms: float) -> Found:
-    """The model of a finished one-shot row, made again without measuring. Raises Infeasible where there was none."""
+def again(rival: Rival, row: dict[str, Any], target_ms: float) -> Found | None:
+    """The model of a finished one-shot row, made again without measuring; None, and says so, where it comes out otherwise.
+
+    Raises Infeasible where there was none.
+    """
     if row["plan"] is None:
         raise Infeasible(row["reason"])
     model = rival.model(row["aim_ms"], target_ms)
-    if to_json(rivals.shape_of(model)) != row["plan"]:
-        raise UsageError(
-            f"{row['method']} no longer makes the model of its one-shot row; give this code another --label"
+    if row["target_ms"] != target_ms or to_json(rivals.shape_of(model)) != row["plan"]:
+        print(
+            f"{row['method']} {row['speed_up']:g}x: the profile or the method is not that of the one-shot row; measured afresh"
         )
+        return None
     timing = Timing(row["latency_ms"], row["latency_ci_ms"], row["rounds"], row["calm"])
     return Found(model, row["aim_ms"], timing, row["measurements"])
 
