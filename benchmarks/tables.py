@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if row["status"] != "no one-shot":
             group = row["model"], row["weights"], row["runtime"], row["tune_steps"]
             groups[group][row["method"], row["speed_up"]].append(row)
+    options.out.mkdir(parents=True, exist_ok=True)
     parts = []
     for (model, _, _, steps), cells in sorted(groups.items(), key=lambda item: item[0][3]):
         plot = options.out / f"{model}-{steps}.png"
