@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from clock import LOAD
 
-from edgeprune import api, checks, pipeline
+from edgeprune import api, checks, pipeline, vit
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose, device
@@ -116,7 +116,17 @@ def solve(request: Request, cache: Path, options: argparse.Namespace) -> Any:
     document, table = profile.read_profile(done["profile"].folder)
     quiet = Quiet.of(document, table.runtime)
     levels = calibrate.read_levels(done["calibrate"].folder, dense.sizes.blocks)
-    planner = prune.Planner(replace(request, search_seconds=0), dense, levels, table, {}, torch.empty(0), SILENT)
+    planner = prune.Planner(
+        replace(request, search_seconds=0),
+        dense,
+        dense.model,
+        vit.dense_plan(dense.sizes),
+        levels,
+        table,
+        {},
+        torch.empty(0),
+        SILENT,
+    )
     rows = []
     for speed_up in np.geomspace(1.3, 5, options.count):
         limit = table.dense_ms / speed_up

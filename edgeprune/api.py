@@ -34,6 +34,7 @@ def request(
     quantile: str = "",
     criterion: str = "fisher",
     search_seconds: float | None = None,
+    gradual: bool = False,
     runtime: str = "",
     precision: str = "fp32",
     threads: int = 0,
@@ -65,7 +66,7 @@ def request(
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion,
-        search_seconds=search_seconds, runtime=runtime,
+        search_seconds=search_seconds, gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group,
     )  # fmt: skip

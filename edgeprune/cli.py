@@ -163,6 +163,11 @@ def cli() -> None:
     type=float,
     help="How long to search for a better plan than the least sum of scores; 0 = not at all (default: 60).",
 )
+@click.option(
+    "--gradual",
+    is_flag=True,
+    help="With several latencies: prune each model from the tuned one of the milder latency before.",
+)
 @MACHINE
 @click.option(
     "--out",

@@ -125,6 +125,7 @@ class Request:
     max_drop: float | None = None  # accuracy points; None = no accuracy gate
     criterion: str = "fisher"
     search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
+    gradual: bool = False  # prune each model from the tuned one of the milder latency before, not from the dense one
     runtime: str = ""  # "" = the fastest that the target allows
     precision: str = "fp32"
     threads: int = 0  # 0 = all that this process may use

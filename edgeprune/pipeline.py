@@ -57,6 +57,9 @@ class Stage:
     per_latency: bool = False
 
 
+#: With `--gradual`, the tuned model of the milder latency before, which is pruned further.
+PARENT = "parent"
+
 PIPELINE = (
     # the dense model as it came: weights, ONNX, sizes
     Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "seed")),
@@ -68,12 +71,12 @@ PIPELINE = (
         ("target", "runtime", "precision", "threads", "device", "recorded", "seed"),
     ),
     # what every head and neuron is worth: input statistics, OBS order, error of every level
-    Stage("calibrate", calibrate.run, ("baseline",), ("calibration", "criterion", "target", "seed")),
+    Stage("calibrate", calibrate.run, ("baseline", PARENT), ("calibration", "criterion", "target", "seed")),
     # the plan of least error that is measured within the limit; survivors re-fitted
     Stage(
         "prune",
         prune.run,
-        ("baseline", "profile", "calibrate"),
+        ("baseline", "profile", "calibrate", PARENT),
         ("latency", "quantile", "calibration", "search_seconds", "seed"),
         per_latency=True,
     ),
@@ -164,20 +167,42 @@ def build(
     families = [replace(request, latency=latency) for latency in latencies]
     done: list[dict[str, Done]] = [{} for _ in families]
     made: dict[str, Done] = {}  # by key: what several latencies share is done once
-    for stage in PIPELINE:
-        for one, finished in zip(families, done, strict=True):
-            key = stage_key(stage, one, {name: entry.digest for name, entry in finished.items()})
-            if key in made:
-                finished[stage.name] = replace(made[key], cached=True)
-                continue
-            where = f" for {one.latency.text}" if stage.per_latency and len(families) > 1 else ""
-            made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, rebuild, where, console)
+
+    def advance(stage: Stage, one: Request, finished: dict[str, Done]) -> None:
+        key = stage_key(stage, one, {name: entry.digest for name, entry in finished.items()})
+        if key in made:
+            finished[stage.name] = replace(made[key], cached=True)
+            return
+        several = len(families) > 1 and (stage.per_latency or (PARENT in finished and PARENT in stage.reads))
+        where = f" for {one.latency.text}" if several else ""
+        made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, rebuild, where, console)
+
+    if request.gradual:
+        for stage in PIPELINE[:2]:
+            advance(stage, families[0], done[0])
+        before: dict[str, Done] = {}
+        for i in mildest_first(families, done[0]["profile"].folder):
+            done[i].update({PARENT: before["finetune"]} if before else {})
+            for stage in PIPELINE:
+                advance(stage, families[i], done[i])
+            before = done[i]
+    else:
+        for stage in PIPELINE:
+            for one, finished in zip(families, done, strict=True):
+                advance(stage, one, finished)
     artifacts = []
     for one, finished in zip(families, done, strict=True):
         folder = out / publish.artifact_name(one)
-        artifacts.append(publish.publish(one, list(finished.values()), folder, environment()))
+        own = [entry for name, entry in finished.items() if name != PARENT]
+        artifacts.append(publish.publish(one, own, folder, environment()))
         console.say(f"artifact: {folder}")
     return artifacts
+
+
+def mildest_first(families: Sequence[Request], profile_folder: Path) -> list[int]:
+    """The order of a gradual build: indices of the families, the highest latency first."""
+    dense_ms = profile.read_profile(profile_folder)[1].dense_ms
+    return sorted(range(len(families)), key=lambda i: -families[i].latency.limit_ms(dense_ms))
 
 
 def run_stages(
@@ -226,7 +251,7 @@ def run_stage(
         return Done(stage.name, key, folder, record["seconds"], cached=True, digest=_digest(record))
     console.stage(f"{stage.name}{where}")
     start = time.monotonic()
-    read = {name: finished[name].folder for name in stage.reads}
+    read = {name: finished[name].folder for name in stage.reads if name in finished}
     try:
         work = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=cache_dir))
         try:
@@ -296,7 +321,7 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
     parts = {
         "stage": stage.name,
         "asks": asked,
-        "reads": [keys[name] for name in stage.reads],
+        "reads": [keys[name] for name in stage.reads if name != PARENT or PARENT in keys],
         "code": code,
         "versions": versions(),
     }
@@ -306,6 +331,7 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
 #: Modules that no import statement names: the worker is a process, runtimes are found by name.
 BY_NAME = {
     "edgeprune.latency.clock": ["edgeprune.latency.worker"],
+    "edgeprune.tuning.launch": ["edgeprune.tuning.worker"],
     "edgeprune.runtimes": [f"edgeprune.runtimes.{name}" for name in runtimes.names()],
 }
 

@@ -3,8 +3,9 @@
 Sums of errors ignore that one sub-block can make up for another, or needs it. So candidates are stitched and
 judged by the KL divergence they really have on calibration images. Two kinds of moves propose them: errors times
 random coefficients, solved again (SPDY, arXiv 2201.13096, section 3.2), and an exchange of latency between two
-sub-blocks (DarwinLM, arXiv 2502.07780, with the latency table in place of "same type"). The best few are judged
-again on other images, so that the search does not fit those it looks at.
+sub-blocks (DarwinLM, arXiv 2502.07780, with the latency table in place of "same type"). First, candidates are judged
+as they are stitched, which is quick; the best few, and what is found from there, as they are once re-fitted to their
+own inputs, on other images: a plan that looks worse may recover better.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from edgeprune.solve import solve
 from edgeprune.stitch import Choice, Judge
 from edgeprune.types import FloatArray
 
-FINALISTS = 8  # choices that the second images decide between
+FINALISTS = 8  # stitched choices that are re-fitted
+STITCHED = 0.2  # share of the time for choices that are not
 MUTATED = 0.25  # share of the coefficients that a proposal draws anew
 SPREAD = 1.0  # standard deviation of their logarithm
 STALE = 200  # proposals in a row without a new choice after which there is nothing left to find
@@ -31,47 +33,74 @@ class Found:
     """What a search ends with."""
 
     choice: Choice
-    start: float  # divergence of the additive optimum on the second images, in nats
-    divergence: float  # of the choice found, there
-    judged: int  # how many choices were stitched
+    start: float  # divergence of the additive optimum, re-fitted, in nats
+    divergence: float  # of the choice found
+    stitched: int  # how many choices were judged as they were
+    refitted: int  # and how many re-fitted
     seconds: float
 
 
+@dataclass(frozen=True)
+class Space:
+    """What can be chosen: errors and costs `[options of sub-block i]`, the budget in the costs' milliseconds."""
+
+    errors: Sequence[FloatArray]
+    costs: Sequence[FloatArray]
+    budget_ms: float
+
+    def cost(self, choice: Sequence[int]) -> float:
+        return float(sum(cost[option] for cost, option in zip(self.costs, choice, strict=True)))
+
+
 def improve(
-    errors: Sequence[FloatArray],
-    costs: Sequence[FloatArray],
-    budget_ms: float,
-    judge: Judge,
-    second: Judge,
+    space: Space,
+    stitched: Judge,
+    refitted: Judge,
     seconds: float,
     seed: int,
     *,
     known: Sequence[Choice] = (),
     advance: Callable[[float, str], None] = lambda amount, note: None,
 ) -> Found:
-    """The choice with the least divergence found within `seconds`, its table cost within `budget_ms`.
+    """The choice with the least divergence found within about `seconds`, its table cost within the budget.
 
-    Shapes: `errors[i]` and `costs[i]` are `[options of sub-block i]`. known: good choices of earlier searches;
-    those within the budget are starts too. Raises Infeasible when no choice is within the budget.
+    known: good choices of earlier searches; those within the budget are starts too. Raises Infeasible when no
+    choice is within the budget.
     """
     began = time.monotonic()
     rng = np.random.default_rng(seed)
-    additive = solve(errors, costs, budget_ms)
-    starts = {additive, *(choice for choice in known if _cost(costs, choice) <= budget_ms)}
+    additive = solve(space.errors, space.costs, space.budget_ms)
+    starts = [additive, *(choice for choice in known if space.cost(choice) <= space.budget_ms)]
+    quick = climb(space, starts, stitched, began, STITCHED * seconds, rng, advance)
+    finalists = sorted(quick, key=quick.__getitem__)[:FINALISTS]
+    final = climb(space, [*starts, *finalists], refitted, began, seconds, rng, advance)
+    winner = min(final, key=final.__getitem__)
+    return Found(winner, final[additive], final[winner], len(quick), len(final), time.monotonic() - began)
+
+
+def climb(
+    space: Space,
+    starts: Sequence[Choice],
+    judge: Judge,
+    began: float,
+    seconds: float,
+    rng: np.random.Generator,
+    advance: Callable[[float, str], None],
+) -> dict[Choice, float]:
+    """Divergence in nats of the starts and of proposals, each near the best so far, until `seconds` after `began`."""
     found = {choice: judge.divergence(choice) for choice in starts}
     best = min(found, key=found.__getitem__)
     judge.keep(best)
-    coefficients = np.ones(len(errors))
-    spent, stale = 0.0, 0
-    while stale < STALE and (elapsed := time.monotonic() - began) < seconds:
-        advance(elapsed - spent, f"{len(found)} judged, {found[best]:.4f} nats")
-        spent = elapsed
+    coefficients = np.ones(len(space.errors))
+    stale, last = 0, time.monotonic()
+    while stale < STALE and time.monotonic() - began < seconds:
         mutated = coefficients
         if rng.random() < 0.5:
             mutated = _mutate(coefficients, rng)
-            choice = solve([c * e for c, e in zip(mutated, errors, strict=True)], costs, budget_ms, buckets=BUCKETS)
+            weighed = [c * e for c, e in zip(mutated, space.errors, strict=True)]
+            choice = solve(weighed, space.costs, space.budget_ms, buckets=BUCKETS)
         else:
-            choice = exchange(errors, costs, budget_ms, best, rng)
+            choice = exchange(space, best, rng)
         stale = stale + 1 if choice in found else 0
         if stale:
             continue
@@ -79,44 +108,36 @@ def improve(
         if found[choice] < found[best]:
             best, coefficients = choice, mutated
             judge.keep(best)
-    ranked = sorted(found, key=found.__getitem__)[:FINALISTS]
-    finals = {choice: second.divergence(choice) for choice in {*ranked, additive}}
-    # Both sets of images are of one kind: a finalist is judged by all of them.
-    winner = min(finals, key=lambda choice: finals[choice] + found[choice])
-    return Found(winner, finals[additive], finals[winner], len(found), time.monotonic() - began)
+        advance(time.monotonic() - last, f"{len(found)} judged, {found[best]:.4f} nats")
+        last = time.monotonic()
+    return found
 
 
-def exchange(
-    errors: Sequence[FloatArray],
-    costs: Sequence[FloatArray],
-    budget_ms: float,
-    choice: Choice,
-    rng: np.random.Generator,
-) -> Choice:
+def exchange(space: Space, choice: Choice, rng: np.random.Generator) -> Choice:
     """A neighbour within the budget: one sub-block at another level, another giving or taking the latency.
 
     After the two, whatever latency is left goes where it lowers the summed errors most.
     """
     new = list(choice)
     first, second = rng.choice(len(new), size=2, replace=False)
-    new[first] = _other(len(errors[first]), new[first], rng)
-    room = budget_ms - (_cost(costs, new) - costs[second][new[second]])
-    fitting = np.flatnonzero(costs[second] <= room)
+    new[first] = _other(len(space.errors[first]), new[first], rng)
+    room = space.budget_ms - (space.cost(new) - space.costs[second][new[second]])
+    fitting = np.flatnonzero(space.costs[second] <= room)
     if not len(fitting):
         return choice
-    new[second] = int(fitting[errors[second][fitting].argmin()])
-    return _fill(errors, costs, budget_ms, new)
+    new[second] = int(fitting[space.errors[second][fitting].argmin()])
+    return _fill(space, new)
 
 
-def _fill(errors: Sequence[FloatArray], costs: Sequence[FloatArray], budget_ms: float, choice: Sequence[int]) -> Choice:
+def _fill(space: Space, choice: Sequence[int]) -> Choice:
     new = list(choice)
     while True:
-        room = budget_ms - _cost(costs, new)
+        room = space.budget_ms - space.cost(new)
         gains = []
         for i, at in enumerate(new):
-            fitting = np.flatnonzero(costs[i] <= costs[i][at] + room)
-            option = int(fitting[errors[i][fitting].argmin()])
-            gains.append((float(errors[i][at] - errors[i][option]), i, option))
+            fitting = np.flatnonzero(space.costs[i] <= space.costs[i][at] + room)
+            option = int(fitting[space.errors[i][fitting].argmin()])
+            gains.append((float(space.errors[i][at] - space.errors[i][option]), i, option))
         gain, i, option = max(gains)
         if gain <= 0:
             return tuple(new)
@@ -124,8 +145,10 @@ def _fill(errors: Sequence[FloatArray], costs: Sequence[FloatArray], budget_ms: 
 
 
 def _other(options: int, at: int, rng: np.random.Generator) -> int:
-    """Another option, near ones more often."""
+    """Another option, near ones more often; the same if there is no other."""
     others = np.array([option for option in range(options) if option != at])
+    if not len(others):
+        return at
     weights = 1.0 / np.abs(others - at)
     return int(rng.choice(others, p=weights / weights.sum()))
 
@@ -136,7 +159,3 @@ def _mutate(coefficients: FloatArray, rng: np.random.Generator) -> FloatArray:
     new = coefficients.copy()
     new[drawn] = np.exp(SPREAD * rng.standard_normal(count))
     return new
-
-
-def _cost(costs: Sequence[FloatArray], choice: Sequence[int]) -> float:
-    return float(sum(cost[option] for cost, option in zip(costs, choice, strict=True)))

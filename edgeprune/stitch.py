@@ -7,13 +7,15 @@ calibration images tell how far it diverges from the dense one.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune import obs, vit
+from edgeprune import obs, recovery, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.types import Levels, SubBlockKind
 
@@ -67,17 +69,26 @@ class Judge:
     shares its first blocks costs only the others.
     """
 
-    def __init__(self, database: Database, images: Tensor) -> None:
-        """images: `[n, channels, height, width]`; no more are used than `STREAM_BYTES` of residual streams allow."""
-        sizes = database.sizes
-        images = images[: max(1, STREAM_BYTES // (4 * sizes.tokens * sizes.width * (2 * sizes.blocks + 1)))]
+    def __init__(self, database: Database, images: Tensor, teacher: VisionTransformer | None = None) -> None:
+        """images: `[n, channels, height, width]`; no more are used than `STREAM_BYTES` of residual streams allow.
+
+        teacher: the model to stay close to, if that is not the one that is stitched from.
+        """
+        images = images[: self.most_images(database)]
         self.database = database
+        self.judged = 0  # the first image that is judged
         with torch.no_grad():
             self.start = vit.embed(database.dense, images)
-            self.wanted = database.dense(images).log_softmax(-1)
+            self.wanted = (teacher or database.dense)(images)  # logits
         self.known: dict[Choice, float] = {}
         self.kept: Choice = ()
         self.streams: list[Tensor] = [self.start]
+
+    @staticmethod
+    def most_images(database: Database) -> int:
+        """How many images' residual streams `STREAM_BYTES` hold; at least two."""
+        sizes = database.sizes
+        return max(2, STREAM_BYTES // (4 * sizes.tokens * sizes.width * (2 * sizes.blocks + 1)))
 
     @torch.no_grad()
     def divergence(self, choice: Choice) -> float:
@@ -105,9 +116,56 @@ class Judge:
             x = self._step(at, choice[at], x)
             if streams is not None:
                 streams.append(x)
-        logits = vit.classify(self.database.dense, x)
-        return float(F.kl_div(logits.log_softmax(-1), self.wanted, log_target=True, reduction="batchmean"))
+        own = self._classify(x)[self.judged :].log_softmax(-1)
+        wanted = self.wanted[self.judged :].log_softmax(-1)
+        return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
+
+    def _classify(self, x: Tensor) -> Tensor:
+        return vit.classify(self.database.dense, x)
 
     def _step(self, at: int, option: int, x: Tensor) -> Tensor:
         level = self.database.levels[at]
         return vit.step(self.database.dense.blocks[level.block], level.kind, x, self.database.sub_block(at, option))
+
+
+class RefitJudge(Judge):
+    """The same after the sequential refit of `recovery.sequential`: the model that a build would end with.
+
+    It is fitted to the first images and judged on the second.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        first: Tensor,
+        second: Tensor,
+        weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None = None,
+        teacher: VisionTransformer | None = None,
+    ) -> None:
+        """weights: how much each token of the first and of the second images counts, per sub-block `[n, tokens]`."""
+        super().__init__(database, torch.cat([first, second]), teacher)
+        self.judged = min(len(first), len(self.wanted) - 1)
+        self.weights = weights
+        stream, self.targets = self.start, []
+        with torch.no_grad():
+            for block in (teacher or database.dense).blocks:
+                for kind in vit.KINDS:
+                    stream = vit.step(block, kind, stream)
+                    self.targets.append(stream)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        model = self.database.dense
+        if not recovery.has_plain_head(model):
+            return vit.classify(model, x)
+        head = copy.deepcopy(cast(nn.Linear, model.head))
+        have, wanted = ([part[: self.judged], part[self.judged :]] for part in (x, self.wanted))
+        return torch.cat(recovery.refit_head(model, head, have, wanted, 1)[1])
+
+    def _step(self, at: int, option: int, x: Tensor) -> Tensor:
+        level = self.database.levels[at]
+        block, kind = self.database.dense.blocks[level.block], level.kind
+        sub = copy.deepcopy(self.database.sub_block(at, option))
+        weights = [torch.ones(x.shape[:2])] if self.weights is None else self.weights[level.block, kind]
+        counted = torch.cat(list(weights))[: len(x)]
+        have, wanted, counts = ([part[: self.judged], part[self.judged :]] for part in (x, self.targets[at], counted))
+        return torch.cat(recovery.refit_sub_block(block, kind, sub, have, wanted, counts, 1)[1])

@@ -158,7 +158,12 @@ def sub_block(block: Any, kind: SubBlockKind) -> Any:
 
 def output_layer(block: Any, kind: SubBlockKind) -> nn.Linear:
     """The linear layer that writes the sub-block's result to the residual stream."""
-    return cast(nn.Linear, block.attn.proj if kind == "attn" else block.mlp.fc2)
+    return last_layer(sub_block(block, kind), kind)
+
+
+def last_layer(sub: Any, kind: SubBlockKind) -> nn.Linear:
+    """The last layer of an attention or MLP that is not removed."""
+    return cast(nn.Linear, sub.proj if kind == "attn" else sub.fc2)
 
 
 @torch.no_grad()
@@ -167,7 +172,7 @@ def write_output(sub: Any, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> 
     if isinstance(sub, RemovedSubBlock):
         sub.bias.copy_(bias)
     else:
-        layer = sub.proj if kind == "attn" else sub.fc2
+        layer = last_layer(sub, kind)
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
 
@@ -291,6 +296,42 @@ def slice_sub_block(block: Any, kind: SubBlockKind, units: tuple[int, ...], size
     return sub
 
 
+@torch.no_grad()
+def in_dense_shape(dense: VisionTransformer, plan: Plan, pruned: VisionTransformer) -> VisionTransformer:
+    """A pruned model as a dense one whose removed columns of `proj` and `fc2` are zero; its output is the pruned model's.
+
+    What was removed is thus worth nothing to every criterion, and goes first when more is pruned.
+    """
+    sizes = anatomy(dense)
+    state = pruned.state_dict()
+    own = copy.deepcopy(dense)
+    shared = {k: v for k, v in state.items() if k in (full := own.state_dict()) and v.shape == full[k].shape}
+    own.load_state_dict(shared, strict=False)
+    block: Any
+    for block, small, keep in zip(own.blocks, pruned.blocks, plan.blocks, strict=True):
+        for kind in KINDS:
+            units = keep.heads if kind == "attn" else keep.neurons
+            if len(units) == sizes.units(kind):
+                continue
+            sub = sub_block(small, kind)
+            layer, kept = output_layer(block, kind), columns(units, sizes.unit_size(kind))
+            weight = torch.zeros_like(layer.weight)
+            if not units:
+                write_output(sub_block(block, kind), kind, weight, sub.bias)
+                continue
+            weight[:, kept] = output_layer(small, kind).weight
+            write_output(sub_block(block, kind), kind, weight, output_layer(small, kind).bias)
+            if kind == "attn":
+                rows = (torch.arange(3)[:, None] * block.attn.attn_dim + kept).flatten()
+                into, source = block.attn.qkv, sub.qkv
+            else:
+                rows, into, source = kept, block.mlp.fc1, sub.fc1
+            into.weight[rows] = source.weight
+            if into.bias is not None:
+                into.bias[rows] = source.bias
+    return own
+
+
 def check_plan(plan: Plan, sizes: Anatomy) -> None:
     """Raise UsageError unless the plan names existing units, ascending, for every block."""
     if len(plan.blocks) != sizes.blocks:
@@ -345,6 +386,11 @@ def scale(block: Any, kind: SubBlockKind) -> nn.Module:
 def classify(model: VisionTransformer, stream: Tensor) -> Tensor:
     """The residual stream after the last block -> logits `[n, classes]`."""
     return model.forward_head(model.norm(stream))
+
+
+def features(model: VisionTransformer, stream: Tensor) -> Tensor:
+    """The residual stream after the last block -> what the classifier reads, `[n, features]`."""
+    return model.forward_head(model.norm(stream), pre_logits=True)
 
 
 def streams(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:

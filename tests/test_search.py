@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeprune import criteria, obs, recovery, search
+from edgeprune import criteria, obs, recovery, search, vit
 from edgeprune.errors import Infeasible
 from edgeprune.solve import solve
-from edgeprune.stitch import Choice, Database, Judge
+from edgeprune.stitch import Choice, Database, Judge, RefitJudge
 from edgeprune.types import BlockPlan, Levels, Plan
 
 COUNTS = [(0, 1, 2, 3), (0, 8, 16, 24)] * 3
@@ -101,45 +103,97 @@ ERRORS = [np.array([9.0, 4.0, 1.0, 0.0]) * (1 + i % 2) for i in range(5)]
 COSTS = [np.array([0.0, 1.0, 2.0, 4.0]) / (1 + i % 3) for i in range(5)]
 
 
+def space(budget_ms: float) -> search.Space:
+    return search.Space(ERRORS, COSTS, budget_ms)
+
+
+def improve(budget_ms: float, first: Any, second: Any, seconds: float, seed: int = 0, **options: Any) -> search.Found:
+    return search.improve(space(budget_ms), first, second, seconds, seed, **options)
+
+
 @pytest.mark.parametrize("budget", [2.0, 4.0, 7.0])
 def test_a_search_finds_what_brute_force_finds(budget: float) -> None:
     first, second = Formula(), Formula()
-    found = search.improve(ERRORS, COSTS, budget, first, second, 20.0, 0)  # type: ignore[arg-type]
-    every = itertools.product(range(4), repeat=5)
-    feasible = [c for c in every if sum(cost[o] for cost, o in zip(COSTS, c, strict=True)) <= budget]
+    found = improve(budget, first, second, 20.0)
+    feasible = [c for c in itertools.product(range(4), repeat=5) if space(budget).cost(c) <= budget]
     best = min(Formula().divergence(c) for c in feasible)
     assert found.divergence <= best * 1.05
     assert found.divergence <= found.start
     for choice in first.asked + second.asked:
-        assert sum(cost[o] for cost, o in zip(COSTS, choice, strict=True)) <= budget + 1e-9
-    assert found.judged == len(set(first.asked)) == len(first.asked), "a choice is judged once"
-    assert len(second.asked) <= search.FINALISTS + 1
+        assert space(budget).cost(choice) <= budget + 1e-9
+    assert found.stitched == len(set(first.asked)) and found.refitted == len(set(second.asked))
 
 
-def test_the_second_images_have_a_say() -> None:
+def test_what_is_refitted_decides() -> None:
     class Spoilt(Formula):
         def divergence(self, choice: Choice) -> float:
             return super().divergence(choice) + 1e3 * (choice != additive)
 
     additive = solve(ERRORS, COSTS, 4.0)
-    found = search.improve(ERRORS, COSTS, 4.0, Formula(), Spoilt(), 0.5, 0)  # type: ignore[arg-type]
-    assert found.choice == additive
+    assert improve(4.0, Formula(), Spoilt(), 0.5).choice == additive
 
 
 def test_earlier_finds_are_starts_if_they_fit() -> None:
     judge = Formula()
     small, large = (1,) * 5, (3,) * 5
-    search.improve(ERRORS, COSTS, 4.0, judge, Formula(), 0.0, 0, known=[small, large])  # type: ignore[arg-type]
+    improve(4.0, judge, Formula(), 0.0, known=[small, large])
     assert small in judge.asked and large not in judge.asked
 
 
-def test_no_time_is_the_additive_optimum_and_no_room_is_an_error() -> None:
-    found = search.improve(ERRORS, COSTS, 4.0, Formula(), Formula(), 0.0, 0)  # type: ignore[arg-type]
-    assert found.choice == solve(ERRORS, COSTS, 4.0) and found.judged == 1
+def test_no_time_is_the_best_start_and_no_room_is_an_error() -> None:
+    found = improve(4.0, Formula(), Formula(), 0.0)
+    assert found.choice == solve(ERRORS, COSTS, 4.0) and found.stitched == found.refitted == 1
     with pytest.raises(Infeasible):
-        search.improve(ERRORS, [cost + 1 for cost in COSTS], 4.0, Formula(), Formula(), 0.0, 0)  # type: ignore[arg-type]
+        improve(-1.0, Formula(), Formula(), 0.0)
+
+
+def test_one_option_is_no_choice() -> None:
+    """What is pruned further may have sub-blocks that are gone."""
+    narrow = search.Space([np.array([0.0]), *ERRORS[1:]], [np.array([0.0]), *COSTS[1:]], 4.0)
+    for choice in search.climb(
+        narrow, [(0,) * 5], Formula(), time.monotonic(), 0.3, np.random.default_rng(0), lambda *_: None
+    ):  # type: ignore[arg-type]
+        assert choice[0] == 0 and narrow.cost(choice) <= 4.0
 
 
 def test_the_same_seed_finds_the_same() -> None:
-    once, again = (search.improve(ERRORS, COSTS, 5.0, Formula(), Formula(), 20.0, 7) for _ in range(2))  # type: ignore[arg-type]
+    once, again = (improve(5.0, Formula(), Formula(), 20.0, 7) for _ in range(2))
     assert once.choice == again.choice
+
+
+# Re-fitted ------------------------------------------------------------------------------------
+
+
+def test_a_refitted_choice_is_the_model_that_a_build_ends_with(
+    database: Database, make_images: Callable[..., Any]
+) -> None:
+    first, second = make_images(12, seed=4), make_images(6, seed=5)
+    judge = RefitJudge(database, first, second)
+    with torch.no_grad():
+        wanted = database.dense(second).log_softmax(-1)
+    for choice in choices(4):
+        model = model_of(database, choice)
+        recovery.sequential(database.dense, model, [first, second])
+        with torch.no_grad():
+            own = model(second).log_softmax(-1)
+        want = float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
+        assert judge.divergence(choice) == pytest.approx(want, rel=1e-2, abs=1e-5)
+        judge.keep(choice)
+        near = (*choice[:4], 1, choice[5])
+        assert judge.divergence(near) == pytest.approx(RefitJudge(database, first, second).divergence(near), rel=1e-3)
+
+
+def test_the_classifier_is_refitted_only_if_it_helps(tiny_vit: Any, make_images: Callable[..., Any]) -> None:
+    images = list(make_images(32).split(8))
+    wanted = [tiny_vit(x).detach() for x in images]
+    have = [list(vit.streams(tiny_vit, x))[-2].detach() for x in images]
+    head = copy.deepcopy(tiny_vit.head)
+    accepted, logits = recovery.refit_head(tiny_vit, head, have, wanted, 3)
+    assert not accepted and torch.equal(head.weight, tiny_vit.head.weight)  # nothing is missing
+    torch.testing.assert_close(torch.cat(logits), torch.cat(wanted), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        head.bias += 3 * torch.arange(5)
+    accepted, logits = recovery.refit_head(tiny_vit, head, have, wanted, 3)
+    assert accepted
+    torch.testing.assert_close(torch.cat(logits), torch.cat(wanted), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(head.bias, tiny_vit.head.bias, rtol=1e-2, atol=1e-2)

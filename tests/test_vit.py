@@ -82,6 +82,23 @@ def test_slicing_equals_zeroed_columns(
     torch.testing.assert_close(sliced(images), masked(dense, plan)(images), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=10, deadline=None)
+@given(plan=plans)
+@torch.no_grad()
+def test_a_pruned_model_in_dense_shape_is_the_same_model(
+    variants: dict[str, Any], make_images: Callable[..., Any], variant: str, plan: Plan
+) -> None:
+    dense, images = variants[variant], make_images(2, double=True)
+    sliced = vit.slice_model(dense, plan)
+    for parameter in sliced.parameters():
+        parameter.add_(0.01 * torch.randn_like(parameter))  # as tuning would
+    back = vit.in_dense_shape(dense, plan, sliced)
+    assert vit.anatomy(back) == vit.anatomy(dense)
+    torch.testing.assert_close(back(images), sliced(images), rtol=0, atol=1e-9)
+    torch.testing.assert_close(vit.slice_model(back, plan)(images), sliced(images), rtol=0, atol=1e-9)
+
+
 @torch.no_grad()
 def test_the_oracle_sees_a_wrong_slice(tiny_vit64: Any, make_images: Callable[..., Any]) -> None:
     """One head exchanged for another moves the logits by far more than the oracle's tolerance."""

@@ -13,13 +13,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from edgeprune import vit
+from edgeprune import artifact, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import ModelSpec, Request
 from edgeprune.console import Console
 from edgeprune.data import Splits, check_classes, load_splits, transform_config
 from edgeprune.errors import UsageError
 from edgeprune.stages import export, simplify
+from edgeprune.types import Plan
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,12 @@ def load(request: Request, folder: Path) -> Dense:
     model = vit.create(request.card.architecture, request.card.kwargs, facts["num_classes"])
     vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
     return with_data(model, request)
+
+
+def parent(dense: Dense, read: Mapping[str, Path]) -> tuple[VisionTransformer, Plan]:
+    """What is pruned further, in dense shape, and its plan: the tuned model of the stage "parent", else the dense model."""
+    if "parent" not in read:
+        return dense.model, vit.dense_plan(dense.sizes)
+    planned = artifact.read_plan(read["parent"] / "plan.json")
+    pruned = artifact.rebuild(planned, read["parent"] / "model.safetensors")
+    return vit.in_dense_shape(dense.model, planned.plan, pruned), planned.plan

@@ -1,8 +1,9 @@
-"""Calibrate: what the dense model's layers see, and how much each of its units matters.
+"""Calibrate: what the model's layers see, and how much each of its units matters.
 
 Writes `moments.safetensors` (mean and damped covariance of the inputs of every `proj` and `fc2`),
 `tokens.safetensors` (how much each token of each calibration image counts there; empty for a criterion that does
-not know the loss) and `levels.npz` (order of removal and error of every level). None depends on the latency asked for.
+not know the loss) and `levels.npz` (order of removal and error of every level). None depends on the latency
+asked for, unless models are pruned one from the other: then the model is the one that is pruned further.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from edgeprune.types import Levels
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
+    model, _ = baseline.parent(dense, read)
     images, batch_size = dense.splits.calibration, request.card.calibration.batch_size
     criterion = criteria.get(request.criterion)
     with console.progress("layer statistics", len(images), "images") as advance:
         found = criteria.collect(
-            dense.model, images.batches(batch_size), request.seed, advance, uses_loss=criterion.USES_LOSS
+            model, images.batches(batch_size), request.seed, advance, uses_loss=criterion.USES_LOSS
         )
     evidence = criteria.Evidence(
-        model=dense.model,
+        model=model,
         sizes=dense.sizes,
         moments=found.moments,
         gradients=found.gradients,

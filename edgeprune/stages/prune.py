@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,17 @@ from torch import Tensor
 
 from edgeprune import criteria, recovery, vit
 from edgeprune.artifact import PlannedModel, write_plan
+from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
-from edgeprune.search import improve
+from edgeprune.search import Space, improve
 from edgeprune.solve import solve
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
-from edgeprune.stitch import Choice, Database, Judge, LayerMoments
+from edgeprune.stitch import Choice, Database, Judge, LayerMoments, RefitJudge
 from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Quiet, Shape, to_json
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
@@ -58,7 +59,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
         moments = calibrate.read_moments(read["calibrate"], dense.sizes.blocks)
         batches = [pixels for pixels, _ in dense.splits.calibration.batches(request.card.calibration.batch_size)]
-        planner = Planner(request, dense, levels, table, moments, torch.cat(batches), console)
+        weights = calibrate.read_weights(read["calibrate"], [len(batch) for batch in batches])
+        model, bounds = baseline.parent(dense, read)
+        planner = Planner(request, dense, model, bounds, levels, table, moments, torch.cat(batches), weights, console)
         if here:
             anchor, quiet = read["baseline"] / "dense.onnx", Quiet.of(document, table.runtime)
             plan, predicted, tries = search(request, dense, anchor, table, quiet, planner, limit, console)
@@ -68,8 +71,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             )
             plan = planner.plan(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
-        pruned = recovery.survivors(dense.model, plan, moments)
-        weights = calibrate.read_weights(read["calibrate"], [len(batch) for batch in batches])
+        pruned = recovery.survivors(model, plan, moments)
         accepted, tried = recovery.sequential(dense.model, pruned, batches, weights)
         console.say(
             f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
@@ -105,14 +107,19 @@ def refuse_unreachable(request: Request, table: LatencyTable, limit: float, aim:
 
 
 def options(
-    levels: list[Levels], table: LatencyTable
+    levels: list[Levels], table: LatencyTable, bounds: Shape
 ) -> tuple[list[FloatArray], list[FloatArray], list[tuple[int, ...]]]:
-    """Per sub-block: errors and costs `[options]` in milliseconds, and how many units each option keeps."""
+    """Per sub-block: errors and costs `[options]` in milliseconds, and how many units each option keeps.
+
+    bounds: the (heads, neurons) that each block still has; nothing above them is an option.
+    """
     errors, costs, counts = [], [], []
     for level in levels:
-        grid = tuple(range(len(table.attn_ms))) if level.kind == "attn" else table.mlp_widths
+        attn = level.kind == "attn"
+        grid = tuple(range(len(table.attn_ms))) if attn else table.mlp_widths
+        grid = tuple(kept for kept in grid if kept <= bounds[level.block][0 if attn else 1])
         errors.append(np.array([level.errors[len(level.order) - kept] for kept in grid]))
-        costs.append(np.asarray(table.attn_ms if level.kind == "attn" else table.mlp_ms))
+        costs.append(np.asarray(table.attn_ms if attn else table.mlp_ms)[: len(grid)])
         counts.append(grid)
     return errors, costs, counts
 
@@ -121,29 +128,40 @@ class Planner:
     """Plans for a latency budget: the additive optimum, and what a search finds from there.
 
     The first plan has the whole of the request's search time, later ones, for budgets nearby, a quarter of it
-    and what was found before. A quarter of the calibration images only decides between finalists.
+    and what was found before. The last quarter of the calibration images only judges re-fitted models. What is pruned
+    is `model`, of which `bounds` is still there: the dense model, or one pruned before.
     """
 
     def __init__(
         self,
         request: Request,
         dense: baseline.Dense,
+        model: VisionTransformer,
+        bounds: Plan,
         levels: list[Levels],
         table: LatencyTable,
         moments: Mapping[criteria.SubBlock, LayerMoments],
         images: Tensor,
+        weights: Mapping[criteria.SubBlock, Sequence[Tensor]] | None,
         console: Console,
     ) -> None:
         self.levels, self.table, self.console = levels, table, console
         self.seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
         self.seed = request.seed
-        self.errors, self.costs, self.counts = options(levels, table)
+        self.errors, self.costs, self.counts = options(levels, table, bounds.shape)
         self.known: list[Choice] = []
         if self.seconds > 0:
-            second = images[: max(1, len(images) // 4)].flip(0)
-            first = images[len(second) :]
-            database = Database(dense.model, levels, self.counts, moments)
-            self.judges = Judge(database, first[:JUDGED]), Judge(database, second[:JUDGED])
+            database = Database(model, levels, self.counts, moments)
+            fit = len(images) - max(1, len(images) // 4)
+            count = min(JUDGED, Judge.most_images(database) // 2)
+            first, second = slice(0, min(fit, count)), slice(fit, fit + count)
+            split = weights and {
+                at: (torch.cat(list(w))[first], torch.cat(list(w))[second]) for at, w in weights.items()
+            }
+            self.judges = (
+                Judge(database, images[first], dense.model),
+                RefitJudge(database, images[first], images[second], split, dense.model),
+            )
 
     def plan(self, budget_ms: float) -> Plan:
         """The best plan that the table predicts within `budget_ms`; Infeasible when there is none."""
@@ -151,14 +169,13 @@ class Planner:
         if self.seconds <= 0:
             return self.of(solve(self.errors, self.costs, room))
         seconds = self.seconds / 4 if self.known else self.seconds
+        space = Space(self.errors, self.costs, room)
         with self.console.progress("search", seconds, "seconds") as advance:
-            found = improve(
-                self.errors, self.costs, room, *self.judges, seconds, self.seed, known=self.known, advance=advance
-            )
+            found = improve(space, *self.judges, seconds, self.seed, known=self.known, advance=advance)
         self.known.append(found.choice)
         self.console.say(
-            f"search: {found.judged} stitched models judged in {found.seconds:.0f} s; divergence from the dense model on images "
-            f"kept out of it: {found.start:.4f} nats for the least sum of errors, {found.divergence:.4f} for the best found"
+            f"search: {found.stitched} plans judged stitched, {found.refitted} re-fitted, in {found.seconds:.0f} s; divergence "
+            f"from the dense model: {found.start:.4f} nats for the least sum of errors, {found.divergence:.4f} for the best found"
         )
         return self.of(found.choice)
 
