@@ -35,6 +35,8 @@ from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Q
 AIM = 0.975  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
 CLOSE = 0.955  # a plan measured below this share of the limit leaves accuracy on the table
+SAFE = 0.995  # of the limit, for the upper end of the interval
+STEP = 0.97  # a budget found too large is lowered by no more than this at once
 ATTEMPTS = 8
 SEARCH_SECONDS = 60.0
 JUDGED = 256  # calibration images that a judge of the search looks at, at most
@@ -236,8 +238,9 @@ def search(
             if met and measured >= CLOSE * limit:
                 break
             low, high = (max(low, budget), high) if met else (low, min(high, budget))
-            rescaled = budget * AIM * limit / measured
-            budget = rescaled if low < rescaled < high else (low + high) / 2
+            # the interval must fit below the limit too, and it is wide where the machine is noisy
+            rescaled = budget * min(AIM * limit / measured, SAFE * limit / ci[1])
+            budget = rescaled if low < rescaled < high else max((low + high) / 2, STEP * high)
     if best is None:
         raise Infeasible(f"no plan was measured within {limit:.2f} ms; the fastest took {min(seen.values()):.2f} ms, and the lowest "
                          f"reachable is about {lowest / AIM:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
