@@ -219,17 +219,34 @@ def run_stages(
 
 def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> list[tuple[str, str, bool]]:
     """What `build` would do: (stage, latency, whether it is cached), in order. Nothing is run."""
-    rows = []
-    keys: list[dict[str, str]] = [{} for _ in latencies]
-    for stage in PIPELINE:
-        for latency, known in zip(latencies, keys, strict=True):
-            key = stage_key(stage, replace(request, latency=latency), known)
-            record = _read_done(_folder(cache_dir, stage, key))
-            known[stage.name] = _digest(record) if record else key  # unknown yet: what reads it would run too
-            label = latency.text if stage.per_latency else "every latency"
-            row = (stage.name, label, record is not None)
-            if row not in rows:
-                rows.append(row)
+    rows: list[tuple[str, str, bool]] = []
+    families = [replace(request, latency=latency) for latency in latencies]
+    keys: list[dict[str, str]] = [{} for _ in families]
+
+    def look(stage: Stage, i: int) -> Done | None:
+        key = stage_key(stage, families[i], keys[i])
+        folder = _folder(cache_dir, stage, key)
+        record = _read_done(folder)
+        keys[i][stage.name] = _digest(record) if record else key  # unknown yet: what reads it would run too
+        own = stage.per_latency or (PARENT in keys[i] and PARENT in stage.reads)
+        row = (stage.name, families[i].latency.text if own else "every latency", record is not None)
+        if row not in rows:
+            rows.append(row)
+        return Done(stage.name, key, folder, 0.0, True, "") if record else None
+
+    if request.gradual:
+        profiled = [look(stage, 0) for stage in PIPELINE[:2]][1]
+        before = ""
+        # Without a profile nobody knows yet which of 10ms and 2x is milder: in the order they were given.
+        for i in mildest_first(families, profiled.folder) if profiled else range(len(families)):
+            keys[i].update({PARENT: before} if before else {})
+            for stage in PIPELINE:
+                look(stage, i)
+            before = keys[i]["finetune"]
+    else:
+        for stage in PIPELINE:
+            for i in range(len(families)):
+                look(stage, i)
     return rows
 
 

@@ -8,7 +8,7 @@ so that its logits do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -50,23 +50,31 @@ def sequential(
     pruned: VisionTransformer,
     batches: Sequence[Tensor],
     weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None = None,
+    plan: Plan | None = None,
 ) -> tuple[int, int]:
     """Re-fit `pruned` in place, block by block, on images `[n, channels, height, width]` per batch.
 
-    Each sub-block's last layer is solved, by ridge least squares around its present weights, for the
-    dense model's residual stream. weights: how much each token counts, per sub-block and batch `[n, tokens]`
-    (all alike if None). The last quarter of the batches is held out: a solution that does not bring the
-    stream closer there is dropped. Then the classifier, for the dense model's logits. Returns (accepted, tried).
+    With the plan by which `pruned` was cut from `dense`, each sub-block's first layer is solved for what the dense
+    model's units see; then its last layer for the dense residual stream; at last the classifier for the logits.
+    All by ridge least squares around the present weights. weights: how much each token counts, per sub-block and
+    batch `[n, tokens]` (all alike if None). The last quarter of the batches decides: a solution of the others that
+    does not come closer there is dropped; one that does is solved again with all. Returns (accepted, tried), of
+    last layers and the classifier.
     """
+    sizes = vit.anatomy(dense)
     wanted = [vit.embed(dense, images) for images in batches]
     have = [x.clone() for x in wanted]
     fit = max(1, len(batches) - max(1, round(HELD_OUT * len(batches))))
     accepted = tried = 0
     for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         for kind in vit.KINDS:
-            wanted = [vit.step(full, kind, x) for x in wanted]
+            units = () if plan is None else plan.blocks[i].heads if kind == "attn" else plan.blocks[i].neurons
             counted = [torch.ones(x.shape[:2]) for x in have] if weights is None else weights[i, kind]
             sub = vit.sub_block(small, kind)
+            if units:
+                rows = vit.first_rows(kind, units, sizes)
+                refit_first(small, kind, sub, have, [vit.hidden(full, kind, x, rows) for x in wanted], counted, fit)
+            wanted = [vit.step(full, kind, x) for x in wanted]
             better, have = refit_sub_block(small, kind, sub, have, wanted, counted, fit)
             accepted += better
             tried += 1
@@ -78,49 +86,108 @@ def sequential(
 
 
 @torch.no_grad()
+def refit_first(
+    block: Any,
+    kind: SubBlockKind,
+    sub: Any,
+    have: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    fit: int,
+    again: bool = True,
+) -> bool:
+    """Solve the first layer of `sub` (queries, keys and values, or fc1), in the place of one of the block's sub-blocks.
+
+    have: residual streams `[n, tokens, width]` per batch; wanted: what the layer should make of them, `[n, tokens,
+    rows]`. The rest as in `refit_sub_block`.
+    """
+    layer = vit.first_layer(sub, kind)
+    inputs = [(block.norm1 if kind == "attn" else block.norm2)(x) for x in have]
+    missing = [w - layer(z) for w, z in zip(wanted, inputs, strict=True)]
+    solved = _solve(inputs, missing, weights, fit, again, _squares)
+    if solved is None:
+        return False
+    change, shift, _ = solved
+    layer.weight.add_(change)
+    if layer.bias is not None:
+        layer.bias.add_(shift)
+    return True
+
+
+@torch.no_grad()
 def refit_sub_block(
     block: Any,
     kind: SubBlockKind,
     sub: Any,
-    have: list[Tensor],
-    wanted: list[Tensor],
+    have: Sequence[Tensor],
+    wanted: Sequence[Tensor],
     weights: Sequence[Tensor],
     fit: int,
+    again: bool = True,
 ) -> tuple[bool, list[Tensor]]:
     """Solve the last layer (or what stays of it, a bias) of `sub`, in the place of one of the block's sub-blocks.
 
     have, wanted: residual streams before `sub` and as they should be after it, `[n, tokens, width]` per batch;
-    weights: how much each token counts, `[n, tokens]`. The first `fit` batches are fitted; `sub` is changed if the
-    solution holds up on the others. Returns whether it did, and the streams after `sub`.
+    weights: how much each token counts, `[n, tokens]`. `sub` is changed if what the first `fit` batches say holds
+    up on the others. Returns whether it did, and the streams after `sub`.
     """
     gain = getattr(vit.scale(block, kind), "gamma", torch.ones(()))
     inputs, outputs = _observe(block, kind, sub, have)
-    if bool((gain.abs() < 1e-12).any()):  # LayerScale hides this sub-block: nothing to learn from its output
+    solved = None
+    if not bool((gain.abs() < 1e-12).any()):  # else LayerScale hides it: nothing to learn from its output
+        missing = [(w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True)]
+        solved = _solve(inputs, missing, weights, fit, again, lambda m, w: _squares([x * gain for x in m], w))
+    if solved is None:
         return False, [x + y * gain for x, y in zip(have, outputs, strict=True)]
-    missing = [(w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True)]
+    change, shift, left = solved
+    if change.shape[1]:
+        layer = vit.last_layer(sub, kind)
+        layer.weight.add_(change)
+        layer.bias.add_(shift)
+    else:
+        sub.bias += shift
+    return True, [w - m * gain for w, m in zip(wanted, left, strict=True)]
+
+
+def _solve(
+    inputs: Sequence[Tensor],
+    missing: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    fit: int,
+    again: bool,
+    judge: Callable[[Sequence[Tensor], Sequence[Tensor]], float],
+) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+    """Ridge least squares of `missing` `[..., outputs]` on `inputs` `[..., columns]`, per batch.
+
+    The first `fit` batches are solved; None if `judge(missing, weights)` is not lower on the others. Otherwise all
+    are if `again`, unless the others are still to judge by: change `[outputs, columns]`, shift `[outputs]`, and what
+    is still missing.
+    """
+    judged = slice(fit, None) if fit < len(inputs) else slice(None)
+    change, shift = _ridge(inputs[:fit], missing[:fit], weights[:fit])
+    left = [m - z @ change.T - shift for z, m in zip(inputs[judged], missing[judged], strict=True)]
+    if not judge(left, weights[judged]) < judge(missing[judged], weights[judged]):
+        return None
+    if again:
+        change, shift = _ridge(inputs, missing, weights)
+    return change, shift, [m - z @ change.T - shift for z, m in zip(inputs, missing, strict=True)]
+
+
+def _ridge(inputs: Sequence[Tensor], missing: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     columns = inputs[0].shape[-1]
     moments = Moments()
-    for z, m, w in zip(inputs[:fit], missing[:fit], weights[:fit], strict=True):
+    for z, m, w in zip(inputs, missing, weights, strict=True):
         moments.add(torch.cat([z, m], -1), w)
     mean, covariance = moments.mean, moments.covariance
-    change = torch.zeros(missing[0].shape[-1], columns, dtype=torch.float64)
+    change = torch.zeros(len(mean) - columns, columns, dtype=torch.float64)
     if columns:
         hessian = obs.damped(covariance[:columns, :columns], RIDGE)
         change = torch.linalg.solve(hessian, covariance[:columns, columns:]).T
-    shift = mean[columns:] - change @ mean[:columns]
-    better = [m - z @ change.T.float() - shift.float() for z, m in zip(inputs, missing, strict=True)]
-    judged = slice(fit, None) if fit < len(have) else slice(None)
-    if not _distance(better[judged], gain, weights[judged]) < _distance(missing[judged], gain, weights[judged]):
-        return False, [x + y * gain for x, y in zip(have, outputs, strict=True)]
-    layer = sub if columns == 0 else vit.last_layer(sub, kind)
-    layer.bias += shift.float()
-    if columns:
-        layer.weight += change.float()
-    return True, [w - m * gain for w, m in zip(wanted, better, strict=True)]
+    return change.float(), (mean[columns:] - change @ mean[:columns]).float()
 
 
-def _distance(missing: Sequence[Tensor], gain: Tensor, weights: Sequence[Tensor]) -> float:
-    return sum(float((m * gain).square().sum(-1).mul(w).sum()) for m, w in zip(missing, weights, strict=True))
+def _squares(missing: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
+    return sum(float(m.square().sum(-1).mul(w).sum()) for m, w in zip(missing, weights, strict=True))
 
 
 def has_plain_head(model: VisionTransformer) -> bool:
@@ -130,30 +197,33 @@ def has_plain_head(model: VisionTransformer) -> bool:
 
 @torch.no_grad()
 def refit_head(
-    model: VisionTransformer, head: nn.Linear, have: Sequence[Tensor], wanted: Sequence[Tensor], fit: int
+    model: VisionTransformer,
+    head: nn.Linear,
+    have: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    fit: int,
+    again: bool = True,
 ) -> tuple[bool, list[Tensor]]:
     """Solve `head`, in the place of the model's, for the logits `wanted` `[n, classes]` per batch.
 
-    have: residual streams after the last block. The first `fit` batches are fitted, by ridge least squares around
-    the present weights; `head` is changed if the predicted classes of the others diverge less. Returns whether it
-    was, and the logits.
+    have: residual streams after the last block. `head` is changed if what the first `fit` batches say makes the
+    predicted classes of the others diverge less. Returns whether it was, and the logits.
     """
     read = [vit.features(model, x) for x in have]
     now = [head(z) for z in read]
-    inputs = read[0].shape[-1]
-    moments = Moments()
-    for z, logits, w in zip(read[:fit], now[:fit], wanted[:fit], strict=True):
-        moments.add(torch.cat([z, w - logits], -1))
-    mean, covariance = moments.mean, moments.covariance
-    change = torch.linalg.solve(obs.damped(covariance[:inputs, :inputs], RIDGE), covariance[:inputs, inputs:]).T
-    shift = mean[inputs:] - change @ mean[:inputs]
-    better = [logits + z @ change.T.float() + shift.float() for z, logits in zip(read, now, strict=True)]
-    judged = slice(fit, None) if fit < len(have) else slice(None)
-    if not _divergence(better[judged], wanted[judged]) < _divergence(now[judged], wanted[judged]):
+    missing = [w - logits for w, logits in zip(wanted, now, strict=True)]
+    judged = wanted[fit:] if fit < len(wanted) else wanted
+
+    def diverged(left: Sequence[Tensor], _: Sequence[Tensor]) -> float:
+        return _divergence([w - m for w, m in zip(judged, left, strict=True)], judged)
+
+    solved = _solve(read, missing, [torch.ones(len(z)) for z in read], fit, again, diverged)
+    if solved is None:
         return False, now
-    head.weight.add_(change.float())
-    head.bias.add_(shift.float())
-    return True, better
+    change, shift, left = solved
+    head.weight.add_(change)
+    head.bias.add_(shift)
+    return True, [w - m for w, m in zip(wanted, left, strict=True)]
 
 
 def _divergence(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
@@ -163,7 +233,7 @@ def _divergence(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     )
 
 
-def _observe(block: Any, kind: SubBlockKind, sub: Any, have: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _observe(block: Any, kind: SubBlockKind, sub: Any, have: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs `[n, tokens, columns]` of the last layer of `sub` (no columns if removed) and the outputs of `sub`."""
     if isinstance(sub, vit.RemovedSubBlock):
         return [x[..., :0] for x in have], [vit.call(block, kind, x, sub) for x in have]

@@ -106,14 +106,12 @@ class Judge:
             self.kept, self.streams = choice, streams
 
     def _run(self, choice: Choice, streams: list[Tensor] | None) -> float:
-        shared = 0
-        while shared < len(self.streams) - 1 and self.kept[shared] == choice[shared]:
-            shared += 1
+        shared = self._shared(choice)
         x = self.streams[shared]
         if streams is not None:
             streams += self.streams[: shared + 1]
         for at in range(shared, len(choice)):
-            x = self._step(at, choice[at], x)
+            x = self._step(at, choice, x)
             if streams is not None:
                 streams.append(x)
         own = self._classify(x)[self.judged :].log_softmax(-1)
@@ -123,15 +121,24 @@ class Judge:
     def _classify(self, x: Tensor) -> Tensor:
         return vit.classify(self.database.dense, x)
 
-    def _step(self, at: int, option: int, x: Tensor) -> Tensor:
+    def _shared(self, choice: Choice) -> int:
+        """How many sub-blocks leave the stream as it was with the choice that is held."""
+        shared = 0
+        while shared < len(self.streams) - 1 and self.kept[shared] == choice[shared]:
+            shared += 1
+        return shared
+
+    def _step(self, at: int, choice: Choice, x: Tensor) -> Tensor:
         level = self.database.levels[at]
-        return vit.step(self.database.dense.blocks[level.block], level.kind, x, self.database.sub_block(at, option))
+        sub = self.database.sub_block(at, choice[at])
+        return vit.step(self.database.dense.blocks[level.block], level.kind, x, sub)
 
 
 class RefitJudge(Judge):
-    """The same after the sequential refit of `recovery.sequential`: the model that a build would end with.
+    """The same after the refit of last layers and classifier, as in `recovery.sequential`.
 
-    It is fitted to the first images and judged on the second.
+    It is fitted to the first images and judged on the second. First layers are left out: they cost as much again
+    and change the ranking little.
     """
 
     def __init__(
@@ -146,8 +153,9 @@ class RefitJudge(Judge):
         super().__init__(database, torch.cat([first, second]), teacher)
         self.judged = min(len(first), len(self.wanted) - 1)
         self.weights = weights
-        stream, self.targets = self.start, []
+        self.targets = []  # the teacher's residual streams, after every sub-block
         with torch.no_grad():
+            stream = vit.embed(teacher or database.dense, torch.cat([first, second])[: len(self.wanted)])
             for block in (teacher or database.dense).blocks:
                 for kind in vit.KINDS:
                     stream = vit.step(block, kind, stream)
@@ -158,14 +166,27 @@ class RefitJudge(Judge):
         if not recovery.has_plain_head(model):
             return vit.classify(model, x)
         head = copy.deepcopy(cast(nn.Linear, model.head))
-        have, wanted = ([part[: self.judged], part[self.judged :]] for part in (x, self.wanted))
-        return torch.cat(recovery.refit_head(model, head, have, wanted, 1)[1])
+        return torch.cat(recovery.refit_head(model, head, self._split(x), self._split(self.wanted), 1, False)[1])
 
-    def _step(self, at: int, option: int, x: Tensor) -> Tensor:
+    def _split(self, part: Tensor) -> list[Tensor]:
+        """First and second images."""
+        return [part[: self.judged], part[self.judged :]]
+
+    def _shared(self, choice: Choice) -> int:
+        shared = super()._shared(choice)
+        while shared and self._removed(shared - 1, choice):
+            shared -= 1
+        return shared
+
+    def _removed(self, at: int, choice: Choice) -> bool:
+        return not self.database.counts[at][choice[at]]
+
+    def _step(self, at: int, choice: Choice, x: Tensor) -> Tensor:
+        if self._removed(at, choice) and at + 1 < len(choice) and self._removed(at + 1, choice):
+            return x  # of biases in a row, the last makes up for all
         level = self.database.levels[at]
         block, kind = self.database.dense.blocks[level.block], level.kind
-        sub = copy.deepcopy(self.database.sub_block(at, option))
+        sub = copy.deepcopy(self.database.sub_block(at, choice[at]))
         weights = [torch.ones(x.shape[:2])] if self.weights is None else self.weights[level.block, kind]
-        counted = torch.cat(list(weights))[: len(x)]
-        have, wanted, counts = ([part[: self.judged], part[self.judged :]] for part in (x, self.targets[at], counted))
-        return torch.cat(recovery.refit_sub_block(block, kind, sub, have, wanted, counts, 1)[1])
+        have, wanted, counts = (self._split(part) for part in (x, self.targets[at], torch.cat(list(weights))[: len(x)]))
+        return torch.cat(recovery.refit_sub_block(block, kind, sub, have, wanted, counts, 1, False)[1])

@@ -166,6 +166,26 @@ def last_layer(sub: Any, kind: SubBlockKind) -> nn.Linear:
     return cast(nn.Linear, sub.proj if kind == "attn" else sub.fc2)
 
 
+def first_layer(sub: Any, kind: SubBlockKind) -> nn.Linear:
+    """The first layer of an attention or MLP that is not removed: queries, keys and values, or `fc1`."""
+    return cast(nn.Linear, sub.qkv if kind == "attn" else sub.fc1)
+
+
+def first_rows(kind: SubBlockKind, units: tuple[int, ...], sizes: Anatomy) -> Tensor:
+    """The rows of a dense sub-block's first layer that belong to these units, in the order that slicing leaves."""
+    kept = columns(units, sizes.unit_size(kind))
+    if kind == "mlp":
+        return kept
+    return (torch.arange(3)[:, None] * (sizes.heads * sizes.head_dim) + kept).flatten()
+
+
+def hidden(block: Any, kind: SubBlockKind, stream: Tensor, rows: Tensor) -> Tensor:
+    """What these rows of a dense sub-block's first layer make of the residual stream, `[n, tokens, rows]`."""
+    layer = first_layer(sub_block(block, kind), kind)
+    normed = (block.norm1 if kind == "attn" else block.norm2)(stream)
+    return nn.functional.linear(normed, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+
+
 @torch.no_grad()
 def write_output(sub: Any, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> None:
     """Set weight `[width, inputs]` and bias `[width]` of the layer that ends a sub-block; a removed one has but a bias."""
@@ -288,7 +308,7 @@ def slice_sub_block(block: Any, kind: SubBlockKind, units: tuple[int, ...], size
     sub = copy.deepcopy(sub_block(block, kind))
     kept = columns(units, sizes.unit_size(kind))
     if kind == "attn":
-        rows = (torch.arange(3)[:, None] * sub.attn_dim + kept).flatten()
+        rows = first_rows(kind, units, sizes)
         sub.qkv, sub.proj = _linear(sub.qkv, rows=rows), _linear(sub.proj, cols=kept)
         sub.num_heads, sub.attn_dim = len(units), len(kept)
     else:
@@ -321,11 +341,8 @@ def in_dense_shape(dense: VisionTransformer, plan: Plan, pruned: VisionTransform
                 continue
             weight[:, kept] = output_layer(small, kind).weight
             write_output(sub_block(block, kind), kind, weight, output_layer(small, kind).bias)
-            if kind == "attn":
-                rows = (torch.arange(3)[:, None] * block.attn.attn_dim + kept).flatten()
-                into, source = block.attn.qkv, sub.qkv
-            else:
-                rows, into, source = kept, block.mlp.fc1, sub.fc1
+            rows = first_rows(kind, units, sizes)
+            into, source = first_layer(sub_block(block, kind), kind), first_layer(sub, kind)
             into.weight[rows] = source.weight
             if into.bias is not None:
                 into.bias[rows] = source.bias

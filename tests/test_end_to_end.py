@@ -29,7 +29,7 @@ from small import Result, Workspace
 from test_docs import manifest_errors
 
 import edgeprune
-from edgeprune import api, config, errors, pipeline, report
+from edgeprune import api, artifact, config, errors, pipeline, report
 from edgeprune.stages import profile, prune, validate
 
 LATENCIES = ("2x", "70%")
@@ -732,3 +732,21 @@ def test_the_readme_names_every_file_of_the_artifact(artifacts: list[Path]) -> N
     readme = (config.shipped("models").parent / "README.md").read_text()
     for name in FILES:
         assert f"`{name}`" in readme
+
+
+def test_gradual_prunes_the_tuned_model_further(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
+    """The harder latency keeps a part of what the milder one kept, whatever their order on the command line."""
+    asked = ["--gradual", "--latency", "45%", "--latency", "75%"]
+    before = space.build(*asked, "--dry-run", "--format", "json", cache=cache_copy, out=tmp_path)
+    assert [row["latency"] for row in before.document if row["stage"] == "calibrate"] == ["every latency", "45%"]
+    built = space.build(*asked, cache=cache_copy, out=tmp_path)
+    assert built.code in (0, 1, 6), built.err
+    mild, hard = (
+        artifact.read_plan(next(tmp_path.glob(f"*-{text}")) / "plan.json").plan for text in ("75pct", "45pct")
+    )
+    for kept, still in zip(mild.blocks, hard.blocks, strict=True):
+        assert set(still.heads) <= set(kept.heads) and set(still.neurons) <= set(kept.neurons)
+    assert mild != hard
+    assert built.err.index("finetune for 75%") < built.err.index("calibrate for 45%")
+    after = space.build(*asked, "--dry-run", "--format", "json", cache=cache_copy, out=tmp_path)
+    assert all(row["done"] for row in after.document), "the same command would do no work"

@@ -173,3 +173,27 @@ def test_no_hooks_stay_and_the_dense_model_is_untouched(tiny_vit: Any, batches: 
     assert hooks(pruned) == hooks(tiny_vit) == 0
     assert all(torch.equal(before[k], v) for k, v in tiny_vit.state_dict().items())
     assert all(p.requires_grad for p in pruned.parameters())
+
+
+@torch.no_grad()
+def test_first_layers_are_solved_for_what_the_dense_units_see(
+    tiny_vit: Any, batches: list[torch.Tensor], make_images: Callable[..., Any]
+) -> None:
+    """With the plan, queries, keys, values and hidden neurons come closer to the dense ones on unseen images."""
+    unseen, sizes = make_images(32, seed=99), vit.anatomy(tiny_vit)
+    found = []
+    for plan in (None, HARSH):
+        pruned = vit.slice_model(tiny_vit, HARSH)
+        recovery.sequential(tiny_vit, pruned, batches, None, plan)
+        missing = 0.0
+        wanted = have = vit.embed(tiny_vit, unseen)
+        for full, small, keep in zip(tiny_vit.blocks, pruned.blocks, HARSH.blocks, strict=True):
+            for kind, units in (("attn", keep.heads), ("mlp", keep.neurons)):
+                if units:
+                    norm = small.norm1 if kind == "attn" else small.norm2
+                    own = vit.first_layer(vit.sub_block(small, kind), kind)(norm(have))
+                    rows = vit.first_rows(kind, units, sizes)
+                    missing += float((own - vit.hidden(full, kind, wanted, rows)).square().sum())
+                wanted, have = vit.step(full, kind, wanted), vit.step(small, kind, have)
+        found.append(missing)
+    assert found[1] < 0.95 * found[0]

@@ -164,23 +164,34 @@ def test_the_same_seed_finds_the_same() -> None:
 # Re-fitted ------------------------------------------------------------------------------------
 
 
-def test_a_refitted_choice_is_the_model_that_a_build_ends_with(
-    database: Database, make_images: Callable[..., Any]
-) -> None:
+@torch.no_grad()
+def test_a_refitting_judge_does_what_the_refit_does(database: Database, make_images: Callable[..., Any]) -> None:
+    """The loop of `recovery.sequential`, on the pruned model itself, without first layers and second solutions."""
+    parts = [make_images(12, seed=4), make_images(6, seed=5)]
+    judge, dense = RefitJudge(database, *parts), database.dense
+    for choice in [(3, 2, 1, 3, 2, 1), (1, 1, 1, 1, 1, 1), (2, 3, 3, 1, 2, 2)]:
+        pruned = model_of(database, choice)
+        wanted = have = [vit.embed(dense, part) for part in parts]
+        for full, small in zip(dense.blocks, pruned.blocks, strict=True):
+            for kind in vit.KINDS:
+                wanted = [vit.step(full, kind, x) for x in wanted]
+                ones = [torch.ones(x.shape[:2]) for x in have]
+                sub = vit.sub_block(small, kind)
+                have = recovery.refit_sub_block(small, kind, sub, have, wanted, ones, 1, False)[1]
+        recovery.refit_head(pruned, pruned.head, have, [vit.classify(dense, x) for x in wanted], 1, False)
+        own, want = (model(parts[1]).log_softmax(-1) for model in (pruned, dense))
+        divergence = float(F.kl_div(own, want, log_target=True, reduction="batchmean"))
+        assert judge.divergence(choice) == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+
+
+def test_what_a_refitting_judge_holds_changes_nothing(database: Database, make_images: Callable[..., Any]) -> None:
     first, second = make_images(12, seed=4), make_images(6, seed=5)
-    judge = RefitJudge(database, first, second)
-    with torch.no_grad():
-        wanted = database.dense(second).log_softmax(-1)
-    for choice in choices(4):
-        model = model_of(database, choice)
-        recovery.sequential(database.dense, model, [first, second])
-        with torch.no_grad():
-            own = model(second).log_softmax(-1)
-        want = float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
-        assert judge.divergence(choice) == pytest.approx(want, rel=1e-2, abs=1e-5)
-        judge.keep(choice)
-        near = (*choice[:4], 1, choice[5])
-        assert judge.divergence(near) == pytest.approx(RefitJudge(database, first, second).divergence(near), rel=1e-3)
+    holding, fresh = RefitJudge(database, first, second), RefitJudge(database, first, second)
+    for choice in [*choices(4), (3, 0, 0, 0, 2, 0)]:
+        holding.keep(choice)
+        for at, option in itertools.product(range(6), (0, 2)):
+            near = (*choice[:at], option, *choice[at + 1 :])
+            assert holding.divergence(near) == pytest.approx(fresh.divergence(near), rel=1e-3, abs=1e-6)
 
 
 def test_the_classifier_is_refitted_only_if_it_helps(tiny_vit: Any, make_images: Callable[..., Any]) -> None:

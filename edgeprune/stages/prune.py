@@ -74,7 +74,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             plan = planner.plan(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
         pruned = recovery.survivors(model, plan, moments)
-        accepted, tried = recovery.sequential(dense.model, pruned, batches, weights)
+        same = model is dense.model  # a tuned parent's units are no longer the dense model's
+        accepted, tried = recovery.sequential(dense.model, pruned, batches, weights, plan if same else None)
         console.say(
             f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
         )
