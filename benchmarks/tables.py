@@ -31,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=HERE / "results" / "accuracy.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--label", default="", help="only rows of this label (default: of the last row)")
+    parser.add_argument(
+        "--label", default="", help="only rows of these labels, comma-separated (default: that of the last row)"
+    )
     options = parser.parse_args(argv)
     rows = read(options.results)
     if not rows:
         parser.error(f"there are no rows in {options.results}; run benchmarks/accuracy.py first")
-    label = options.label or rows[-1]["label"]
+    labels = options.label.split(",") if options.label else [rows[-1]["label"]]
     latest = {
-        (r["weights"], r["method"], r["speed_up"], r["seed"], r["tune_steps"]): r for r in rows if r["label"] == label
+        (r["weights"], r["method"], r["speed_up"], r["seed"], r["tune_steps"]): r for r in rows if r["label"] in labels
     }
     groups: dict[tuple[str, str, str, int], Cells] = defaultdict(lambda: defaultdict(list))
     for row in latest.values():
@@ -106,13 +108,18 @@ def with_best(cells: Cells) -> Cells:
 def section(cells: Cells, steps: int, plot: str) -> str:
     some = next(iter(cells.values()))[0]
     seeds = len({row["seed"] for rows in cells.values() for row in rows})
+    labels = ", ".join(
+        sorted(
+            {row["label"] + ("" if name == OURS else " (others)") for (name, _), rows in cells.items() for row in rows}
+        )
+    )
     title = "one-shot, no fine-tuning" if not steps else f"after {steps} steps of fine-tuning"
     shown = with_best(cells)
     parts = [
         f"## {some['model']}: {title}",
         f"Top-1 in percent on {some['images']} test images, mean of {seeds} seeds ± half the 95 % interval; dense "
         f"{some['dense_accuracy']:.2f} % at {some['dense_ms']:.3f} ms ({some['runtime']}, {some['machine']}); "
-        f"edgeprune {some['label']}, weights {some['weights'][:8]}.",
+        f"code {labels}, weights {some['weights'][:8]}.",
         table(shown, cell),
     ]
     if any(at[0] == OURS for at in shown):
