@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from clock import LOAD
 
-from edgeprune import api, checks, pipeline, vit
+from edgeprune import api, checks, pipeline
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose, device
@@ -115,18 +114,9 @@ def solve(request: Request, cache: Path, options: argparse.Namespace) -> Any:
     anchor = done["baseline"].folder / "dense.onnx"
     document, table = profile.read_profile(done["profile"].folder)
     quiet = Quiet.of(document, table.runtime)
-    levels = calibrate.read_levels(done["calibrate"].folder, dense.sizes.blocks)
-    planner = prune.Planner(
-        replace(request, search_seconds=0),
-        dense,
-        dense.model,
-        vit.dense_plan(dense.sizes),
-        levels,
-        table,
-        {},
-        torch.empty(0),
-        SILENT,
-    )
+    found = calibrate.read(done["calibrate"].folder, dense, request.card.calibration.batch_size)
+    unsearched = replace(request, search_seconds=0)
+    planner = prune.Planner(unsearched, table, found, dense.model, dense.sizes.shape, dense.model, SILENT)
     rows = []
     for speed_up in np.geomspace(1.3, 5, options.count):
         limit = table.dense_ms / speed_up

@@ -94,7 +94,6 @@ def refit_first(
     wanted: Sequence[Tensor],
     weights: Sequence[Tensor],
     fit: int,
-    again: bool = True,
 ) -> bool:
     """Solve the first layer of `sub` (queries, keys and values, or fc1), in the place of one of the block's sub-blocks.
 
@@ -104,7 +103,7 @@ def refit_first(
     layer = vit.first_layer(sub, kind)
     inputs = [(block.norm1 if kind == "attn" else block.norm2)(x) for x in have]
     missing = [w - layer(z) for w, z in zip(wanted, inputs, strict=True)]
-    solved = _solve(inputs, missing, weights, fit, again, _squares)
+    solved = _solve(inputs, missing, weights, fit, True, _squares)
     if solved is None:
         return False
     change, shift, _ = solved

@@ -137,8 +137,8 @@ class Judge:
 class RefitJudge(Judge):
     """The same after the refit of last layers and classifier, as in `recovery.sequential`.
 
-    It is fitted to the first images and judged on the second. First layers are left out: they cost as much again
-    and change the ranking little.
+    It is fitted to the first images and judged on the second. First layers are left out: they cost as much again,
+    which is as many plans less.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class RefitJudge(Judge):
         super().__init__(database, torch.cat([first, second]), teacher)
         self.judged = min(len(first), len(self.wanted) - 1)
         self.weights = weights
-        self.targets = []  # the teacher's residual streams, after every sub-block
+        self.targets: list[Tensor] = []  # the teacher's residual streams, after every sub-block
         with torch.no_grad():
             stream = vit.embed(teacher or database.dense, torch.cat([first, second])[: len(self.wanted)])
             for block in (teacher or database.dense).blocks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgeprune import config, data, vit
+from edgeprune import artifact, config, data, vit
 from edgeprune.api import with_data
 from edgeprune.console import SILENT, Console
-from edgeprune.errors import StorageError, UsageError
+from edgeprune.errors import UsageError
 from edgeprune.tuning.loop import fit
 
 
@@ -30,14 +29,7 @@ def train(
     card = with_data(config.load_card(model), data, data_dir)
     recipe = replace(card.train, epochs=tuple(epochs)) if epochs else card.train
     path = Path(out or f"{card.name}.safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise StorageError(f"cannot write '{path}': {error.strerror}; choose another --out") from error
+    artifact.must_be_writable(path, "--out", folder=False)
     if not recipe.label_weight:
         raise UsageError(f"the [train] recipe of '{card.name}' has label_weight 0: there is no teacher to learn from")
     start = time.monotonic()

@@ -177,6 +177,12 @@ def layer(model: Any, at: SubBlock) -> nn.Linear:
     return vit.output_layer(model.blocks[at[0]], at[1])
 
 
+def ending(model: Any, at: SubBlock) -> Any:
+    """What holds a sliced sub-block's output bias: its last layer, or what is left of a removed one."""
+    sub = vit.sub_block(model.blocks[at[0]], at[1])
+    return sub if isinstance(sub, vit.RemovedSubBlock) else vit.last_layer(sub, at[1])
+
+
 def plan_of(kept: Mapping[SubBlock, Any], sizes: vit.Anatomy) -> Plan:
     """From the units kept in every sub-block, in any order."""
     rows = [[tuple(sorted(int(u) for u in kept[i, kind])) for kind in vit.KINDS] for i in range(sizes.blocks)]
@@ -185,17 +191,6 @@ def plan_of(kept: Mapping[SubBlock, Any], sizes: vit.Anatomy) -> Plan:
 
 def units_of(plan: Plan, at: SubBlock) -> tuple[int, ...]:
     return plan.blocks[at[0]].heads if at[1] == "attn" else plan.blocks[at[0]].neurons
-
-
-@torch.no_grad()
-def write(model: Any, at: SubBlock, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Put what a sub-block's last layer has become into a sliced model; None = as it was."""
-    sub = model.blocks[at[0]].attn if at[1] == "attn" else model.blocks[at[0]].mlp
-    target = sub if isinstance(sub, vit.RemovedSubBlock) else layer(model, at)
-    if weight is not None and target is not sub:
-        target.weight.copy_(weight)
-    if bias is not None:
-        target.bias.copy_(bias)
 
 
 @torch.no_grad()
@@ -208,7 +203,7 @@ def slice_with_means(task: Task, plan: Plan) -> VisionTransformer:
             columns = vit.columns(tuple(gone), task.sizes.unit_size(at[1]))
             last = layer(task.model, at)
             lost = last.weight.double()[:, columns] @ task.inputs[at].mean[columns]
-            write(model, at, None, last.bias.double() + lost)
+            ending(model, at).bias.copy_(last.bias.double() + lost)
     return model
 
 

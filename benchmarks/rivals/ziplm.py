@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeprune import solve, vit
+from edgeprune import obs, solve, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.errors import Infeasible
-from rivals import SubBlock, Task, layer, plan_of, sub_blocks, units_of, write
+from rivals import SubBlock, Task, layer, plan_of, sub_blocks, units_of
 
 DAMPING = 1e-2
 RANDOM, LOCAL = 50, 50  # candidates; the paper has about 1,000, each of which costs a forward pass over the images
@@ -31,8 +31,8 @@ class ZipLM:
             second = task.inputs[at].second
             self.hessians[at] = h = second + DAMPING * second.diagonal().mean() * torch.eye(len(second)).double()
             weight = layer(task.model, at).weight.detach().double()
-            self.orders[at], errors = obs(weight, h, task.sizes.unit_size(at[1]))
-            self.priors[at] = np.append(errors[:-1] / float(((weight @ h) * weight).sum()), 1.0)
+            self.orders[at], errors = obs.removal_order(weight, h, task.sizes.unit_size(at[1]))
+            self.priors[at] = np.append(np.array(errors[:-1]) / float(((weight @ h) * weight).sum()), 1.0)
         self.coefficients: dict[float, np.ndarray] = {}
         self.weights: dict[tuple[SubBlock, int], Tensor] = {}
 
@@ -82,6 +82,7 @@ class ZipLM:
                 best, least = trial, found
         return best
 
+    @torch.no_grad()
     def stitch(self, chosen: tuple[int, ...]) -> VisionTransformer:
         """The model that keeps so many units in every sub-block, with the weights OBS leaves them."""
         counts = dict(zip(self.priors, chosen, strict=True))
@@ -91,7 +92,7 @@ class ZipLM:
             if 0 < count < self.task.sizes.units(at[1]):
                 if (at, count) not in self.weights:
                     self.weights[at, count] = self.survivors(at, units_of(plan, at))
-                write(model, at, self.weights[at, count], None)
+                layer(model, at).weight.copy_(self.weights[at, count])
         return model
 
     def survivors(self, at: SubBlock, units: tuple[int, ...]) -> Tensor:
@@ -99,30 +100,6 @@ class ZipLM:
         kept, h = vit.columns(units, self.task.sizes.unit_size(at[1])), self.hessians[at]
         weight = layer(self.task.model, at).weight.detach().double()
         return torch.linalg.solve(h[kept][:, kept], h[kept] @ weight.T).T.float()
-
-
-def obs(weight: Tensor, hessian: Tensor, unit_size: int) -> tuple[list[int], np.ndarray]:
-    """The order in which units go, cheapest first, and the error after each removal, from 0.
-
-    weight `[outputs, inputs]`, hessian `[inputs, inputs]`, both float64; units of `unit_size` neighbouring inputs.
-    """
-    w, inverse = weight.clone(), torch.linalg.inv(hessian)
-    alive = list(range(len(hessian) // unit_size))
-    order, errors = [], [0.0]
-    while alive:
-        n = len(alive)
-        blocks = inverse.reshape(n, unit_size, n, unit_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        columns = w.T.reshape(n, unit_size, -1)
-        scores = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-        p = int(scores.argmin())
-        span, rest = slice(p * unit_size, (p + 1) * unit_size), torch.ones(n * unit_size, dtype=torch.bool)
-        rest[span] = False
-        rows = torch.linalg.solve(inverse[span, span], inverse[span])
-        w = (w - w[:, span] @ rows)[:, rest]
-        inverse = (inverse - inverse[:, span] @ rows)[rest][:, rest]
-        order.append(alive.pop(p))
-        errors.append(errors[-1] + max(float(scores[p]), 0.0))
-    return order, np.array(errors)
 
 
 METHODS = {"ziplm": ZipLM}

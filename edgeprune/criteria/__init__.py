@@ -90,6 +90,16 @@ def obs_order(evidence: Evidence, at: SubBlock) -> tuple[list[int], list[float],
     return order, errors, float(((w @ hessian) * w).sum())
 
 
+def obs_orders(evidence: Evidence) -> dict[SubBlock, tuple[list[int], list[float], float]]:
+    """`obs_order` of every sub-block."""
+    found = {}
+    with evidence.console.progress("OBS", len(evidence.moments), "sub-blocks") as advance:
+        for at in evidence.moments:
+            found[at] = obs_order(evidence, at)
+            advance(1, "")
+    return found
+
+
 def make_levels(at: SubBlock, order: list[int], errors: np.ndarray) -> Levels:
     """Levels with errors made non-decreasing: a level can be no better than one that removes less."""
     errors = np.array(errors, dtype=np.float64)

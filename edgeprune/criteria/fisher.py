@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import obs, vit
-from edgeprune.criteria import Evidence, SubBlock, grid_levels, obs_order, observe
+from edgeprune.criteria import Evidence, SubBlock, grid_levels, obs_orders, observe
 from edgeprune.types import Levels
 
 USES_LOSS = True
@@ -25,11 +25,7 @@ CHANGES_BYTES = 1 << 30  # weight changes held at once; more sub-blocks than fit
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    orders: dict[SubBlock, list[int]] = {}
-    with evidence.console.progress("OBS", len(evidence.moments), "sub-blocks") as advance:
-        for at in evidence.moments:
-            orders[at] = obs_order(evidence, at)[0]
-            advance(1, "")
+    orders = {at: order for at, (order, _, _) in obs_orders(evidence).items()}
     levels = []
     for group in _groups(evidence):
         changes = {at: _changes(evidence, at, orders[at]) for at in group}

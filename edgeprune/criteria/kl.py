@@ -2,7 +2,7 @@
 
 error(level) = mean over images of KL(dense || dense with this sub-block at this level), the survivors re-fitted.
 Measured, so right beyond second order too; needs a forward pass of the blocks from there on per level (the
-residual streams before are kept). Needs weights and activations, no gradients, no labels.
+residual streams before are kept). The errors need no gradients, the OBS order does; no labels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from edgeprune import obs
-from edgeprune.criteria import Evidence, SubBlock, grid_levels, obs_order
+from edgeprune.criteria import Evidence, grid_levels, obs_orders
 from edgeprune.stitch import Database, Judge
 from edgeprune.types import Levels
 
@@ -20,11 +20,7 @@ IMAGES = 256
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    orders: dict[SubBlock, list[int]] = {}
-    with evidence.console.progress("OBS", len(evidence.moments), "sub-blocks") as advance:
-        for at in evidence.moments:
-            orders[at] = obs_order(evidence, at)[0]
-            advance(1, "")
+    orders = {at: order for at, (order, _, _) in obs_orders(evidence).items()}
     places = sorted(orders)
     counts = [evidence.grid(kind) for _, kind in places]
     unjudged = [Levels(*at, np.array(orders[at]), np.zeros(len(orders[at]) + 1)) for at in places]

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeprune.criteria import Evidence, make_levels, obs_order
+from edgeprune.criteria import Evidence, make_levels, obs_orders
 from edgeprune.types import Levels
 
 USES_LOSS = False
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    levels = []
-    with evidence.console.progress("OBS", len(evidence.moments), "sub-blocks") as advance:
-        for at in evidence.moments:
-            order, errors, everything = obs_order(evidence, at)
-            levels.append(make_levels(at, order, np.array(errors) / max(everything, 1e-300)))
-            advance(1, "")
-    return levels
+    return [
+        make_levels(at, order, np.array(errors) / max(everything, 1e-300))
+        for at, (order, errors, everything) in obs_orders(evidence).items()
+    ]

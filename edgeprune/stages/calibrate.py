@@ -8,7 +8,8 @@ asked for, unless models are pruned one from the other: then the model is the on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from edgeprune import criteria, obs, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.stages import baseline
+from edgeprune.stitch import LayerMoments
 from edgeprune.types import Levels
 
 
@@ -61,31 +63,26 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense.splits.report(out, console)
 
 
-def read_levels(folder: Path, blocks: int) -> list[Levels]:
-    """The levels of every sub-block, in the order attn 0, mlp 0, attn 1, ..."""
+@dataclass(frozen=True)
+class Calibration:
+    """What the stage found, with the images it looked at. Sub-blocks are in the order attn 0, mlp 0, attn 1, ..."""
+
+    levels: list[Levels]
+    moments: dict[criteria.SubBlock, LayerMoments]  # of the inputs of every prunable layer
+    batches: list[Tensor]  # `[n, channels, height, width]`
+    weights: (
+        dict[criteria.SubBlock, list[Tensor]] | None
+    )  # how much a token counts, per batch `[n, tokens]`; None: all alike
+
+
+def read(folder: Path, dense: baseline.Dense, batch_size: int) -> Calibration:
+    """What the stage wrote to `folder`."""
+    places = [(i, kind) for i in range(dense.sizes.blocks) for kind in vit.KINDS]
+    batches = [pixels for pixels, _ in dense.splits.calibration.batches(batch_size)]
+    tensors, tokens = load_file(folder / "moments.safetensors"), load_file(folder / "tokens.safetensors")
     with np.load(folder / "levels.npz", allow_pickle=False) as arrays:
-        return [
-            Levels(i, kind, arrays[f"{i}.{kind}.order"], arrays[f"{i}.{kind}.errors"])
-            for i in range(blocks)
-            for kind in vit.KINDS
-        ]
-
-
-def read_moments(folder: Path, blocks: int) -> dict[criteria.SubBlock, tuple[Tensor, Tensor]]:
-    """(mean, damped covariance) of the inputs of every prunable layer."""
-    tensors = load_file(folder / "moments.safetensors")
-    return {
-        (i, kind): (tensors[f"{i}.{kind}.mean"], tensors[f"{i}.{kind}.hessian"])
-        for i in range(blocks)
-        for kind in vit.KINDS
-    }
-
-
-def read_weights(folder: Path, lengths: Sequence[int]) -> dict[criteria.SubBlock, Sequence[Tensor]] | None:
-    """How much each token counts, per sub-block and batch of these lengths `[n, tokens]`; None if all count alike."""
-    tensors = load_file(folder / "tokens.safetensors")
-    found: dict[criteria.SubBlock, Sequence[Tensor]] = {}
-    for name, weights in tensors.items():
-        block, kind = name.split(".")
-        found[int(block), "attn" if kind == "attn" else "mlp"] = weights.float().split(list(lengths))
-    return found or None
+        levels = [Levels(i, kind, arrays[f"{i}.{kind}.order"], arrays[f"{i}.{kind}.errors"]) for i, kind in places]
+    moments = {(i, kind): (tensors[f"{i}.{kind}.mean"], tensors[f"{i}.{kind}.hessian"]) for i, kind in places}
+    lengths = [len(batch) for batch in batches]
+    weights = {(i, kind): list(tokens[f"{i}.{kind}"].float().split(lengths)) for i, kind in places} if tokens else None
+    return Calibration(levels, moments, batches, weights)

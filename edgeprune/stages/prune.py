@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from edgeprune import criteria, recovery, vit
+from edgeprune import recovery, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
@@ -29,7 +28,7 @@ from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.search import Space, improve
 from edgeprune.solve import solve
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
-from edgeprune.stitch import Choice, Database, Judge, LayerMoments, RefitJudge
+from edgeprune.stitch import Choice, Database, Judge, RefitJudge
 from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Quiet, Shape, to_json
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
@@ -47,7 +46,6 @@ MIN_ROUNDS = {"p50": 60, "p90": 100, "p99": 700}
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
     document, table = profile.read_profile(read["profile"])
-    levels = calibrate.read_levels(read["calibrate"], dense.sizes.blocks)
     limit = request.latency.limit_ms(table.dense_ms)
     tries: list[dict[str, object]] = []
     if dense_meets(request, document, limit):
@@ -59,11 +57,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     else:
         here = device.same(document)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
-        moments = calibrate.read_moments(read["calibrate"], dense.sizes.blocks)
-        batches = [pixels for pixels, _ in dense.splits.calibration.batches(request.card.calibration.batch_size)]
-        weights = calibrate.read_weights(read["calibrate"], [len(batch) for batch in batches])
+        found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size)
         model, bounds = baseline.parent(dense, read)
-        planner = Planner(request, dense, model, bounds, levels, table, moments, torch.cat(batches), weights, console)
+        planner = Planner(request, table, found, model, bounds.shape, dense.model, console)
         if here:
             anchor, quiet = read["baseline"] / "dense.onnx", Quiet.of(document, table.runtime)
             plan, predicted, tries = search(request, dense, anchor, table, quiet, planner, limit, console)
@@ -73,9 +69,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             )
             plan = planner.plan(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
-        pruned = recovery.survivors(model, plan, moments)
+        pruned = recovery.survivors(model, plan, found.moments)
         same = model is dense.model  # a tuned parent's units are no longer the dense model's
-        accepted, tried = recovery.sequential(dense.model, pruned, batches, weights, plan if same else None)
+        accepted, tried = recovery.sequential(dense.model, pruned, found.batches, found.weights, plan if same else None)
         console.say(
             f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
         )
@@ -131,40 +127,27 @@ class Planner:
     """Plans for a latency budget: the additive optimum, and what a search finds from there.
 
     The first plan has the whole of the request's search time, later ones, for budgets nearby, a quarter of it
-    and what was found before. The last quarter of the calibration images only judges re-fitted models. What is pruned
-    is `model`, of which `bounds` is still there: the dense model, or one pruned before.
+    and what was found before. The last quarter of the calibration images only judges re-fitted models.
     """
 
     def __init__(
         self,
         request: Request,
-        dense: baseline.Dense,
-        model: VisionTransformer,
-        bounds: Plan,
-        levels: list[Levels],
         table: LatencyTable,
-        moments: Mapping[criteria.SubBlock, LayerMoments],
-        images: Tensor,
-        weights: Mapping[criteria.SubBlock, Sequence[Tensor]] | None,
+        found: calibrate.Calibration,
+        model: VisionTransformer,
+        bounds: Shape,
+        teacher: VisionTransformer,
         console: Console,
     ) -> None:
-        self.levels, self.table, self.console = levels, table, console
+        """model: what is pruned, in dense shape, of which `bounds` is still there; teacher: what it shall stay close to."""
+        self.levels, self.table, self.console = found.levels, table, console
         self.seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
         self.seed = request.seed
-        self.errors, self.costs, self.counts = options(levels, table, bounds.shape)
+        self.errors, self.costs, self.counts = options(found.levels, table, bounds)
         self.known: list[Choice] = []
         if self.seconds > 0:
-            database = Database(model, levels, self.counts, moments)
-            fit = len(images) - max(1, len(images) // 4)
-            count = min(JUDGED, Judge.most_images(database) // 2)
-            first, second = slice(0, min(fit, count)), slice(fit, fit + count)
-            split = weights and {
-                at: (torch.cat(list(w))[first], torch.cat(list(w))[second]) for at, w in weights.items()
-            }
-            self.judges = (
-                Judge(database, images[first], dense.model),
-                RefitJudge(database, images[first], images[second], split, dense.model),
-            )
+            self.judges = judges(Database(model, found.levels, self.counts, found.moments), found, teacher)
 
     def plan(self, budget_ms: float) -> Plan:
         """The best plan that the table predicts within `budget_ms`; Infeasible when there is none."""
@@ -187,6 +170,20 @@ class Planner:
             level.kept(counts[option]) for level, counts, option in zip(self.levels, self.counts, choice, strict=True)
         ]
         return Plan(tuple(BlockPlan(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)))
+
+
+def judges(database: Database, found: calibrate.Calibration, teacher: VisionTransformer) -> tuple[Judge, RefitJudge]:
+    """One that judges models as they are stitched, and one that re-fits them to some images and judges on others."""
+    images = torch.cat(found.batches)
+    fit = len(images) - max(1, len(images) // 4)
+    count = min(JUDGED, Judge.most_images(database) // 2)
+    first, second = slice(0, min(fit, count)), slice(fit, fit + count)
+    weights = None
+    if found.weights:
+        joined = {at: torch.cat(parts) for at, parts in found.weights.items()}
+        weights = {at: (tokens[first], tokens[second]) for at, tokens in joined.items()}
+    stitched = Judge(database, images[first], teacher)
+    return stitched, RefitJudge(database, images[first], images[second], weights, teacher)
 
 
 def search(
