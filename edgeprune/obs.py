@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-2
+PANEL = 256  # rows of a covariance that one multiplication makes
 SWEEP = 256  # eliminations after which inverse and weights are computed afresh, against drift
 
 
@@ -30,13 +31,15 @@ SWEEP = 256  # eliminations after which inverse and weights are computed afresh,
 class Moments:
     """Mean and covariance of a layer's inputs, accumulated batch by batch in float64; tokens may have weights.
 
-    Sums are kept about the first batch's mean, so that nothing cancels where means are large.
+    rows: of the covariance, how many of its first rows are wanted; None = all of them. Sums are kept about the
+    first batch's mean, so that nothing cancels where means are large.
     """
 
+    rows: int | None = None
     count: float = 0.0  # sum of the weights
     shift: Tensor | None = None  # [inputs]
     total: Tensor | None = None  # [inputs], of x - shift
-    product: Tensor | None = None  # [inputs, inputs], of (x - shift)(x - shift)^T
+    product: Tensor | None = None  # [rows, inputs], of (x - shift)(x - shift)^T; its upper triangle
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in tokens `[..., inputs]`, each counted `weights` `[...]` times (once if None)."""
@@ -44,13 +47,15 @@ class Moments:
         if self.shift is None:
             self.shift = x.mean(0)
             self.total = torch.zeros(x.shape[1], dtype=torch.float64)
-            self.product = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+            self.product = torch.zeros(len(self.shift[: self.rows]), x.shape[1], dtype=torch.float64)
         assert self.total is not None and self.product is not None
         x = x - self.shift
         weighed = x if weights is None else x * weights.reshape(-1, 1)
         self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
-        self.total += weighed.sum(0, dtype=torch.float64)
-        self.product += weighed.T @ x
+        self.total += weighed.sum(0).double()
+        for start in range(0, len(self.product), PANEL):  # the lower triangle is the mirror image of the upper
+            panel = slice(start, start + PANEL)
+            self.product[panel, start:] += weighed[:, : self.rows][:, panel].T @ x[:, start:]
 
     @property
     def mean(self) -> Tensor:
@@ -59,9 +64,12 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
+        """`[rows, inputs]`"""
         assert self.total is not None and self.product is not None
-        offset = self.total / self.count
-        return self.product / self.count - torch.outer(offset, offset)
+        offset, square = self.total / self.count, slice(0, len(self.product))
+        product = self.product.clone()
+        product[:, square] = product[:, square].triu() + product[:, square].triu(1).T
+        return product / self.count - torch.outer(offset[: self.rows], offset)
 
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:

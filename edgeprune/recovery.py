@@ -163,25 +163,31 @@ def _solve(
     is still missing.
     """
     judged = slice(fit, None) if fit < len(inputs) else slice(None)
-    change, shift = _ridge(inputs[:fit], missing[:fit], weights[:fit])
+    columns = inputs[0].shape[-1]
+    seen = Moments(columns)
+
+    def take(part: slice) -> None:
+        for z, m, w in zip(inputs[part], missing[part], weights[part], strict=True):
+            seen.add(torch.cat([z, m], -1), w)
+
+    take(slice(0, fit))
+    change, shift = _ridge(seen, columns)
     left = [m - z @ change.T - shift for z, m in zip(inputs[judged], missing[judged], strict=True)]
     if not judge(left, weights[judged]) < judge(missing[judged], weights[judged]):
         return None
     if again:
-        change, shift = _ridge(inputs, missing, weights)
+        take(slice(fit, None))
+        change, shift = _ridge(seen, columns)
     return change, shift, [m - z @ change.T - shift for z, m in zip(inputs, missing, strict=True)]
 
 
-def _ridge(inputs: Sequence[Tensor], missing: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    columns = inputs[0].shape[-1]
-    moments = Moments()
-    for z, m, w in zip(inputs, missing, weights, strict=True):
-        moments.add(torch.cat([z, m], -1), w)
-    mean, covariance = moments.mean, moments.covariance
+def _ridge(seen: Moments, columns: int) -> tuple[Tensor, Tensor]:
+    """Change `[outputs, columns]` and shift `[outputs]` from the moments of inputs and what is missing, side by side."""
+    mean, covariance = seen.mean, seen.covariance
     change = torch.zeros(len(mean) - columns, columns, dtype=torch.float64)
     if columns:
-        hessian = obs.damped(covariance[:columns, :columns], RIDGE)
-        change = torch.linalg.solve(hessian, covariance[:columns, columns:]).T
+        hessian = obs.damped(covariance[:, :columns], RIDGE)
+        change = torch.linalg.solve(hessian, covariance[:, columns:]).T
     return change.float(), (mean[columns:] - change @ mean[:columns]).float()
 
 

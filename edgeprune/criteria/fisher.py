@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import obs, vit
-from edgeprune.criteria import Evidence, SubBlock, grid_levels, obs_orders, observe
+from edgeprune.criteria import SCORED, Evidence, SubBlock, grid_levels, obs_orders, observe
 from edgeprune.types import Levels
 
 USES_LOSS = True
@@ -69,7 +69,7 @@ def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) 
     generator = torch.Generator().manual_seed(evidence.seed)
     totals = {at: torch.zeros(len(dw), dtype=torch.float64) for at, (dw, _) in changes.items()}
     count = 0
-    with evidence.console.progress("Fisher errors", evidence.images, "images") as advance:
+    with evidence.console.progress("Fisher errors", min(SCORED, evidence.images), "images") as advance:
         for pixels, _ in evidence.batches():
             inputs, gradients = observe(evidence.model, pixels, list(changes), generator)
             for at, (dw, db) in changes.items():
@@ -78,4 +78,6 @@ def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) 
                 totals[at] += change.double().square().sum(0)
             count += len(pixels)
             advance(len(pixels), "")
+            if count >= SCORED:
+                break
     return {at: (total / count).numpy() for at, total in totals.items()}

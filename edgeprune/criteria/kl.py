@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from edgeprune import obs
-from edgeprune.criteria import Evidence, grid_levels, obs_orders
+from edgeprune.criteria import SCORED, Evidence, grid_levels, obs_orders
 from edgeprune.stitch import Database, Judge
 from edgeprune.types import Levels
 
 USES_LOSS = True
-IMAGES = 256
 
 
 def score(evidence: Evidence) -> list[Levels]:
@@ -25,7 +24,7 @@ def score(evidence: Evidence) -> list[Levels]:
     counts = [evidence.grid(kind) for _, kind in places]
     unjudged = [Levels(*at, np.array(orders[at]), np.zeros(len(orders[at]) + 1)) for at in places]
     moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in evidence.moments.items()}
-    pixels = torch.cat([pixels for pixels, _ in evidence.batches()])[:IMAGES]
+    pixels = torch.cat([pixels for pixels, _ in evidence.batches()])[:SCORED]
     judge = Judge(Database(evidence.model, unjudged, counts, moments), pixels)
     dense = tuple(len(count) - 1 for count in counts)
     judge.keep(dense)

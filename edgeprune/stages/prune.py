@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from edgeprune import recovery, vit
 from edgeprune.artifact import PlannedModel, write_plan
@@ -38,7 +40,9 @@ SAFE = 0.995  # of the limit, for the upper end of the interval
 STEP = 0.97  # a budget found too large is lowered by no more than this at once
 ATTEMPTS = 8
 SEARCH_SECONDS = 60.0
-JUDGED = 256  # calibration images that a judge of the search looks at, at most
+JUDGED, JUDGED_LEAST = 256, 32  # calibration images that a judge of the search looks at, at most and at least
+PLANS = 40  # re-fitted plans that the search should have time for; it looks at fewer images rather
+PROBED = 8  # images that tell how long one takes
 MEASURE_SECONDS = 25.0
 MIN_ROUNDS = {"p50": 60, "p90": 100, "p99": 700}
 
@@ -147,7 +151,8 @@ class Planner:
         self.errors, self.costs, self.counts = options(found.levels, table, bounds)
         self.known: list[Choice] = []
         if self.seconds > 0:
-            self.judges = judges(Database(model, found.levels, self.counts, found.moments), found, teacher)
+            database = Database(model, found.levels, self.counts, found.moments)
+            self.judges = judges(database, found, teacher, self.seconds)
 
     def plan(self, budget_ms: float) -> Plan:
         """The best plan that the table predicts within `budget_ms`; Infeasible when there is none."""
@@ -172,11 +177,18 @@ class Planner:
         return Plan(tuple(BlockPlan(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)))
 
 
-def judges(database: Database, found: calibrate.Calibration, teacher: VisionTransformer) -> tuple[Judge, RefitJudge]:
-    """One that judges models as they are stitched, and one that re-fits them to some images and judges on others."""
+def judges(
+    database: Database, found: calibrate.Calibration, teacher: VisionTransformer, seconds: float
+) -> tuple[Judge, RefitJudge]:
+    """One that judges models as they are stitched, and one that re-fits them to some images and judges on others.
+
+    seconds: of the search; the more a model costs, the fewer images each plan is judged on.
+    """
     images = torch.cat(found.batches)
     fit = len(images) - max(1, len(images) // 4)
-    count = min(JUDGED, Judge.most_images(database) // 2)
+    most = min(JUDGED, Judge.most_images(database) // 2)
+    affordable = seconds / (2 * PLANS * seconds_per_image(teacher, images))
+    count = int(min(max(affordable, JUDGED_LEAST), most))
     first, second = slice(0, min(fit, count)), slice(fit, fit + count)
     weights = None
     if found.weights:
@@ -184,6 +196,17 @@ def judges(database: Database, found: calibrate.Calibration, teacher: VisionTran
         weights = {at: (tokens[first], tokens[second]) for at, tokens in joined.items()}
     stitched = Judge(database, images[first], teacher)
     return stitched, RefitJudge(database, images[first], images[second], weights, teacher)
+
+
+@torch.no_grad()
+def seconds_per_image(model: VisionTransformer, images: Tensor) -> float:
+    """Of a forward pass here and now, which a re-fit costs about as well."""
+    taken = []
+    for _ in range(3):  # the first is slower
+        began = time.monotonic()
+        model(images[:PROBED])
+        taken.append(time.monotonic() - began)
+    return min(taken) / len(images[:PROBED])
 
 
 def search(
