@@ -66,6 +66,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
     parser.add_argument("--target", default="cpu-avx512")
     parser.add_argument("--runtime", default="openvino")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of the runtime; 0 = all (default: 1, which a shared machine disturbs least)",
+    )
     parser.add_argument("--methods", help=f"names or patterns (default: {DEFAULT_METHODS}; quick: {QUICK_METHODS})")
     parser.add_argument("--speed-ups", help="(default: 1.5,2,3,4,5; quick: 1.5)")
     parser.add_argument(
@@ -108,7 +114,7 @@ def full(options: argparse.Namespace) -> Iterator[Request]:
     """What edgeprune is asked for, but for latency and seed."""
     request, _ = api.request(
         options.model, target=options.target, latency="2x", weights=options.weights or None,
-        data_dir=options.data_dir, runtime=options.runtime, epochs=None,
+        data_dir=options.data_dir, runtime=options.runtime, threads=options.threads, epochs=None,
     )  # fmt: skip
     yield request
 
