@@ -1,6 +1,7 @@
 """python -m pytest tests/latency/test_clock.py
 
-The null runtime's "model" is a text file: `sleep MS`, `noisy`, `print`, `die`, `hang` or `fork`.
+The null runtime's "model" is a text file: `sleep MS`, `cold MS` (thrice as slow in the first three runs after another
+model's), `noisy`, `print`, `die`, `hang` or `fork`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def version(): return "0"
 def cap_environment(max_isa): return None
 def compile(onnx_path, out_dir): return []
 
+cached = [None, 0]  # the session that ran last, and how often
+
 class Session:
     input_shape = (1, 3)
     def __init__(self, text, threads, precision):
@@ -40,6 +43,9 @@ class Session:
         word, _, value = self.text.partition(" ")
         if word == "sleep":
             time.sleep(float(value) / 1000)
+        cached[:] = [self, cached[1] + 1 if cached[0] is self else 1]
+        if word == "cold":
+            time.sleep(float(value) / 1000 * (3 if cached[1] <= 3 else 1))
         if word == "print":
             print("printed"); os.system("echo printed by a child")
         if self.calls > 1:  # load runs once
@@ -117,6 +123,12 @@ def test_the_budget_ends_it_but_never_before_nine_rounds(clock: Clock, tmp_path:
     clock.load("b", model(tmp_path, "sleep 1.5"))
     assert len(clock.measure(["b"], "a", budget_s=0.0)["b"].samples_ms) == 9
     assert len(clock.measure(["b"], "a", ci=0.0, max_rounds=30)["b"].samples_ms) == 30
+
+
+def test_a_small_model_is_timed_once_it_is_back_in_the_cache(clock: Clock, tmp_path: Path) -> None:
+    clock.load("anchor", model(tmp_path, "sleep 4"))
+    clock.load("cold", model(tmp_path, "cold 0.5"), 2)
+    assert clock.measure(["cold"], "anchor", max_rounds=30)["cold"].ratio < 0.25  # 0.125 and what sleeping costs; cold it is 0.375
 
 
 def test_a_race_between_two_workers(command: list[str], tmp_path: Path) -> None:
