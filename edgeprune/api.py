@@ -34,6 +34,7 @@ def request(
     quantile: str = "",
     criterion: str = "fisher",
     search_seconds: float | None = None,
+    polish: int = 0,
     gradual: bool = False,
     runtime: str = "",
     precision: str = "fp32",
@@ -59,6 +60,8 @@ def request(
         raise UsageError(f"max-drop must be 0 or more accuracy points, not {max_drop}")
     if search_seconds is not None and not 0 <= search_seconds < float("inf"):
         raise UsageError(f"search-seconds must be 0 or more, not {search_seconds}")
+    if polish < 0:
+        raise UsageError(f"polish must be 0 or more passes, not {polish}")
     if threads < 0:
         raise UsageError(f"threads must be 0 (all) or more, not {threads}")
     group = Path(accelerate_config) if accelerate_config else None
@@ -66,7 +69,7 @@ def request(
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion,
-        search_seconds=search_seconds, gradual=gradual, runtime=runtime,
+        search_seconds=search_seconds, polish=polish, gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group,
     )  # fmt: skip

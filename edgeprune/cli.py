@@ -164,6 +164,14 @@ def cli() -> None:
     help="How long to search for a better plan than the least sum of scores; 0 = not at all (default: 60).",
 )
 @click.option(
+    "--polish",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="After the refit, train each block for N passes over the calibration images to meet the dense one; no labels.",
+)
+@click.option(
     "--gradual",
     is_flag=True,
     help="With several latencies: prune each model from the tuned one of the milder latency before.",

@@ -124,6 +124,7 @@ class Request:
     quantile: str = "p50"
     max_drop: float | None = None  # accuracy points; None = no accuracy gate
     criterion: str = "fisher"
+    polish: int = 0  # passes over the calibration images in which each block is trained to meet the dense one
     search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
     gradual: bool = False  # prune each model from the tuned one of the milder latency before, not from the dense one
     runtime: str = ""  # "" = the fastest that the target allows

@@ -77,7 +77,7 @@ PIPELINE = (
         "prune",
         prune.run,
         ("baseline", "profile", "calibrate", PARENT),
-        ("latency", "quantile", "calibration", "search_seconds", "seed"),
+        ("latency", "quantile", "calibration", "search_seconds", "polish", "seed"),
         per_latency=True,
     ),
     # distillation from the dense model
@@ -127,6 +127,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "check": lambda r: r.check,
     "criterion": lambda r: r.criterion,
     "search_seconds": lambda r: r.search_seconds,
+    "polish": lambda r: r.polish,
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
     "quantile": lambda r: r.quantile,
     "max_drop": lambda r: r.max_drop,

@@ -90,6 +90,8 @@ def build(space: Workspace, tmp_path: Path, *options: Any, **change: Any) -> lis
         ({"--weights": "nowhere.safetensors"}, "weights file 'nowhere.safetensors' does not exist; give"),
         ({"--threads": "-1"}, "threads must be 0 (all) or more, not -1"),
         ({"--epochs": "-1"}, "epochs must be 0 or more, not -1"),
+        ({"--search-seconds": "-1"}, "search-seconds must be 0 or more, not -1"),
+        ({"--polish": "-1"}, "polish must be 0 or more passes, not -1"),
         ({"--max-drop": "-1"}, "max-drop must be 0 or more accuracy points, not -1"),
     ],
 )

@@ -26,7 +26,7 @@ ROWS = (
     ("stages", "publish"),
     ("tuning",),
     ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks", "obs",
-     "search", "stitch"),
+     "search", "stitch", "polish"),
     ("config",),
     ("compat", "console"),
     ("types", "extras"),

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from edgeprune import recovery, vit
+from edgeprune import polish, recovery, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
@@ -79,6 +79,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         console.say(
             f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
         )
+        if request.polish:
+            with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
+                polished = polish.polish(dense.model, pruned, found.batches, found.weights, request.polish, advance)
+            console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
     kept = plan.shape
     console.say(f"plan: {sum(h for h, _ in kept)} of {sum(h for h, _ in dense.sizes.shape)} heads and "
                 f"{sum(n for _, n in kept)} of {sum(n for _, n in dense.sizes.shape)} neurons kept")  # fmt: skip

@@ -1,0 +1,98 @@
+"""Polishing: block by block, gradient descent on what the refit cannot solve for in closed form. No labels.
+
+A block's own weights (norms, queries, keys, values, both layers of the MLP) are trained so that its residual stream
+comes closer to the dense model's, on the inputs that the pruned model gives it: Global AdaPrune's layer-wise
+objective (Frantar and Alistarh, SPDY, arXiv 2201.13096, section 3.4), with tokens weighed as in `recovery`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune import recovery, vit
+from edgeprune.compat import VisionTransformer
+from edgeprune.types import SubBlockKind
+
+LEARNING_RATE = 3e-4  # of AdamW without decay; falls to 0 along a cosine
+
+
+def polish(
+    dense: VisionTransformer,
+    pruned: VisionTransformer,
+    batches: Sequence[Tensor],
+    weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None,
+    passes: int,
+    advance: Callable[[float, str], None] = lambda amount, note: None,
+) -> tuple[int, int]:
+    """Train every block of `pruned` in place, `passes` times over images `[n, channels, height, width]` per batch.
+
+    weights: how much each token counts, per sub-block and batch `[n, tokens]` (all alike if None). The last quarter of
+    the batches takes no part and decides: a block that does not come closer to the dense stream there stays as it
+    was. The classifier is solved again at last. `advance(1, "")` is called after every block. Returns (accepted, tried), of blocks.
+    """
+    fit = max(1, len(batches) - max(1, round(recovery.HELD_OUT * len(batches))))
+    with torch.no_grad():
+        have = [vit.embed(pruned, images) for images in batches]
+        wanted = [vit.embed(dense, images) for images in batches]
+    accepted = 0
+    for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
+        with torch.no_grad():
+            wanted = [full(x) for x in wanted]
+        counted = [torch.ones(x.shape[:2]) for x in have] if weights is None else weights[i, "mlp"]
+        accepted += _polish_block(small, have, wanted, counted, fit, passes)
+        with torch.no_grad():
+            have = [small(x) for x in have]
+        advance(1, "")
+    if recovery.has_plain_head(pruned):
+        with torch.no_grad():
+            logits = [vit.classify(dense, x) for x in wanted]
+        recovery.refit_head(pruned, cast(nn.Linear, pruned.head), have, logits, fit)
+    return accepted, len(pruned.blocks)
+
+
+def _polish_block(
+    block: nn.Module,
+    have: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    fit: int,
+    passes: int,
+) -> bool:
+    """Whether the block, trained on the first `fit` batches, comes closer to `wanted` on the others; else it is put back."""
+    parameters = list(block.parameters())
+    if not parameters:
+        return False
+    judged = slice(fit, None) if fit < len(have) else slice(None)
+    held_out = list(zip(have[judged], wanted[judged], weights[judged], strict=True))
+    before, best = copy.deepcopy(block.state_dict()), _mean_distance(block, held_out)
+    steps = passes * fit
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        at = step % fit
+        optimizer.zero_grad(set_to_none=True)
+        _distance(block(have[at]), wanted[at], weights[at]).backward()
+        optimizer.step()
+        schedule.step()
+    for parameter in parameters:
+        parameter.grad = None
+    if _mean_distance(block, held_out) < best:
+        return True
+    block.load_state_dict(before)
+    return False
+
+
+@torch.no_grad()
+def _mean_distance(block: nn.Module, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    return sum(float(_distance(block(x), w, c)) for x, w, c in batches) / len(batches)
+
+
+def _distance(have: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Weighted ||have - wanted||^2 / ||wanted||^2 over the tokens `[n, tokens, width]`."""
+    off, all_ = ((x.square().sum(-1) * weights).sum() for x in (have - wanted, wanted))
+    return off / all_
