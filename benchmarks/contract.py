@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from clock import LOAD
 
-from edgeprune import api, checks, pipeline
+from edgeprune import api, checks, pipeline, recheck
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose, device
@@ -155,7 +155,7 @@ def trials(request: Request, cache: Path, options: argparse.Namespace) -> Any:
             shutil.copytree(built.folder, folder, dirs_exist_ok=True)
             (folder / "manifest.json").write_text(json.dumps(document))
             began = time.monotonic()
-            found = checks.validate_artifact(folder)
+            found = recheck.validate_artifact(folder)
             check = found["checks"][0]
             right = check["verdict"] in LIMITS[share]
             rows.append({"limit_share": share, "right": right, "seconds": time.monotonic() - began, **check})
@@ -170,7 +170,7 @@ def true_latency(folder: Path) -> float:
     usual = checks.SECONDS, checks.MIN_ROUNDS
     checks.SECONDS, checks.MIN_ROUNDS = TRUTH_SECONDS, dict.fromkeys(checks.MIN_ROUNDS, TRUTH_ROUNDS)
     try:
-        found = checks.validate_artifact(folder)
+        found = recheck.validate_artifact(folder)
     finally:
         checks.SECONDS, checks.MIN_ROUNDS = usual
     if found["latency"]["samples"] < TRUTH_ROUNDS:

@@ -225,9 +225,9 @@ def validate(
 ) -> dict[str, Any]:
     """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch.
 
-    With `data` or `data_dir` accuracy is checked too; see `checks.validate_artifact`.
+    With `data` or `data_dir` accuracy is checked too; see `recheck.validate_artifact`.
     """
-    from edgeprune.checks import validate_artifact
+    from edgeprune.recheck import validate_artifact
 
     return validate_artifact(
         Path(artifact), target=target, data=data, data_dir=str(data_dir), threads=threads, strict_clock=strict_clock,

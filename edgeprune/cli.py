@@ -336,7 +336,7 @@ def validate(artifact: str, output_format: str, quiet: bool, verbose: bool, **op
 
     Example: edgeprune validate artifacts/digits-cpu-avx2-10ms --data digits
     """
-    from edgeprune import api, checks
+    from edgeprune import api, checks, recheck
     from edgeprune.console import Console
     from edgeprune.types import Check
 
@@ -345,7 +345,7 @@ def validate(artifact: str, output_format: str, quiet: bool, verbose: bool, **op
     if output_format == "json":
         click.echo(json.dumps({"exit_code": code, **found}, indent=1))
     else:
-        checks.show(found)
+        recheck.show(found)
     return code
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeprune import checks, errors
+from edgeprune import checks, errors, recheck
 from edgeprune.types import Check
 
 
@@ -39,7 +39,7 @@ def test_the_interval_holds_what_was_seen_and_stays_within_all_and_none(total: i
 
 
 def test_the_recorded_accuracy_seen_again_passes() -> None:
-    facts, gates = checks.recheck_accuracy(manifest(), 880, 1000, "here")
+    facts, gates = recheck.recheck_accuracy(manifest(), 880, 1000, "here")
     assert facts == {
         "accuracy": 88.0, "images": 1000, "interval": list(checks.wilson(880, 1000)), "recorded": 88.0, "dense": 90.0,
         "source": "here",
@@ -53,14 +53,14 @@ def test_the_recorded_accuracy_seen_again_passes() -> None:
     ("right", "verdict"), [(100, "fail"), (840, "fail"), (862, "pass"), (880, "pass"), (990, "pass")]
 )
 def test_accuracy_fails_only_where_the_whole_interval_is_below(right: int, verdict: str) -> None:
-    _, [gate] = checks.recheck_accuracy(manifest(), right, 1000, "here")
+    _, [gate] = recheck.recheck_accuracy(manifest(), right, 1000, "here")
     assert gate.verdict == verdict
     assert (checks.wilson(right, 1000)[1] < 88.0) == (verdict == "fail")
 
 
 @pytest.mark.parametrize(("right", "verdict"), [(870, "pass"), (860, "pass"), (859, "fail")])
 def test_the_drop_is_exact_on_the_images_of_the_build(right: int, verdict: str) -> None:
-    _, gates = checks.recheck_accuracy(manifest(max_drop=4.0), right, 1000, "here")
+    _, gates = recheck.recheck_accuracy(manifest(max_drop=4.0), right, 1000, "here")
     drop = gates[1]
     assert (drop.name, drop.limit, drop.verdict) == ("accuracy drop", 4.0, verdict)
     assert drop.value == pytest.approx(90.0 - right / 10)
@@ -69,7 +69,7 @@ def test_the_drop_is_exact_on_the_images_of_the_build(right: int, verdict: str) 
 
 @pytest.mark.parametrize(("right", "verdict"), [(99, "pass"), (86, "inconclusive"), (60, "fail")])
 def test_the_drop_on_other_images_may_be_undecided(right: int, verdict: str) -> None:
-    _, gates = checks.recheck_accuracy(manifest(max_drop=4.0), right, 100, "elsewhere")
+    _, gates = recheck.recheck_accuracy(manifest(max_drop=4.0), right, 100, "elsewhere")
     assert gates[1].verdict == verdict
     assert "points on other images" in gates[1].reason
 
@@ -80,9 +80,9 @@ def test_right_answers_are_counted_over_batches() -> None:
             return np.eye(3)[pixels[:, 0]]
 
     batches = [(np.array([[0], [1]]), np.array([0, 2])), (np.array([[2]]), np.array([2]))]
-    assert checks.measured_accuracy(Parrot(), "pruned", batches) == (2, 3)  # type: ignore[arg-type]
+    assert recheck.measured_accuracy(Parrot(), "pruned", batches) == (2, 3)  # type: ignore[arg-type]
     with pytest.raises(errors.UsageError, match="none of the evaluation images can be read"):
-        checks.measured_accuracy(Parrot(), "pruned", [])  # type: ignore[arg-type]
+        recheck.measured_accuracy(Parrot(), "pruned", [])  # type: ignore[arg-type]
 
 
 # The table ----------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def found(*gates: Check) -> dict[str, Any]:
 )
 def test_the_table_has_units_and_one_verdict(capsys: pytest.CaptureFixture[str], verdicts: Any, word: str) -> None:
     latency = Check("latency p90", 9.123, 10.0, verdicts[0], "so [it] is")
-    checks.show(found(latency, Check("accuracy", 88.0, 88.5, verdicts[1], "seen")))
+    recheck.show(found(latency, Check("accuracy", 88.0, 88.5, verdicts[1], "seen")))
     text = capsys.readouterr().out
     assert "out/[x]: openvino 1, 2 threads" in text
     for part in (
@@ -117,7 +117,7 @@ def test_the_table_has_units_and_one_verdict(capsys: pytest.CaptureFixture[str],
 
 
 def test_the_table_of_what_could_not_be_measured_and_of_small_numbers(capsys: pytest.CaptureFixture[str]) -> None:
-    checks.show(
+    recheck.show(
         found(
             Check("latency p99", None, 0.033712, "inconclusive", "few"), Check("accuracy drop", -0.1, 0.0, "pass", "ok")
         )

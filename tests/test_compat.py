@@ -25,7 +25,7 @@ ROWS = (
     ("pipeline",),
     ("stages", "publish"),
     ("tuning",),
-    ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks", "obs",
+    ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks", "recheck", "obs",
      "search", "stitch", "polish"),
     ("config",),
     ("compat", "console"),

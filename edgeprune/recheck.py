@@ -1,0 +1,213 @@
+"""Check a finished artifact again: hashes, latency, accuracy, on the device and without torch."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeprune import artifact, errors, images
+from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
+from edgeprune.config import load_target, parse
+from edgeprune.console import SILENT, Console
+from edgeprune.latency import choose, device
+from edgeprune.latency.clock import COPIES, Clock
+from edgeprune.latency.statistics import latency_ms, verdict
+from edgeprune.types import Check, Quiet, Target, Verdict
+
+PLAIN_WIDTH = 120  # columns of the table where there is no terminal
+UNITS = {"accuracy": "%", "accuracy drop": "points"}  # of a check's value and limit; of a latency: ms
+BATCH = 16  # images per request to the worker, which must answer in time on the slowest board
+
+
+def measured_accuracy(clock: Clock, name: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
+    """How many images a loaded model names rightly, and how many it saw; batches as for `accuracy`.
+
+    Raises UsageError when there was no image at all.
+    """
+    right = total = 0
+    for pixels, labels in batches:
+        right += int((clock.predict(name, pixels).argmax(-1) == labels).sum())
+        total += len(labels)
+    if not total:
+        raise errors.UsageError("none of the evaluation images can be read; repair or replace them")
+    return right, total
+
+
+def recheck_accuracy(
+    manifest: dict[str, Any], right: int, total: int, source: str
+) -> tuple[dict[str, Any], list[Check]]:
+    """What `right` of `total` images says of the recorded accuracies: facts (percent), and the gates.
+
+    On the images of the build, which are recognised by their number, the drop is exact; on others it is as
+    uncertain as the accuracy, and the gate may stay undecided.
+    """
+    recorded, dense = manifest["pruned"]["accuracy"], manifest["dense"]["accuracy"]
+    same = total == manifest["accuracy"]["images"]
+    found, (low, high) = 100 * (right / total), wilson(right, total)
+    facts = {"accuracy": found, "images": total, "interval": [low, high], "recorded": recorded, "dense": dense}
+    seen = f"{found:.2f} % of {total} images ({source}), 95 % interval {low:.2f} to {high:.2f} %"
+    decided: Verdict = "fail" if high < recorded else "pass"
+    gates = [Check("accuracy", found, recorded, decided, f"{seen}; recorded {recorded:.2f} %")]
+    if (limit := manifest["request"]["max_drop"]) is not None:
+        drop = dense - found
+        if same:
+            decided, how = "pass" if drop <= limit else "fail", "on as many images as at build"
+        else:
+            decided = verdict((dense - high, dense - low), limit)
+            how = f"95 % interval {dense - high:.2f} to {dense - low:.2f} points on other images"
+        gates.append(Check("accuracy drop", drop, limit, decided, f"{dense:.2f} % dense as recorded, {how}"))
+    return {**facts, "source": source}, gates
+
+
+def validate_artifact(
+    folder: Path,
+    *,
+    target: str = "",
+    data: str = "",
+    data_dir: str = "",
+    threads: int = 0,
+    strict_clock: bool = False,
+    out: Path | None = None,
+    console: Console = SILENT,
+) -> dict[str, Any]:
+    """Check a finished artifact again, on this machine: every file's hash, the latency contract, the accuracy.
+
+    The anchor is the artifact's own copy of the dense model (its weights mean nothing, its shapes do). On
+    the device that built it, the profile's anchor latency counts; on another one, the anchor's latency now.
+    target: the device class to hold it to, instead of the recorded one. data, data_dir: `digits`, or an image
+    folder (`images.for_artifact`); accuracy is checked only then. out: where the result goes with all raw samples.
+
+    Raises UsageError for a damaged artifact or data that does not fit it, TargetUnavailable when the target
+    or runtime is not here, StorageError when `out` cannot be written (checked first).
+    """
+    manifest = artifact.read_manifest(folder)
+    artifact.check_files(folder, manifest)
+    console.say(f"{len(manifest['files'])} files have their hashes")
+    profile = artifact.read_json(folder / "profile.json")
+    recorded = parse(Target, profile["target"], str(folder / "profile.json"))
+    held_to = load_target(target) if target else recorded
+    _must_fit(held_to, manifest)
+    evaluation = images.for_artifact(manifest, data, data_dir)
+    if out is not None:
+        artifact.must_be_writable(out, "--out", folder=False)
+    runtime, request = manifest["runtime"], manifest["request"]
+    count, why = device.usable_threads(threads or manifest["threads"])
+    console.say(f"{runtime}, {manifest['precision']}, {count} threads ({why})")
+    max_isa = choose.cap(held_to)
+    with (
+        tempfile.TemporaryDirectory(prefix="edgeprune-") as work,
+        Clock(runtime, precision=manifest["precision"], threads=count, max_isa=max_isa) as clock,
+    ):
+        anchor = Path(work) / "anchor.onnx"
+        anchor.write_bytes(gzip.decompress((folder / "anchor.onnx.gz").read_bytes()))
+        clock.load("dense", anchor, COPIES)
+        clock.load("pruned", folder / manifest["entry"], COPIES)
+        same = (
+            device.same(profile)
+            and profile["worker"]["info"]["version"] == clock.info["version"]
+            and (count, max_isa) == (manifest["threads"], choose.cap(recorded))
+        )
+        quiet = Quiet.of(profile, runtime) if same else None
+        measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
+        answers = None
+        if evaluation is not None:
+            answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))
+    anchor_ms = None
+    now = float(np.median(measured.anchor_ms))
+    if same:
+        anchor_ms, _ = corrected(measured, profile["anchor_ms"][runtime], strict=strict_clock, console=console)
+    else:
+        console.say(f"not the device and runtime of the profile: milliseconds here and now count (dense {now:.2f} ms)")
+    gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
+    found = {
+        "artifact": str(folder),
+        "files": len(manifest["files"]),
+        "target": held_to.name,
+        "cpu": device.cpu_model(),
+        "worker": clock.info,
+        "same_device": same,
+        "anchor_ms": anchor_ms or now,
+        "latency": latency_ms(measured, anchor_ms),
+    }
+    if evaluation is not None and answers is not None:
+        facts, more = recheck_accuracy(manifest, *answers, evaluation.source)
+        found["accuracy"] = {**facts, "unreadable": sorted(evaluation.corrupt)}
+        gates += more
+    found["checks"] = [asdict(check) for check in gates]
+    if out is not None:
+        samples = {"pruned": measured.raw_ms[0].tolist(), "anchor": measured.raw_ms[1].tolist()}
+        _write(out, {"exit_code": exit_code(gates), **found, "samples_ms": samples})
+    return found
+
+
+def _must_fit(target: Target, manifest: dict[str, Any]) -> None:
+    """Raise TargetUnavailable unless this machine is the target, UsageError unless the artifact is made for it."""
+    if reason := device.unfit(target):
+        raise errors.TargetUnavailable(f"target '{target.name}' is not here: {reason}")
+    for what, wanted, offered in (
+        ("runtime", manifest["runtime"], target.runtimes),
+        ("precision", manifest["precision"], target.precisions),
+    ):
+        if wanted not in offered:
+            raise errors.UsageError(
+                f"the artifact's {what} '{wanted}' is not one of target '{target.name}': {', '.join(offered)}"
+            )
+
+
+def _batches(
+    evaluation: images.Evaluation, manifest: dict[str, Any], console: Console
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The readable images, with progress; the others are named when all is read."""
+    console.say(f"accuracy on {len(evaluation)} images: {evaluation.source}")
+    with console.progress("accuracy", len(evaluation), "images") as advance:
+        for pixels, labels in evaluation.batches(manifest["preprocessing"], BATCH):
+            yield pixels, labels
+            advance(len(labels), "")
+    for name, reason in sorted(evaluation.corrupt.items()):
+        console.warn(f"{name} cannot be read and is skipped: {reason}")
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise errors.StorageError(f"cannot write '{path}': {error.strerror}; choose another --out") from error
+
+
+def show(found: dict[str, Any]) -> None:
+    """What `validate_artifact` found, on stdout: a table of the checks, then the verdict on all of them."""
+    from rich.console import Console as Terminal
+    from rich.table import Table
+    from rich.text import Text
+
+    worker = found["worker"]
+    table = Table(
+        title=Text(f"{found['artifact']}: {worker['runtime']} {worker['version']}, {worker['threads']} threads")
+    )
+    for heading in ("check", "value", "limit", "verdict", "reason"):
+        numbers, long = heading in ("value", "limit"), heading == "reason"
+        table.add_column(heading, justify="right" if numbers else "left", no_wrap=not long)
+    for check in found["checks"]:
+        bound = ">=" if check["name"] == "accuracy" else "<="
+        value, limit = (_amount(check[key], check["name"]) for key in ("value", "limit"))
+        table.add_row(*map(Text, (check["name"], value, f"{bound} {limit}", check["verdict"], check["reason"])))
+    terminal = Terminal(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    terminal.print(table)
+    words = {errors.PASSED: "PASS", errors.GATE_FAILED: "FAIL", errors.INCONCLUSIVE: "INCONCLUSIVE"}
+    code = exit_code(Check(**check) for check in found["checks"])
+    terminal.print(f"{found['files']} files have their hashes; target {found['target']}, on {found['cpu']}\n{words[code]}",
+                   markup=False, soft_wrap=True)  # fmt: skip
+
+
+def _amount(value: float | None, name: str) -> str:
+    """A check's value or limit with its unit; a latency below 1 ms keeps three digits."""
+    unit = UNITS.get(name, "ms")
+    return "–" if value is None else f"{value:.3g} {unit}" if unit == "ms" and value < 1 else f"{value:.2f} {unit}"
