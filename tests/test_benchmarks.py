@@ -110,22 +110,6 @@ def test_a_rival_makes_the_model_that_was_asked_for(task: Any, name: str, make_i
     assert all(bool((after[k] == v).all()) for k, v in before.items()), "a rival must not change the dense model"
 
 
-def test_obs_ends_in_least_squares(task: Any) -> None:
-    """The error after the last removals is that of the best weights for the columns that are left."""
-    torch = pytest.importorskip("torch")
-    from rivals import ziplm
-
-    rng = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*size, generator=rng, dtype=torch.float64) for size in ((40, 8), (3, 8)))
-    hessian = x.T @ x / 40 + 0.01 * torch.eye(8)
-    order, errors = ziplm.obs(weight, hessian, 2)
-    kept = torch.tensor([2 * u + i for u in sorted(order[2:]) for i in range(2)])
-    new = torch.zeros_like(weight)
-    new[:, kept] = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight.T).T
-    change = weight - new
-    assert errors[2] == pytest.approx(float(((change @ hessian) * change).sum()))
-
-
 def test_slice_with_means_keeps_the_mean_output(task: Any) -> None:
     """With all neurons of a block gone, its MLP answers with what it answered on average."""
     torch = pytest.importorskip("torch")
