@@ -25,6 +25,7 @@ STITCHED = 0.2  # share of the time for choices that are not
 MUTATED = 0.25  # share of the coefficients that a proposal draws anew
 SPREAD = 1.0  # standard deviation of their logarithm
 STALE = 200  # proposals in a row without a new choice after which there is nothing left to find
+NEGLIGIBLE = 1e-5  # nats of divergence below which nothing is left to gain
 BUCKETS = 2_000  # for proposals; the budget is kept whatever the number
 
 
@@ -87,13 +88,16 @@ def climb(
     rng: np.random.Generator,
     advance: Callable[[float, str], None],
 ) -> dict[Choice, float]:
-    """Divergence in nats of the starts and of proposals, each near the best so far, until `seconds` after `began`."""
+    """Divergence in nats of the starts and of proposals, each near the best so far.
+
+    Until `seconds` after `began`, or until there is nothing left to find or to gain.
+    """
     found = {choice: judge.divergence(choice) for choice in starts}
     best = min(found, key=found.__getitem__)
     judge.keep(best)
     coefficients = np.ones(len(space.errors))
     stale, last = 0, time.monotonic()
-    while stale < STALE and time.monotonic() - began < seconds:
+    while stale < STALE and found[best] > NEGLIGIBLE and time.monotonic() - began < seconds:
         mutated = coefficients
         if rng.random() < 0.5:
             mutated = _mutate(coefficients, rng)
