@@ -146,7 +146,9 @@ def quick(options: argparse.Namespace) -> Iterator[Request]:
         card.write_text(QUICK_CARD)
         train.train(str(card), out=card.with_suffix(".safetensors"))
         options.cache_dir = Path(folder) / "cache"
-        request, _ = api.request(str(card), target=target.name, latency="2x", runtime=options.runtime)
+        request, _ = api.request(
+            str(card), target=target.name, latency="2x", runtime=options.runtime, threads=options.threads
+        )
         yield request
 
 

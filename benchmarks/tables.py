@@ -108,11 +108,7 @@ def with_best(cells: Cells) -> Cells:
 def section(cells: Cells, steps: int, plot: str) -> str:
     some = next(iter(cells.values()))[0]
     seeds = len({row["seed"] for rows in cells.values() for row in rows})
-    labels = ", ".join(
-        sorted(
-            {row["label"] + ("" if name == OURS else " (others)") for (name, _), rows in cells.items() for row in rows}
-        )
-    )
+    labels = ", ".join(sorted({row["label"] for rows in cells.values() for row in rows}))
     title = "one-shot, no fine-tuning" if not steps else f"after {steps} steps of fine-tuning"
     shown = with_best(cells)
     parts = [

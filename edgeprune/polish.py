@@ -1,8 +1,8 @@
 """Polishing: block by block, gradient descent on what the refit cannot solve for in closed form. No labels.
 
 A block's own weights (norms, queries, keys, values, both layers of the MLP) are trained so that its residual stream
-comes closer to the dense model's, on the inputs that the pruned model gives it: Global AdaPrune's layer-wise
-objective (Frantar and Alistarh, SPDY, arXiv 2201.13096, section 3.4), with tokens weighed as in `recovery`.
+comes closer to the dense model's, on the inputs that the pruned model gives it, with tokens weighed as in
+`recovery`: the objective of SPDY's Global AdaPrune (arXiv 2201.13096), but one block at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgeprune import recovery, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.types import SubBlockKind
 
-LEARNING_RATE = 3e-4  # of AdamW without decay; falls to 0 along a cosine
+LEARNING_RATE = 3e-4  # of Adam; falls to 0 along a cosine
 
 
 def polish(
@@ -35,7 +35,7 @@ def polish(
     the batches takes no part and decides: a block that does not come closer to the dense stream there stays as it
     was. The classifier is solved again at last. `advance(1, "")` is called after every block. Returns (accepted, tried), of blocks.
     """
-    fit = max(1, len(batches) - max(1, round(recovery.HELD_OUT * len(batches))))
+    fit = recovery.fitted(batches)
     with torch.no_grad():
         have = [vit.embed(pruned, images) for images in batches]
         wanted = [vit.embed(dense, images) for images in batches]
@@ -71,7 +71,7 @@ def _polish_block(
     held_out = list(zip(have[judged], wanted[judged], weights[judged], strict=True))
     before, best = copy.deepcopy(block.state_dict()), _mean_distance(block, held_out)
     steps = passes * fit
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         at = step % fit

@@ -9,6 +9,7 @@ so that its logits do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,20 @@ from edgeprune.types import Plan, SubBlockKind
 
 RIDGE = 1e-2  # of the mean diagonal; the pull towards the weights that are already there
 HELD_OUT = 0.25  # share of the images that only decide whether a re-fit is accepted
+
+
+@dataclass(frozen=True)
+class Place:
+    """An attention or MLP, `sub`, and the block in which it stands, or stands in for the block's own."""
+
+    block: Any
+    kind: SubBlockKind
+    sub: Any
+
+
+def fitted(batches: Sequence[Tensor]) -> int:
+    """How many batches, the first, are fitted to; the others decide."""
+    return max(1, len(batches) - max(1, round(HELD_OUT * len(batches))))
 
 
 @torch.no_grad()
@@ -64,18 +79,18 @@ def sequential(
     sizes = vit.anatomy(dense)
     wanted = [vit.embed(dense, images) for images in batches]
     have = [x.clone() for x in wanted]
-    fit = max(1, len(batches) - max(1, round(HELD_OUT * len(batches))))
+    fit = fitted(batches)
     accepted = tried = 0
     for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         for kind in vit.KINDS:
             units = () if plan is None else plan.blocks[i].heads if kind == "attn" else plan.blocks[i].neurons
             counted = [torch.ones(x.shape[:2]) for x in have] if weights is None else weights[i, kind]
-            sub = vit.sub_block(small, kind)
+            place = Place(small, kind, vit.sub_block(small, kind))
             if units:
                 rows = vit.first_rows(kind, units, sizes)
-                refit_first(small, kind, sub, have, [vit.hidden(full, kind, x, rows) for x in wanted], counted, fit)
+                refit_first(place, have, [vit.hidden(full, kind, x, rows) for x in wanted], counted, fit)
             wanted = [vit.step(full, kind, x) for x in wanted]
-            better, have = refit_sub_block(small, kind, sub, have, wanted, counted, fit)
+            better, have = refit_sub_block(place, have, wanted, counted, fit)
             accepted += better
             tried += 1
     if has_plain_head(pruned):
@@ -87,20 +102,15 @@ def sequential(
 
 @torch.no_grad()
 def refit_first(
-    block: Any,
-    kind: SubBlockKind,
-    sub: Any,
-    have: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    fit: int,
+    place: Place, have: Sequence[Tensor], wanted: Sequence[Tensor], weights: Sequence[Tensor], fit: int
 ) -> bool:
-    """Solve the first layer of `sub` (queries, keys and values, or fc1), in the place of one of the block's sub-blocks.
+    """Solve the first layer at `place` (queries, keys and values, or fc1).
 
     have: residual streams `[n, tokens, width]` per batch; wanted: what the layer should make of them, `[n, tokens,
     rows]`. The rest as in `refit_sub_block`.
     """
-    layer = vit.first_layer(sub, kind)
+    block, kind = place.block, place.kind
+    layer = vit.first_layer(place.sub, kind)
     inputs = [(block.norm1 if kind == "attn" else block.norm2)(x) for x in have]
     missing = [w - layer(z) for w, z in zip(wanted, inputs, strict=True)]
     solved = _solve(inputs, missing, weights, fit, True, _squares)
@@ -115,23 +125,22 @@ def refit_first(
 
 @torch.no_grad()
 def refit_sub_block(
-    block: Any,
-    kind: SubBlockKind,
-    sub: Any,
+    place: Place,
     have: Sequence[Tensor],
     wanted: Sequence[Tensor],
     weights: Sequence[Tensor],
     fit: int,
     again: bool = True,
 ) -> tuple[bool, list[Tensor]]:
-    """Solve the last layer (or what stays of it, a bias) of `sub`, in the place of one of the block's sub-blocks.
+    """Solve the last layer (or what stays of it, a bias) at `place`.
 
-    have, wanted: residual streams before `sub` and as they should be after it, `[n, tokens, width]` per batch;
-    weights: how much each token counts, `[n, tokens]`. `sub` is changed if what the first `fit` batches say holds
-    up on the others. Returns whether it did, and the streams after `sub`.
+    have, wanted: residual streams before the sub-block and as they should be after it, `[n, tokens, width]` per batch;
+    weights: how much each token counts, `[n, tokens]`. The layer is changed if what the first `fit` batches say holds
+    up on the others. Returns whether it did, and the streams after the sub-block.
     """
+    block, kind, sub = place.block, place.kind, place.sub
     gain = getattr(vit.scale(block, kind), "gamma", torch.ones(()))
-    inputs, outputs = _observe(block, kind, sub, have)
+    inputs, outputs = _observe(place, have)
     solved = None
     if not bool((gain.abs() < 1e-12).any()):  # else LayerScale hides it: nothing to learn from its output
         missing = [(w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True)]
@@ -238,8 +247,9 @@ def _divergence(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     )
 
 
-def _observe(block: Any, kind: SubBlockKind, sub: Any, have: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs `[n, tokens, columns]` of the last layer of `sub` (no columns if removed) and the outputs of `sub`."""
+def _observe(place: Place, have: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs `[n, tokens, columns]` of the last layer (no columns if removed) and the outputs of the sub-block."""
+    block, kind, sub = place.block, place.kind, place.sub
     if isinstance(sub, vit.RemovedSubBlock):
         return [x[..., :0] for x in have], [vit.call(block, kind, x, sub) for x in have]
     inputs: list[Tensor] = []

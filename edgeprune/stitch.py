@@ -79,10 +79,14 @@ class Judge:
         self.judged = 0  # the first image that is judged
         with torch.no_grad():
             self.start = vit.embed(database.dense, images)
-            self.wanted = (teacher or database.dense)(images)  # logits
+            self.wanted = self._ask(teacher or database.dense, images)
         self.known: dict[Choice, float] = {}
         self.kept: Choice = ()
         self.streams: list[Tensor] = [self.start]
+
+    def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
+        """What the models shall answer: logits."""
+        return teacher(images)
 
     @staticmethod
     def most_images(database: Database) -> int:
@@ -152,14 +156,16 @@ class RefitJudge(Judge):
         """weights: how much each token of the first and of the second images counts, per sub-block `[n, tokens]`."""
         super().__init__(database, torch.cat([first, second]), teacher)
         self.judged = min(len(first), len(self.wanted) - 1)
-        self.weights = weights
+        self.weights = {at: torch.cat(list(parts))[: len(self.wanted)] for at, parts in (weights or {}).items()}
+
+    def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
         self.targets: list[Tensor] = []  # the teacher's residual streams, after every sub-block
-        with torch.no_grad():
-            stream = vit.embed(teacher or database.dense, torch.cat([first, second])[: len(self.wanted)])
-            for block in (teacher or database.dense).blocks:
-                for kind in vit.KINDS:
-                    stream = vit.step(block, kind, stream)
-                    self.targets.append(stream)
+        stream = vit.embed(teacher, images)
+        for block in teacher.blocks:
+            for kind in vit.KINDS:
+                stream = vit.step(block, kind, stream)
+                self.targets.append(stream)
+        return vit.classify(teacher, stream)
 
     def _classify(self, x: Tensor) -> Tensor:
         model = self.database.dense
@@ -187,6 +193,7 @@ class RefitJudge(Judge):
         level = self.database.levels[at]
         block, kind = self.database.dense.blocks[level.block], level.kind
         sub = copy.deepcopy(self.database.sub_block(at, choice[at]))
-        weights = [torch.ones(x.shape[:2])] if self.weights is None else self.weights[level.block, kind]
-        have, wanted, counts = (self._split(part) for part in (x, self.targets[at], torch.cat(list(weights))[: len(x)]))
-        return torch.cat(recovery.refit_sub_block(block, kind, sub, have, wanted, counts, 1, False)[1])
+        counts = self.weights[level.block, kind] if self.weights else torch.ones(x.shape[:2])
+        have, wanted, counted = (self._split(part) for part in (x, self.targets[at], counts))
+        place = recovery.Place(block, kind, sub)
+        return torch.cat(recovery.refit_sub_block(place, have, wanted, counted, 1, False)[1])

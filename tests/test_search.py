@@ -177,7 +177,7 @@ def test_a_refitting_judge_does_what_the_refit_does(database: Database, make_ima
                 wanted = [vit.step(full, kind, x) for x in wanted]
                 ones = [torch.ones(x.shape[:2]) for x in have]
                 sub = vit.sub_block(small, kind)
-                have = recovery.refit_sub_block(small, kind, sub, have, wanted, ones, 1, False)[1]
+                have = recovery.refit_sub_block(recovery.Place(small, kind, sub), have, wanted, ones, 1, False)[1]
         recovery.refit_head(pruned, pruned.head, have, [vit.classify(dense, x) for x in wanted], 1, False)
         own, want = (model(parts[1]).log_softmax(-1) for model in (pruned, dense))
         divergence = float(F.kl_div(own, want, log_target=True, reduction="batchmean"))

@@ -33,7 +33,7 @@ SubBlock = tuple[int, SubBlockKind]
 
 DEFAULT = "fisher"
 
-SCORED = 256  # images on which levels are scored, at most; on cifar10, 512 choose the same plans but one in ten
+SCORED = 256  # images on which levels are scored, at most: on cifar10 no better plans came from 512
 FLOOR = 0.2  # what a token counts that the loss does not feel; tokens count 1 on average
 
 

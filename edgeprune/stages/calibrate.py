@@ -70,9 +70,8 @@ class Calibration:
     levels: list[Levels]
     moments: dict[criteria.SubBlock, LayerMoments]  # of the inputs of every prunable layer
     batches: list[Tensor]  # `[n, channels, height, width]`
-    weights: (
-        dict[criteria.SubBlock, list[Tensor]] | None
-    )  # how much a token counts, per batch `[n, tokens]`; None: all alike
+    #: How much each token counts, per sub-block and batch `[n, tokens]`; None if all count alike.
+    weights: dict[criteria.SubBlock, list[Tensor]] | None
 
 
 def read(folder: Path, dense: baseline.Dense, batch_size: int) -> Calibration:
