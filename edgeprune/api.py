@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import config
+from edgeprune import config, methods
 from edgeprune.config import ModelSpec, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, UsageError
@@ -32,7 +32,11 @@ def request(
     epochs: float | None = None,
     max_drop: float | None = None,
     quantile: str = "",
-    criterion: str = "fisher",
+    method: str = methods.DEFAULT,
+    criterion: str = "",
+    allocator: str = "",
+    schedule: str = "",
+    recovery: str = "",
     search_seconds: float | None = None,
     polish: int = 0,
     gradual: bool = False,
@@ -45,7 +49,10 @@ def request(
     processes: int = 0,
     accelerate_config: str | Path | None = None,
 ) -> tuple[Request, list[Latency]]:
-    """Names and texts checked and turned into what the pipeline takes. Raises UsageError."""
+    """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
+
+    criterion, allocator, schedule, recovery: "" = the method's.
+    """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
     if not latencies:
@@ -64,11 +71,14 @@ def request(
         raise UsageError(f"polish must be 0 or more passes, not {polish}")
     if threads < 0:
         raise UsageError(f"threads must be 0 (all) or more, not {threads}")
+    known = methods.get(method)
+    given = {"criterion": criterion, "allocator": allocator, "schedule": schedule, "recovery": recovery}
+    parts: Any = {kind: name or getattr(known, kind) for kind, name in given.items()}
     group = Path(accelerate_config) if accelerate_config else None
     launch.check_request(processes, group)
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
-        quantile=quantile or spec.quantile, max_drop=max_drop, criterion=criterion,
+        quantile=quantile or spec.quantile, max_drop=max_drop, method=method, **parts,
         search_seconds=search_seconds, polish=polish, gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group,

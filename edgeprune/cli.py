@@ -149,14 +149,17 @@ def cli() -> None:
     help="Latency quantile that is gated (default: the target's).",
 )
 @click.option("--epochs", type=float, help="Epochs of fine-tuning instead of the card's; 0 = none.")
+@click.option("--method", default="edgeprune", show_default=True, metavar="NAME",
+              help="A named combination of the four parts below: a name from `edgeprune methods`.")  # fmt: skip
+@click.option("--criterion", default="", metavar="NAME", help="How units are scored, instead of the method's.")
 @click.option(
-    "--criterion",
-    "--method",
-    "criterion",
-    default="fisher",
-    show_default=True,
-    metavar="NAME",
-    help="How units are scored: a name from `edgeprune methods`.",
+    "--allocator", default="", metavar="NAME", help="How much is kept of which sub-block, instead of the method's."
+)
+@click.option(
+    "--schedule", default="", metavar="NAME", help="When units go, before or during training, instead of the method's."
+)
+@click.option(
+    "--recovery", default="", metavar="NAME", help="What is done to the weights that stay, instead of the method's."
 )
 @click.option(
     "--search-seconds",
@@ -425,15 +428,15 @@ cli.add_command(_listing("models", _load_card, lambda card: card.description))
 
 
 @cli.command()
-def methods() -> None:
-    """List the criteria that can score heads and neurons (for --criterion)."""
-    import ast
-    import pkgutil
+@click.argument("name", default="")
+def methods(name: str) -> None:
+    """List the methods (for --method) and the parts they are made of; with NAME, say all about one.
 
-    folder = Path(__file__).parent / "criteria"  # read, not imported: listing must not load torch
-    for module in sorted(pkgutil.iter_modules([str(folder)]), key=lambda m: m.name):
-        doc = ast.get_docstring(ast.parse((folder / f"{module.name}.py").read_text(encoding="utf-8"))) or ""
-        click.echo(f"{module.name:12} {doc.split(chr(10))[0].split(': ', 1)[-1]}")
+    Example: edgeprune methods ziplm
+    """
+    from edgeprune import methods
+
+    click.echo(methods.describe(name) if name else methods.listing())
 
 
 if __name__ == "__main__":

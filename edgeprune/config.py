@@ -123,7 +123,11 @@ class Request:
     weights: Path | None = None  # overrides the card's
     quantile: str = "p50"
     max_drop: float | None = None  # accuracy points; None = no accuracy gate
+    method: str = "edgeprune"  # a named combination of the four parts below
     criterion: str = "fisher"
+    allocator: str = "search"
+    schedule: str = "one-shot"
+    recovery: str = "refit"
     polish: int = 0  # passes over the calibration images in which each block is trained to meet the dense one
     search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
     gradual: bool = False  # prune each model from the tuned one of the milder latency before, not from the dense one

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, criteria, publish, runtimes
+from edgeprune import artifact, modules, publish, runtimes, schedules
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
@@ -37,6 +37,7 @@ from edgeprune.stages import (
     profile,
     prune,
     simplify,
+    sparsify,
     survey,
     validate,
 )
@@ -55,10 +56,13 @@ class Stage:
     reads: tuple[str, ...]
     asks: tuple[str, ...]
     per_latency: bool = False
+    when: Callable[[Request], bool] = lambda request: True
 
 
 #: With `--gradual`, the tuned model of the milder latency before, which is pruned further.
 PARENT = "parent"
+#: What is pruned instead of the dense model, where there is one: read by stages that can do without.
+INSTEAD = (PARENT, "sparsify")
 
 PIPELINE = (
     # the dense model as it came: weights, ONNX, sizes
@@ -70,18 +74,29 @@ PIPELINE = (
         ("baseline",),
         ("target", "runtime", "precision", "threads", "device", "recorded", "seed"),
     ),
+    # train under gates that a schedule shuts; cut what is shut
+    Stage(
+        "sparsify",
+        sparsify.run,
+        ("baseline", "profile"),
+        ("schedule", "criterion", "allocator", "latency", "quantile", "recipe", "calibration", "target", "seed"),
+        per_latency=True,
+        when=lambda r: r.schedule != schedules.DEFAULT,
+    ),
     # what every head and neuron is worth: input statistics, OBS order, error of every level
-    Stage("calibrate", calibrate.run, ("baseline", PARENT), ("calibration", "criterion", "target", "seed")),
+    Stage("calibrate", calibrate.run, ("baseline", *INSTEAD), ("calibration", "criterion", "target", "seed")),
     # the plan of least error that is measured within the limit; survivors re-fitted
     Stage(
         "prune",
         prune.run,
-        ("baseline", "profile", "calibrate", PARENT),
-        ("latency", "quantile", "calibration", "search_seconds", "polish", "seed"),
+        ("baseline", "profile", "calibrate", *INSTEAD),
+        ("latency", "quantile", "calibration", "allocator", "search_seconds", "recovery", "polish", "seed"),
         per_latency=True,
     ),
     # distillation from the dense model
-    Stage("finetune", finetune.run, ("baseline", "prune"), ("recipe", "seed"), per_latency=True),
+    Stage(
+        "finetune", finetune.run, ("baseline", "prune"), ("recipe", "schedule", "recovery", "seed"), per_latency=True
+    ),
     # torch -> ONNX, checked
     Stage("export", export.run, ("baseline", "finetune"), (), per_latency=True),
     # onnxsim, checked
@@ -126,6 +141,9 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "recorded": lambda r: artifact.sha256(r.profile) if r.profile is not None else "",
     "check": lambda r: r.check,
     "criterion": lambda r: r.criterion,
+    "allocator": lambda r: r.allocator,
+    "schedule": lambda r: r.schedule,
+    "recovery": lambda r: r.recovery,
     "search_seconds": lambda r: r.search_seconds,
     "polish": lambda r: r.polish,
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
@@ -174,21 +192,22 @@ def build(
         if key in made:
             finished[stage.name] = replace(made[key], cached=True)
             return
-        several = len(families) > 1 and (stage.per_latency or (PARENT in finished and PARENT in stage.reads))
+        several = len(families) > 1 and _per_latency(stage, finished)
         where = f" for {one.latency.text}" if several else ""
         made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, rebuild, where, console)
 
+    stages = stages_of(request)
     if request.gradual:
         for stage in PIPELINE[:2]:
             advance(stage, families[0], done[0])
         before: dict[str, Done] = {}
         for i in mildest_first(families, done[0]["profile"].folder):
             done[i].update({PARENT: before["finetune"]} if before else {})
-            for stage in PIPELINE:
+            for stage in stages:
                 advance(stage, families[i], done[i])
             before = done[i]
     else:
-        for stage in PIPELINE:
+        for stage in stages:
             for one, finished in zip(families, done, strict=True):
                 advance(stage, one, finished)
     artifacts = []
@@ -198,6 +217,16 @@ def build(
         artifacts.append(publish.publish(one, own, folder, environment()))
         console.say(f"artifact: {folder}")
     return artifacts
+
+
+def stages_of(request: Request) -> list[Stage]:
+    """What a build of this request does, in order."""
+    return [stage for stage in PIPELINE if stage.when(request)]
+
+
+def _per_latency(stage: Stage, finished: Mapping[str, Any]) -> bool:
+    """Whether what it does depends on the latency, by itself or by what it reads."""
+    return stage.per_latency or any(name in finished and name in stage.reads for name in INSTEAD)
 
 
 def mildest_first(families: Sequence[Request], profile_folder: Path) -> list[int]:
@@ -229,7 +258,7 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
         folder = _folder(cache_dir, stage, key)
         record = _read_done(folder)
         keys[i][stage.name] = _digest(record) if record else key  # unknown yet: what reads it would run too
-        own = stage.per_latency or (PARENT in keys[i] and PARENT in stage.reads)
+        own = _per_latency(stage, keys[i])
         row = (stage.name, families[i].latency.text if own else "every latency", record is not None)
         if row not in rows:
             rows.append(row)
@@ -241,11 +270,11 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
         # Without a profile nobody knows yet which of 10ms and 2x is milder: in the order they were given.
         for i in mildest_first(families, profiled.folder) if profiled else range(len(families)):
             keys[i].update({PARENT: before} if before else {})
-            for stage in PIPELINE:
+            for stage in stages_of(request):
                 look(stage, i)
             before = keys[i]["finetune"]
     else:
-        for stage in PIPELINE:
+        for stage in stages_of(request):
             for i in range(len(families)):
                 look(stage, i)
     return rows
@@ -292,7 +321,12 @@ def run_stage(
 
 def check_request(request: Request) -> None:
     """Refuse what can be refused before any work: names, target, precision, weights."""
-    criteria.get(request.criterion)
+    for kind in modules.KINDS:
+        modules.check(kind, getattr(request, kind))
+    if request.gradual and request.schedule != schedules.DEFAULT:
+        raise UsageError(
+            f"--gradual prunes from tuned models, the schedule '{request.schedule}' from the dense one; give one of the two"
+        )
     if request.runtime and request.runtime not in runtimes.names():
         raise unknown("runtime", request.runtime, runtimes.names())
     if request.precision not in request.target.precisions:
@@ -334,12 +368,13 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
     """sha256 over all that the stage's result depends on."""
     asked = {name: to_json(ASKS[name](request)) for name in stage.asks}
     code = code_key(stage.run.__module__)
-    if "criterion" in stage.asks:
-        code += code_key(f"edgeprune.criteria.{request.criterion}")
+    for kind in modules.KINDS:
+        if kind in stage.asks:
+            code += code_key(modules.path(kind, getattr(request, kind)))
     parts = {
         "stage": stage.name,
         "asks": asked,
-        "reads": [keys[name] for name in stage.reads if name != PARENT or PARENT in keys],
+        "reads": [keys[name] for name in stage.reads if name not in INSTEAD or name in keys],
         "code": code,
         "versions": versions(),
     }

@@ -118,7 +118,11 @@ def make_manifest(
         "entry": compiled["entry"],
         "precision": request.precision,
         "threads": profile["table"]["threads"],
+        "method": request.method,
         "criterion": request.criterion,
+        "allocator": request.allocator,
+        "schedule": request.schedule,
+        "recovery": request.recovery,
         "dense": facts["dense"],
         "pruned": {
             "accuracy": facts["pruned"]["accuracy"],

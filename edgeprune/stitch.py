@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune import obs, recovery, vit
+from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
 from edgeprune.types import Levels, SubBlockKind
 
 STREAM_BYTES = 1 << 30  # residual streams that a judge may hold
-
-#: (mean, damped covariance) of a layer's inputs.
-LayerMoments = tuple[Tensor, Tensor]
 
 #: Which option of every sub-block, in the order attn 0, mlp 0, attn 1, ...
 Choice = tuple[int, ...]

@@ -24,12 +24,14 @@ ROWS = (
     ("api",),
     ("pipeline",),
     ("stages", "publish"),
+    ("schedules",),
     ("tuning",),
-    ("criteria", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
+    ("allocators", "recoveries", "saliency"),
+    ("criteria", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
      "recheck", "obs", "search", "stitch", "polish"),
     ("config",),
-    ("compat", "console"),
-    ("types", "extras"),
+    ("compat", "console", "methods"),
+    ("types", "extras", "modules"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

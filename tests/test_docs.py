@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from update_readme import block, blocks, commands, updated
 
-from edgeprune import config, criteria, errors, report
+from edgeprune import config, criteria, errors, methods, modules, report
 from edgeprune.config import ModelSpec, tomllib
 from edgeprune.types import Target
 
@@ -148,13 +148,19 @@ def test_the_readme_names_every_shipped_target(name: str) -> None:
     assert re.search(rf"\b{name}\b(?!-)", README)
 
 
-@pytest.mark.parametrize("name", criteria.names())
-def test_methods_lists_every_criterion(name: str) -> None:
+def test_methods_lists_every_method_and_part() -> None:
     import small
 
     listed = small.run("methods")
     assert listed.code == errors.PASSED
-    assert re.search(rf"^{name}\s+\S+", listed.out, re.MULTILINE)
+    for method in methods.METHODS:
+        assert re.search(rf"^{method.name}\s+{method.criterion}\s+{method.allocator}\s", listed.out, re.MULTILINE)
+    for kind in modules.KINDS:
+        for name in modules.names(kind):
+            assert re.search(rf"^  {name}\s+\S+", listed.out, re.MULTILINE)
+            described = small.run("methods", name)
+            assert described.code == errors.PASSED
+            assert modules.doc(kind, name).split("\n")[0] in described.out
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:\.py|/))`", README))))
@@ -186,35 +192,18 @@ def criterion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     sys.modules.pop(f"edgeprune.criteria.{said[1]}", None)
 
 
-def test_the_criterion_of_contributing_runs(
-    criterion: str, make_vit: Callable[..., Any], make_images: Callable[..., Any]
-) -> None:
-    import torch
+def test_the_criterion_of_contributing_runs(criterion: str, make_vit: Callable[..., Any]) -> None:
+    import parts
 
-    from edgeprune import vit
-    from edgeprune.console import SILENT
-
-    model = make_vit()
-    sizes = vit.anatomy(model)
-
-    def batches() -> Iterator[Any]:
-        return iter([(make_images(8), torch.zeros(8, dtype=torch.long))])
-
-    uses_loss = criteria.get(criterion).USES_LOSS
-    found = criteria.collect(model, batches(), 0, lambda *_: None, uses_loss=uses_loss)
-    evidence = criteria.Evidence(
-        model=model, sizes=sizes, moments=found.moments, gradients=found.gradients,
-        batches=batches, images=8, neuron_grid=vit.neuron_grid(sizes.neurons, 8), seed=0, console=SILENT,
-    )  # fmt: skip
     assert criterion in criteria.names()
-    levels = criteria.get(criterion).score(evidence)
-    assert [(level.block, level.kind) for level in levels] == [(i, k) for i in range(sizes.blocks) for k in vit.KINDS]
-    for level in levels:
-        units = sizes.units(level.kind)
+    given, _ = parts.evidence(make_vit(), criterion)
+    for level in criteria.score(criteria.get(criterion), given):
+        units = given.sizes.units(level.kind)
         assert sorted(level.order.tolist()) == list(range(units))
         assert level.errors.shape == (units + 1,)
         assert level.errors[0] == 0
         assert (np.diff(level.errors) >= 0).all()
+        assert level.errors[-1] > 0
 
 
 # The manifest's schema ----------------------------------------------------------------------
@@ -252,7 +241,7 @@ def manifest() -> dict[str, Any]:
     return {
         "schema": "edgeprune.manifest/1", "key": digest, "model": "digits", "architecture": "vit", "target": "cpu",
         "request": {"latency": "2x", "latency_ms": 1.0, "quantile": "p50", "max_drop": None},
-        "runtime": "onnxruntime", "entry": "model.onnx", "precision": "fp32", "threads": 1, "criterion": "fisher",
+        "runtime": "onnxruntime", "entry": "model.onnx", "precision": "fp32", "threads": 1, "method": "edgeprune", "criterion": "fisher", "allocator": "search", "schedule": "one-shot", "recovery": "refit",
         "dense": {"accuracy": 97.0, "latency_ms": {"p50": 2.0, "p90": 2.1}, "params": 10, "macs": 10},
         "pruned": {
             "accuracy": 96.0, "latency_ms": latency, "latency_ci_ms": [0.9, 1.1], "predicted_ms": 1.0, "ratio": 0.5,

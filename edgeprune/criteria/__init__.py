@@ -2,15 +2,13 @@
 
 A criterion is a module with one function, `score(evidence) -> list[Levels]`: for every sub-block the
 order in which units go, and the error of every level. Errors are compared across sub-blocks by the
-search, so they must share a scale. `USES_LOSS` says whether the statistics it looks at know the loss: tokens
-weighed by their gradients, and the covariance of the gradients. The weights of the survivors are re-fitted
-afterwards whatever the criterion (edgeprune.obs.refit).
+allocator, so they must share a scale. `NEEDS` names what it looks at: weights, activations, gradients, labels, or
+"loss", which asks for statistics that know the loss: tokens weighed by their gradients, and the covariance of the
+gradients. Where a unit's worth is one number, `edgeprune.saliency` has all that a criterion shares with others.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -20,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune import obs, vit
+from edgeprune import modules, obs, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.data import Batch
-from edgeprune.errors import unknown
 from edgeprune.obs import Moments
 from edgeprune.types import Levels, SubBlockKind
 
@@ -45,7 +42,7 @@ class Evidence:
     sizes: vit.Anatomy
     moments: dict[SubBlock, Moments]
     gradients: dict[SubBlock, Tensor]  # covariance of the output gradients `[width, width]`; empty without the loss
-    batches: Callable[[], Iterator[Batch]]  # calibration images; labels must not be used
+    batches: Callable[[], Iterator[Batch]]  # calibration images, with labels for a criterion that names them in NEEDS
     images: int
     neuron_grid: tuple[int, ...]  # the MLP widths that the search may choose, ascending from 0
     seed: int
@@ -64,20 +61,40 @@ class Evidence:
 class Criterion(Protocol):
     __name__: str
     __doc__: str | None
-    USES_LOSS: bool
+    NEEDS: tuple[str, ...]
 
     def score(self, evidence: Evidence) -> list[Levels]: ...
 
 
 def names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return modules.names("criterion")
 
 
 def get(name: str) -> Criterion:
     """The criterion module; UsageError with "did you mean" for an unknown name."""
-    if name not in names():
-        raise unknown("criterion", name, names())
-    return cast(Criterion, importlib.import_module(f"{__name__}.{name}"))
+    return cast(Criterion, modules.get("criterion", name))
+
+
+def uses_loss(criterion: Criterion) -> bool:
+    """Whether it asks for statistics that know the loss."""
+    return "loss" in criterion.NEEDS
+
+
+def score(criterion: Criterion, evidence: Evidence) -> list[Levels]:
+    """The criterion's levels, one per sub-block in order; units that a schedule has already cut off go first and cost nothing."""
+    found = {(level.block, level.kind): level for level in criterion.score(evidence)}
+    return [_dead_first(evidence, found[at]) for at in evidence.moments]
+
+
+def _dead_first(evidence: Evidence, levels: Levels) -> Levels:
+    weight, _ = evidence.layer((levels.block, levels.kind))
+    used = weight.abs().sum(0).reshape(-1, evidence.sizes.unit_size(levels.kind)).sum(1) > 0
+    dead = ~used.numpy()[levels.order]
+    if not dead.any():
+        return levels
+    first = np.argsort(~dead, kind="stable")
+    costs = np.where(dead, 0.0, np.diff(levels.errors))[first]
+    return replace(levels, order=levels.order[first], errors=np.concatenate([[0.0], np.cumsum(costs)]))
 
 
 def obs_order(evidence: Evidence, at: SubBlock) -> tuple[list[int], list[float], float]:

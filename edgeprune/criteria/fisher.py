@@ -20,7 +20,7 @@ from edgeprune import obs, vit
 from edgeprune.criteria import SCORED, Evidence, SubBlock, grid_levels, obs_orders, observe
 from edgeprune.types import Levels
 
-USES_LOSS = True
+NEEDS = ("weights", "activations", "gradients", "loss")
 CHANGES_BYTES = 1 << 30  # weight changes held at once; more sub-blocks than fit take another backward pass
 
 

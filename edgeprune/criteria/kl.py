@@ -15,7 +15,7 @@ from edgeprune.criteria import SCORED, Evidence, grid_levels, obs_orders
 from edgeprune.stitch import Database, Judge
 from edgeprune.types import Levels
 
-USES_LOSS = True
+NEEDS = ("weights", "activations", "gradients", "loss")
 
 
 def score(evidence: Evidence) -> list[Levels]:

@@ -11,7 +11,7 @@ import numpy as np
 from edgeprune.criteria import Evidence, make_levels
 from edgeprune.types import Levels
 
-USES_LOSS = False
+NEEDS = ("weights",)
 
 
 def score(evidence: Evidence) -> list[Levels]:

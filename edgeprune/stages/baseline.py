@@ -81,9 +81,10 @@ def load(request: Request, folder: Path) -> Dense:
 
 
 def parent(dense: Dense, read: Mapping[str, Path]) -> tuple[VisionTransformer, Plan]:
-    """What is pruned further, in dense shape, and its plan: the tuned model of the stage "parent", else the dense model."""
-    if "parent" not in read:
+    """What is pruned further, in dense shape, and its plan: what "parent" or "sparsify" left, else the dense model."""
+    folder = read.get("parent") or read.get("sparsify")
+    if folder is None:
         return dense.model, vit.dense_plan(dense.sizes)
-    planned = artifact.read_plan(read["parent"] / "plan.json")
-    pruned = artifact.rebuild(planned, read["parent"] / "model.safetensors")
+    planned = artifact.read_plan(folder / "plan.json")
+    pruned = artifact.rebuild(planned, folder / "model.safetensors")
     return vit.in_dense_shape(dense.model, planned.plan, pruned), planned.plan

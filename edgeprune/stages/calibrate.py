@@ -9,7 +9,6 @@ asked for, unless models are pruned one from the other: then the model is the on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +18,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgeprune import criteria, obs, vit
+from edgeprune.calibration import Calibration
+from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
+from edgeprune.data import Images
 from edgeprune.stages import baseline
-from edgeprune.stitch import LayerMoments
 from edgeprune.types import Levels
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
     model, _ = baseline.parent(dense, read)
-    images, batch_size = dense.splits.calibration, request.card.calibration.batch_size
+    images = dense.splits.calibration
     criterion = criteria.get(request.criterion)
-    with console.progress("layer statistics", len(images), "images") as advance:
-        found = criteria.collect(
-            model, images.batches(batch_size), request.seed, advance, uses_loss=criterion.USES_LOSS
-        )
-    evidence = criteria.Evidence(
-        model=model,
-        sizes=dense.sizes,
-        moments=found.moments,
-        gradients=found.gradients,
-        batches=lambda: images.batches(batch_size),
-        images=len(images),
-        neuron_grid=vit.neuron_grid(dense.sizes.neurons, request.target.neuron_step),
-        seed=request.seed,
-        console=console,
-    )
-    levels = criterion.score(evidence)
-    console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} unlabelled images")
+    evidence, found = gather(request, model, dense.sizes, images, console)
+    levels = criteria.score(criterion, evidence)
+    labelled = "labelled" if "labels" in criterion.NEEDS else "unlabelled"
+    console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} {labelled} images")
     arrays: dict[str, Any] = {}
     for level in levels:
         arrays[f"{level.block}.{level.kind}.order"] = level.order
@@ -63,15 +51,27 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense.splits.report(out, console)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """What the stage found, with the images it looked at. Sub-blocks are in the order attn 0, mlp 0, attn 1, ..."""
-
-    levels: list[Levels]
-    moments: dict[criteria.SubBlock, LayerMoments]  # of the inputs of every prunable layer
-    batches: list[Tensor]  # `[n, channels, height, width]`
-    #: How much each token counts, per sub-block and batch `[n, tokens]`; None if all count alike.
-    weights: dict[criteria.SubBlock, list[Tensor]] | None
+def gather(
+    request: Request, model: VisionTransformer, sizes: vit.Anatomy, images: Images, console: Console
+) -> tuple[criteria.Evidence, criteria.Statistics]:
+    """Statistics of the model's layers on these images, and all that the request's criterion may look at."""
+    criterion, batch_size = criteria.get(request.criterion), request.card.calibration.batch_size
+    with console.progress("layer statistics", len(images), "images") as advance:
+        found = criteria.collect(
+            model, images.batches(batch_size), request.seed, advance, uses_loss=criteria.uses_loss(criterion)
+        )
+    evidence = criteria.Evidence(
+        model=model,
+        sizes=sizes,
+        moments=found.moments,
+        gradients=found.gradients,
+        batches=lambda: images.batches(batch_size),
+        images=len(images),
+        neuron_grid=vit.neuron_grid(sizes.neurons, request.target.neuron_step),
+        seed=request.seed,
+        console=console,
+    )
+    return evidence, found
 
 
 def read(folder: Path, dense: baseline.Dense, batch_size: int) -> Calibration:
@@ -84,4 +84,4 @@ def read(folder: Path, dense: baseline.Dense, batch_size: int) -> Calibration:
     moments = {(i, kind): (tensors[f"{i}.{kind}.mean"], tensors[f"{i}.{kind}.hessian"]) for i, kind in places}
     lengths = [len(batch) for batch in batches]
     weights = {(i, kind): list(tokens[f"{i}.{kind}"].float().split(lengths)) for i, kind in places} if tokens else None
-    return Calibration(levels, moments, batches, weights)
+    return Calibration(levels, moments, batches, weights, lambda: dense.splits.calibration.batches(batch_size))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from edgeprune import artifact, vit
+from edgeprune import artifact, schedules, vit
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
@@ -29,6 +29,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     planned = artifact.read_plan(read["prune"] / "plan.json")
     student = artifact.rebuild(planned, read["prune"] / "pruned.safetensors")
     recipe = request.card.finetune
+    if request.schedule != schedules.DEFAULT:
+        recipe = schedules.share(recipe, 1 - schedules.SHARE, request.schedule)
     shutil.copyfile(read["prune"] / "plan.json", out / "plan.json")
     check, _ = divide(dense.splits.train)
     after = before = divergence(student, dense.model, check, recipe.batch_size)

@@ -1,37 +1,29 @@
 """Prune: the plan with the least error whose *measured* latency is within the limit and close to it.
 
-Solve on the latency table, search on from there with stitched models, slice, export, measure turn by turn with
-the dense model; where the measurement differs from the prediction, rescale the budget and solve again. Then the
-survivors are re-fitted. Writes `plan.json`, `pruned.safetensors` and `search.json`.
+Ask the allocator, slice, export, measure turn by turn with the dense model; where the measurement differs from the
+latency table's prediction, rescale the budget and ask again. Then what is left recovers. Writes `plan.json`, `pruned.safetensors` and `search.json`.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from edgeprune import polish, recovery, vit
+from edgeprune import allocators, polish, recoveries, vit
 from edgeprune.artifact import PlannedModel, write_plan
-from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
-from edgeprune.search import Space, improve
-from edgeprune.solve import solve
+from edgeprune.recoveries import Damage
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
-from edgeprune.stitch import Choice, Database, Judge, RefitJudge
-from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Quiet, Shape, to_json
+from edgeprune.types import LatencyTable, Plan, Quiet, Shape, to_json
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
@@ -40,9 +32,6 @@ SAFE = 0.995  # of the limit, for the upper end of the interval
 STEP = 0.97  # a budget found too large is lowered by no more than this at once
 ATTEMPTS = 8
 SEARCH_SECONDS = 60.0
-JUDGED, JUDGED_LEAST = 256, 32  # calibration images that a judge of the search looks at, at most and at least
-PLANS = 40  # re-fitted plans that the search should have time for; it looks at fewer images rather
-PROBED = 8  # images that tell how long one takes
 MEASURE_SECONDS = 25.0
 MIN_ROUNDS = {"p50": 60, "p90": 100, "p99": 700}
 
@@ -63,22 +52,24 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
         found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size)
         model, bounds = baseline.parent(dense, read)
-        planner = Planner(request, table, found, model, bounds.shape, dense.model, console)
+        seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
+        task = allocators.task(found, table, bounds.shape, model, dense.model, seconds, request.seed, console)
+        choose = allocators.get(request.allocator).prepare(task)
+
+        def plans(budget_ms: float) -> Plan:
+            return task.plan(choose(budget_ms - table.base_ms))
+
         if here:
             anchor, quiet = read["baseline"] / "dense.onnx", Quiet.of(document, table.runtime)
-            plan, predicted, tries = search(request, dense, anchor, table, quiet, planner, limit, console)
+            plan, predicted, tries = search(request, dense, anchor, table, quiet, plans, limit, console)
         else:
             console.say(
                 f"nothing can be measured here: the solver aims at {AIM_UNMEASURED:.0%} of the limit, room for the table's error"
             )
-            plan = planner.plan(AIM_UNMEASURED * limit)
+            plan = plans(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
-        pruned = recovery.survivors(model, plan, found.moments)
-        same = model is dense.model  # a tuned parent's units are no longer the dense model's
-        accepted, tried = recovery.sequential(dense.model, pruned, found.batches, found.weights, plan if same else None)
-        console.say(
-            f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
-        )
+        damage = Damage(dense.model, model, plan, found, request.seed, console)
+        pruned = recoveries.get(request.recovery).recover(damage)
         if request.polish:
             with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
                 polished = polish.polish(dense.model, pruned, found.batches, found.weights, request.polish, advance)
@@ -113,117 +104,17 @@ def refuse_unreachable(request: Request, table: LatencyTable, limit: float, aim:
                          f"is about {lowest / aim:.2f} ms; ask for more, or start from a smaller model")  # fmt: skip
 
 
-def options(
-    levels: list[Levels], table: LatencyTable, bounds: Shape
-) -> tuple[list[FloatArray], list[FloatArray], list[tuple[int, ...]]]:
-    """Per sub-block: errors and costs `[options]` in milliseconds, and how many units each option keeps.
-
-    bounds: the (heads, neurons) that each block still has; nothing above them is an option.
-    """
-    errors, costs, counts = [], [], []
-    for level in levels:
-        attn = level.kind == "attn"
-        grid = tuple(range(len(table.attn_ms))) if attn else table.mlp_widths
-        grid = tuple(kept for kept in grid if kept <= bounds[level.block][0 if attn else 1])
-        errors.append(np.array([level.errors[len(level.order) - kept] for kept in grid]))
-        costs.append(np.asarray(table.attn_ms if attn else table.mlp_ms)[: len(grid)])
-        counts.append(grid)
-    return errors, costs, counts
-
-
-class Planner:
-    """Plans for a latency budget: the additive optimum, and what a search finds from there.
-
-    The first plan has the whole of the request's search time, later ones, for budgets nearby, a quarter of it
-    and what was found before. The last quarter of the calibration images only judges re-fitted models.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        table: LatencyTable,
-        found: calibrate.Calibration,
-        model: VisionTransformer,
-        bounds: Shape,
-        teacher: VisionTransformer,
-        console: Console,
-    ) -> None:
-        """model: what is pruned, in dense shape, of which `bounds` is still there; teacher: what it shall stay close to."""
-        self.levels, self.table, self.console = found.levels, table, console
-        self.seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
-        self.seed = request.seed
-        self.errors, self.costs, self.counts = options(found.levels, table, bounds)
-        self.known: list[Choice] = []
-        if self.seconds > 0:
-            database = Database(model, found.levels, self.counts, found.moments)
-            self.judges = judges(database, found, teacher, self.seconds)
-
-    def plan(self, budget_ms: float) -> Plan:
-        """The best plan that the table predicts within `budget_ms`; Infeasible when there is none."""
-        room = budget_ms - self.table.base_ms
-        if self.seconds <= 0:
-            return self.of(solve(self.errors, self.costs, room))
-        seconds = self.seconds / 4 if self.known else self.seconds
-        space = Space(self.errors, self.costs, room)
-        with self.console.progress("search", seconds, "seconds") as advance:
-            found = improve(space, *self.judges, seconds, self.seed, known=self.known, advance=advance)
-        self.known.append(found.choice)
-        self.console.say(
-            f"search: {found.stitched} plans judged stitched, {found.refitted} re-fitted, in {found.seconds:.0f} s; divergence "
-            f"from the dense model: {found.start:.4f} nats for the least sum of errors, {found.divergence:.4f} for the best found"
-        )
-        return self.of(found.choice)
-
-    def of(self, choice: Choice) -> Plan:
-        kept = [
-            level.kept(counts[option]) for level, counts, option in zip(self.levels, self.counts, choice, strict=True)
-        ]
-        return Plan(tuple(BlockPlan(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)))
-
-
-def judges(
-    database: Database, found: calibrate.Calibration, teacher: VisionTransformer, seconds: float
-) -> tuple[Judge, RefitJudge]:
-    """One that judges models as they are stitched, and one that re-fits them to some images and judges on others.
-
-    seconds: of the search; the more a model costs, the fewer images each plan is judged on.
-    """
-    images = torch.cat(found.batches)
-    fit = len(images) - max(1, len(images) // 4)
-    most = min(JUDGED, Judge.most_images(database) // 2)
-    affordable = seconds / (2 * PLANS * seconds_per_image(teacher, images))
-    count = int(min(max(affordable, JUDGED_LEAST), most))
-    first, second = slice(0, min(fit, count)), slice(fit, fit + count)
-    weights = None
-    if found.weights:
-        joined = {at: torch.cat(parts) for at, parts in found.weights.items()}
-        weights = {at: (tokens[first], tokens[second]) for at, tokens in joined.items()}
-    stitched = Judge(database, images[first], teacher)
-    return stitched, RefitJudge(database, images[first], images[second], weights, teacher)
-
-
-@torch.no_grad()
-def seconds_per_image(model: VisionTransformer, images: Tensor) -> float:
-    """Of a forward pass here and now, which a re-fit costs about as well."""
-    taken = []
-    for _ in range(3):  # the first is slower
-        began = time.monotonic()
-        model(images[:PROBED])
-        taken.append(time.monotonic() - began)
-    return min(taken) / len(images[:PROBED])
-
-
 def search(
     request: Request,
     dense: baseline.Dense,
     anchor: Path,
     table: LatencyTable,
     quiet: Quiet,
-    planner: Planner,
+    plans: Callable[[float], Plan],
     limit: float,
     console: Console,
 ) -> tuple[Plan, float, list[dict[str, object]]]:
-    """Solve, measure, rescale; returns the plan, its predicted latency in ms, and what was tried.
+    """Plan, measure, rescale; returns the plan, its predicted latency in ms, and what was tried.
 
     Raises Infeasible when no plan was measured within the limit.
     """
@@ -237,7 +128,7 @@ def search(
     with choose.clock(request.conditions, table.runtime, table.threads) as clock:
         clock.load("dense", anchor, COPIES)
         for attempt in range(1, ATTEMPTS + 1):
-            plan = planner.plan(budget)
+            plan = plans(budget)
             predicted = table.predict_ms(plan.shape)
             if plan.shape in seen:
                 if best is not None or predicted <= lowest:

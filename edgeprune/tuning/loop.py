@@ -20,6 +20,7 @@ from edgeprune.console import SILENT, Console
 from edgeprune.data import Images, train_transform
 from edgeprune.errors import UsageError
 from edgeprune.tuning import loss as losses
+from edgeprune.tuning.coach import Coach
 from edgeprune.tuning.group import Group, alone, loader_workers
 from edgeprune.tuning.judge import Average, Best, Judge
 from edgeprune.tuning.lessons import Lesson, Lessons
@@ -61,12 +62,14 @@ def fit(
     seed: int = 0,
     console: Console = SILENT,
     group: Group | None = None,
+    coach: Coach | None = None,
 ) -> History:
     """Tune `student` in place on `train`, phase after phase of the recipe; leaves it in eval mode, on the CPU.
 
     With a teacher and `check` images, which must not be among `train`, the model ends with the weights that
     diverged least from the teacher on them: the last, an average, earlier ones, or those it came with.
     `config` is timm's data config. `group` is this process unless `accelerate launch` started several.
+    `coach` sees every step and may add to the loss; it is meant for one process, and for no `check`.
     Raises UsageError when the recipe does not fit, or when the loss stops being a number.
     """
     group = group or alone()
@@ -94,8 +97,9 @@ def fit(
                 student.set_input_size(img_size=(size, size))
             images = train.with_transform(train_transform(config, recipe.augment, size))
             phase = Phase(
-                student, images, recipe, epochs, teacher, judge, seed + 1000 * number, console, group, history
-            )
+                student, images, recipe, epochs, teacher, judge, seed + 1000 * number, console, group, history,
+                coach or Coach(),
+            )  # fmt: skip
             phase.run(f"tuning at {size or own_size[0]} px")
         if student.patch_embed.img_size != own_size:
             student.set_input_size(img_size=own_size)
@@ -120,6 +124,7 @@ class Phase:
     console: Console
     group: Group
     history: History
+    coach: Coach
 
     def __post_init__(self) -> None:
         self.lessons = Lessons(
@@ -190,6 +195,7 @@ class Phase:
         average = Average(self.student, self.recipe.ema) if best is not None and self.recipe.ema else None
         checks = {round((i + 1) * steps / self.recipe.checks) for i in range(self.recipe.checks)} if best else set()
         for step, lesson in enumerate(lessons, 1):
+            self.coach.before(step - 1, steps)
             loss = self._backward(lesson)
             if not math.isfinite(loss):
                 raise UsageError(
@@ -198,6 +204,7 @@ class Phase:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_NORM)
             optimizer.step()
             schedule.step()
+            self.coach.after(step - 1, steps)
             self.history.losses.append(loss)
             self.advance(self.recipe.batch_size, f"loss {loss:.4f}")
             if average is not None:
@@ -214,6 +221,8 @@ class Phase:
         """Gradients of the mean loss over the whole batch; returns that loss."""
         pixels, labels, targets = lesson
         self.student.zero_grad(set_to_none=True)
+        for parameter in self.coach.parameters():
+            parameter.grad = None
         total: Tensor | None = None
         with self.precision.run(len(labels)):
             if len(labels):
@@ -227,8 +236,10 @@ class Phase:
                         self.recipe,
                         self.read,
                     )
-                total.backward()
-        return self.group.average_gradients(self.student.parameters(), len(labels), total)
+                    penalty = self.coach.penalty()
+                (total if penalty is None else total + len(labels) * penalty).backward()
+        trained = [*self.student.parameters(), *self.coach.parameters()]
+        return self.group.average_gradients(trained, len(labels), total)
 
     def _ask(self, pixels: Tensor) -> losses.Targets:
         assert self.teacher is not None
@@ -236,12 +247,14 @@ class Phase:
             return losses.teach(self.teacher, pixels.to(self.group.device), self.recipe, self.read)
 
     def _optimizer(self, steps: int, rate: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        decay = [p for p in self.student.parameters() if p.ndim >= 2]
-        plain = [p for p in self.student.parameters() if p.ndim < 2]
+        decay = [p for p in self.student.parameters() if p.requires_grad and p.ndim >= 2]
+        plain = [p for p in self.student.parameters() if p.requires_grad and p.ndim < 2]
         optimizer = torch.optim.AdamW(
             [{"params": decay, "weight_decay": self.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=rate,
         )
+        if extra := list(self.coach.parameters()):
+            optimizer.add_param_group({"params": extra, "weight_decay": 0.0, "lr": rate * self.coach.rate})
         warmup = max(1, round(self.recipe.warmup * steps))
 
         def factor(step: int) -> float:

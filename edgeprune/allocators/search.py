@@ -1,0 +1,77 @@
+"""Search: the choice that diverges least when all sub-blocks are changed at once, looked for around the knapsack's.
+
+KL(dense || pruned) on calibration images, of stitched and then of re-fitted models (`edgeprune.search`, which has the
+papers). Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
+The first choice has all of that time, later ones, for budgets nearby, a quarter of it and what was found before.
+The last quarter of the calibration images only judges re-fitted models.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from edgeprune.allocators import Choose, Task, knapsack
+from edgeprune.compat import VisionTransformer
+from edgeprune.search import Space, improve
+from edgeprune.stitch import Choice, Database, Judge, RefitJudge
+
+NEEDS = ("activations",)
+
+JUDGED, JUDGED_LEAST = 256, 32  # calibration images that a judge of the search looks at, at most and at least
+PLANS = 40  # re-fitted plans that the search should have time for; it looks at fewer images rather
+PROBED = 8  # images that tell how long one takes
+
+
+def prepare(task: Task) -> Choose:
+    if task.seconds <= 0:
+        return knapsack.prepare(task)
+    judging = judges(task)
+    known: list[Choice] = []
+
+    def choose(room_ms: float) -> Choice:
+        seconds = task.seconds / 4 if known else task.seconds
+        space = Space(task.errors, task.costs, room_ms)
+        with task.console.progress("search", seconds, "seconds") as advance:
+            found = improve(space, *judging, seconds, task.seed, known=known, advance=advance)
+        known.append(found.choice)
+        task.console.say(
+            f"search: {found.stitched} plans judged stitched, {found.refitted} re-fitted, in {found.seconds:.0f} s; divergence "
+            f"from the dense model: {found.start:.4f} nats for the least sum of errors, {found.divergence:.4f} for the best found"
+        )
+        return found.choice
+
+    return choose
+
+
+def judges(task: Task) -> tuple[Judge, RefitJudge]:
+    """One that judges models as they are stitched, and one that re-fits them to some images and judges on others.
+
+    The more a model costs, the fewer images each plan is judged on.
+    """
+    database = Database(task.model, task.levels, task.counts, task.found.moments)
+    images = torch.cat(task.found.batches)
+    fit = len(images) - max(1, len(images) // 4)
+    most = min(JUDGED, Judge.most_images(database) // 2)
+    affordable = task.seconds / (2 * PLANS * seconds_per_image(task.teacher, images))
+    count = int(min(max(affordable, JUDGED_LEAST), most))
+    first, second = slice(0, min(fit, count)), slice(fit, fit + count)
+    weights = None
+    if task.found.weights:
+        joined = {at: torch.cat(parts) for at, parts in task.found.weights.items()}
+        weights = {at: (tokens[first], tokens[second]) for at, tokens in joined.items()}
+    stitched = Judge(database, images[first], task.teacher)
+    return stitched, RefitJudge(database, images[first], images[second], weights, task.teacher)
+
+
+@torch.no_grad()
+def seconds_per_image(model: VisionTransformer, images: Tensor) -> float:
+    """Of a forward pass here and now, which a re-fit costs about as well."""
+    taken = []
+    for _ in range(3):  # the first is slower
+        began = time.monotonic()
+        model(images[:PROBED])
+        taken.append(time.monotonic() - began)
+    return min(taken) / len(images[:PROBED])

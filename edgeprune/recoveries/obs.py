@@ -1,0 +1,24 @@
+"""OBS: the optimal weight update for the dense model's own inputs, as ZipLM has it (arXiv 2302.04089, equation 3).
+
+What the successive updates of the optimal brain surgeon end in, solved at once: W' = argmin ||(W' - W) X||^2 over the
+kept columns, X not centred, biases untouched. Needs activations. Cost: one Cholesky per layer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgeprune import recovery
+from edgeprune.compat import VisionTransformer
+from edgeprune.recoveries import Damage
+
+NEEDS = ("weights", "activations")
+TUNES = "weights"
+
+
+def recover(damage: Damage) -> VisionTransformer:
+    second = {
+        at: (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
+        for at, (mean, covariance) in damage.found.moments.items()
+    }
+    return recovery.survivors(damage.model, damage.plan, second)

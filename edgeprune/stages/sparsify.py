@@ -1,0 +1,106 @@
+"""Sparsify: train the dense-shaped model under gates that a schedule shuts one after another, then cut what is shut.
+
+Only for schedules other than one-shot. Writes `plan.json`, `model.safetensors` and `sparsify.json`; calibration and
+pruning go on from there as from a milder model of a gradual family.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from edgeprune import allocators, criteria, obs, schedules, vit
+from edgeprune.artifact import PlannedModel, write_plan
+from edgeprune.calibration import Calibration
+from edgeprune.config import Request
+from edgeprune.console import SILENT, Console
+from edgeprune.gates import Gates
+from edgeprune.schedules import SHARE, Training
+from edgeprune.stages import baseline, calibrate, profile, prune
+from edgeprune.tuning.judge import divide
+from edgeprune.tuning.loop import fit
+from edgeprune.types import LatencyTable, Levels, Plan, to_json
+
+IMAGES = 128  # calibration images that the criterion sees at each update
+
+
+def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
+    dense = baseline.load(request, read["baseline"])
+    document, table = profile.read_profile(read["profile"])
+    limit = request.latency.limit_ms(table.dense_ms)
+    plan, history = vit.dense_plan(dense.sizes), None
+    model = baseline.load(request, read["baseline"]).model
+    if prune.dense_meets(request, document, limit):
+        console.say("the dense model already meets the latency: nothing is trained")
+    else:
+        prune.refuse_unreachable(request, table, limit, prune.AIM)
+        gates = Gates(model)
+        coach = schedules.get(request.schedule).coach(
+            training(request, dense, gates, table, prune.AIM * limit, console)
+        )
+        _, images = divide(dense.splits.train)
+        recipe = schedules.share(request.card.finetune, SHARE, request.schedule)
+        history = fit(
+            model,
+            images,
+            recipe,
+            dense.transforms,
+            teacher=dense.model,
+            seed=request.seed,
+            console=console,
+            coach=coach,
+        )
+        plan = coach.plan()
+        gates.remove()
+        kept = sum(h for h, _ in plan.shape), sum(n for _, n in plan.shape)
+        console.say(f"schedule '{request.schedule}': {kept[0]} heads and {kept[1]} neurons are left after {len(history.losses)} steps, "
+                    f"{table.predict_ms(plan.shape):.2f} ms by the table")  # fmt: skip
+    cut = vit.slice_model(model, plan)
+    save_file({k: v.contiguous() for k, v in cut.state_dict().items()}, out / "model.safetensors")
+    planned = PlannedModel(
+        request.card.architecture,
+        request.card.kwargs,
+        dense.sizes.num_classes,
+        plan,
+        table.predict_ms(plan.shape),
+        limit,
+    )
+    write_plan(planned, out / "plan.json")
+    (out / "sparsify.json").write_text(json.dumps(to_json(history)))
+
+
+def training(
+    request: Request, dense: baseline.Dense, gates: Gates, table: LatencyTable, target_ms: float, console: Console
+) -> Training:
+    """What the schedule's coach is given; the criterion sees at most `IMAGES` calibration images."""
+    criterion, allocator = criteria.get(request.criterion), allocators.get(request.allocator)
+    batch_size = request.card.calibration.batch_size
+    images = dense.splits.calibration.take(IMAGES)
+    found: list[Calibration] = []  # of the last scores
+
+    def score() -> list[Levels]:
+        model = gates.folded()
+        evidence, statistics = calibrate.gather(request, model, dense.sizes, images, SILENT)
+        levels = criteria.score(criterion, evidence)
+        moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in statistics.moments.items()}
+        pixels = [x for x, _ in images.batches(batch_size)]
+        found[:] = [Calibration(levels, moments, pixels, statistics.weights or None, evidence.batches)]
+        return levels
+
+    def allocate(levels: list[Levels], budget_ms: float) -> Plan:
+        if not found:
+            score()
+        task = allocators.task(
+            replace(found[0], levels=levels), table, dense.sizes.shape, gates.folded(), dense.model,
+            0.0, request.seed, SILENT,
+        )  # fmt: skip
+        return task.plan(allocator.prepare(task)(budget_ms - table.base_ms))
+
+    return Training(
+        model=gates.model, gates=gates, teacher=dense.model, table=table, target_ms=target_ms, score=score, allocate=allocate,
+        batches=lambda: images.batches(batch_size), seed=request.seed, console=console,
+    )  # fmt: skip
