@@ -89,10 +89,6 @@ def build(space: Workspace, tmp_path: Path, *options: Any, **change: Any) -> lis
         ({"--allocator": "knapsac"}, "unknown allocator 'knapsac'; did you mean 'knapsack'?"),
         ({"--schedule": "one-shoot"}, "unknown schedule 'one-shoot'; did you mean 'one-shot'?"),
         ({"--recovery": "refitt"}, "unknown recovery 'refitt'; did you mean 'refit'?"),
-        (
-            {"--schedule": "gradual", "--gradual": None},
-            "--gradual prunes from tuned models, the schedule 'gradual' from the dense one",
-        ),
         ({"--precision": "fp64"}, "precision 'fp64' is not one of target 'here': fp32"),
         ({"--weights": "nowhere.safetensors"}, "weights file 'nowhere.safetensors' does not exist; give"),
         ({"--threads": "-1"}, "threads must be 0 (all) or more, not -1"),
@@ -107,6 +103,11 @@ def test_a_name_or_number_that_means_nothing(
 ) -> None:
     check(build(space, tmp_path, **change), USAGE, says)
     assert not list(tmp_path.glob("cache/*")), "refused before any work"
+
+
+def test_two_ways_to_go_gradually(space: Workspace) -> None:
+    command = ["build", space.card, "--target", space.target, "--latency", "2x", "--gradual", "--schedule", "gradual"]
+    check(command, USAGE, "--gradual prunes from tuned models, the schedule 'gradual' from the dense one; give one")
 
 
 @pytest.mark.parametrize("command", ["profile", "train", "models", "targets"])
