@@ -397,7 +397,7 @@ def rows(
     seconds: dict[str, float] = {}
     common = {
         "model": bench.request.card.name, "target": bench.request.target.name, "runtime": bench.table.runtime,
-        "machine": f"{device.cpu_model()}, {bench.table.threads} threads", "when": time.strftime("%Y-%m-%d %H:%M"),
+        "machine": machine(bench.table), "when": time.strftime("%Y-%m-%d %H:%M"),
         "target_ms": target_ms, "dense_ms": bench.table.dense_ms, "dense_accuracy": 100 * float(bench.right.mean()),
         "images": len(bench.right), "dense_right": packed(bench.right),
     }  # fmt: skip
@@ -498,6 +498,10 @@ def tune(task: Task, model: VisionTransformer, steps: int) -> None:
     recipe = replace(recipe, epochs=(epochs,), sizes=())
     transforms = transform_config(task.request.card, task.model)
     finetune.fit(model, images, recipe, transforms, teacher=task.model, seed=task.seed)
+
+
+def machine(table: LatencyTable) -> str:
+    return f"{device.cpu_model()}, {table.threads} thread{'s' if table.threads > 1 else ''}"
 
 
 def described(key: Key, common: dict[str, Any], status: str, reason: str, seconds: dict[str, float]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python benchmarks/tables.py [--results FILE] [--out DIR] [--label COMMIT]
 
-Writes DIR/accuracy.md and, for every model and number of tuned steps, DIR/MODEL-STEPS.png. A value is the mean over
-seeds; its 95 % interval holds the test images (paired, where two methods are compared) and the spread of the seeds.
+Writes DIR/NAME.md, NAME being that of the results, and for every model and number of tuned steps a plot,
+DIR/NAME-MODEL-STEPS.png. A value is the mean over seeds; its 95 % interval holds the test images (paired, where two methods are compared) and the spread of the seeds.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     parts = []
     for (model, _, _, steps), cells in sorted(groups.items(), key=lambda item: item[0][3]):
-        plot = options.out / f"{model}-{steps}.png"
+        plot = options.out / f"{options.results.stem}-{model}-{steps}.png"
         parts.append(section(cells, steps, plot.name))
         draw(with_best(cells), f"{model}, {'one-shot' if not steps else f'{steps} steps of fine-tuning'}", plot)
-    (options.out / "accuracy.md").write_text("\n\n".join(parts) + "\n")
+    (options.out / f"{options.results.stem}.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
 
 

@@ -6,7 +6,7 @@ A unit is a group of weights that can only go together (DepGraph, arXiv 2301.129
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from edgeprune import vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.criteria import SCORED, Evidence, SubBlock, make_levels
+from edgeprune.data import Batch
 from edgeprune.types import Levels, SubBlockKind
 
 
@@ -55,15 +56,31 @@ def of_gradients(
     evidence: Evidence, value: Callable[[Tensor, Tensor], Tensor], images: int = SCORED
 ) -> dict[SubBlock, Tensor]:
     """The same of `value(w, g)`, where g is the gradient of the mean cross entropy with the labels of so many images."""
+    return of_pairs(evidence, mean_gradients(evidence, images), value)
+
+
+def of_pairs(
+    evidence: Evidence, others: Mapping[SubBlock, Sequence[Tensor]], value: Callable[[Tensor, Tensor], Tensor]
+) -> dict[SubBlock, Tensor]:
+    """The same of `value(w, other)` for any other tensors that are shaped like `group`."""
     model, size = evidence.model, evidence.sizes.unit_size
-    means = mean_gradients(evidence, images)
-    pairs = {at: zip(group(model, at), means[at], strict=True) for at in evidence.moments}
-    return {at: unit_sums([value(w.detach(), g) for w, g in own], at[1], size(at[1])) for at, own in pairs.items()}
+    pairs = {at: zip(group(model, at), others[at], strict=True) for at in evidence.moments}
+    return {at: unit_sums([value(w.detach(), o) for w, o in own], at[1], size(at[1])) for at, own in pairs.items()}
 
 
 def of_columns(evidence: Evidence, at: SubBlock, columns: Tensor) -> Tensor:
     """`[units]`: sums over each unit's input columns of the last layer, of a value per column."""
     return columns.detach().double().reshape(-1, evidence.sizes.unit_size(at[1])).sum(1)
+
+
+def variances(evidence: Evidence, at: SubBlock) -> Tensor:
+    """`[inputs]`: variances of the last layer's inputs over all calibration tokens."""
+    return evidence.moments[at].covariance.diagonal().clamp_min(0)
+
+
+def input_norms(evidence: Evidence, at: SubBlock) -> Tensor:
+    """`[inputs]`: root mean squares of the last layer's inputs, the ||x|| of many papers / sqrt(calibration tokens)."""
+    return (variances(evidence, at) + evidence.moments[at].mean.square()).sqrt()
 
 
 def mean_gradients(evidence: Evidence, images: int = SCORED) -> dict[SubBlock, list[Tensor]]:
@@ -79,23 +96,52 @@ def mean_gradients(evidence: Evidence, images: int = SCORED) -> dict[SubBlock, l
 
 
 def gradients(
-    evidence: Evidence, images: int = SCORED, *, each: bool = False
+    evidence: Evidence, images: int = SCORED, *, each: bool = False, drawn: bool = False
 ) -> Iterator[tuple[dict[SubBlock, list[Tensor]], int]]:
     """Gradients of the mean cross entropy with the labels, shaped like `group`, and of how many images: a batch, or `each`.
 
+    With `drawn`, labels are drawn from the model's own softmax, and the given ones are not looked at.
     No more than the first `images` calibration images are looked at.
     """
+    generator = torch.Generator().manual_seed(evidence.seed)
     parts = {at: group(evidence.model, at) for at in evidence.moments}
     flat = [tensor for tensors in parts.values() for tensor in tensors]
-    left = images
     with evidence.console.progress("gradients", min(images, evidence.images), "images") as advance:
-        for pixels, labels in evidence.batches():
-            pixels, labels = pixels[:left], labels[:left]
-            left -= len(labels)
+        for pixels, labels in first(evidence, images):
             size = 1 if each else len(labels)
             for x, y in zip(pixels.split(size), labels.split(size), strict=True):
-                found = iter(torch.autograd.grad(F.cross_entropy(evidence.model(x), y), flat))
+                logits = evidence.model(x)
+                if drawn:
+                    y = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+                found = iter(torch.autograd.grad(F.cross_entropy(logits, y), flat))
                 yield {at: [next(found) for _ in tensors] for at, tensors in parts.items()}, len(y)
                 advance(len(y), "")
-            if not left:
-                return
+
+
+def first(evidence: Evidence, images: int = SCORED) -> Iterator[Batch]:
+    """No more than so many calibration images with their labels, in batches."""
+    for pixels, labels in evidence.batches():
+        yield pixels[:images], labels[:images]
+        images -= len(labels)
+        if images <= 0:
+            return
+
+
+def features(
+    model: VisionTransformer, pixels: Tensor, places: Iterable[SubBlock], value: Callable[[Tensor], Tensor]
+) -> dict[SubBlock, tuple[Tensor, Tensor]]:
+    """Inputs of the layers that end these sub-blocks, and gradients there of `value(logits)`; both `[n, tokens, inputs]`."""
+    inputs: dict[SubBlock, Tensor] = {}
+    hooks = []
+    for at in places:
+
+        def keep(_: object, x: tuple[Tensor, ...], at: SubBlock = at) -> None:
+            inputs[at] = x[0]
+
+        hooks.append(vit.output_layer(model.blocks[at[0]], at[1]).register_forward_pre_hook(keep))
+    try:
+        gradients = torch.autograd.grad(value(model(pixels)), list(inputs.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {at: (x.detach(), g) for (at, x), g in zip(inputs.items(), gradients, strict=True)}

@@ -196,4 +196,4 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["drop"] == pytest.approx(row["dense_accuracy"] - row["accuracy"])
     pytest.importorskip("matplotlib")
     script("tables").main(["--results", str(rows), "--out", str(tmp_path)])
-    assert "| edgeprune |" in (tmp_path / "accuracy.md").read_text() and (tmp_path / "quick-0.png").is_file()
+    assert "| edgeprune |" in (tmp_path / "quick.md").read_text() and (tmp_path / "quick-quick-0.png").is_file()

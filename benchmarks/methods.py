@@ -1,0 +1,192 @@
+"""Every method of `edgeprune methods` under one contract: the same model, images, budget and measured latency.
+
+    python benchmarks/methods.py                                              all methods on digits, one-shot and tuned
+    python benchmarks/methods.py --model cifar10 --data-dir DIR --methods ziplm,flap
+    python benchmarks/methods.py --quick                                      a tiny model, few methods: it shows that all of it runs
+
+A row is what `edgeprune build --method NAME` does up to the tuned model, by the product's own stages: its plan was
+measured within the limit, turn by turn with the dense model. Methods whose schedule trains have no one-shot row; half
+of their tuning steps come before the cut. Finished rows are skipped by the next run. -> results/methods.md and plots
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import numpy as np
+import tables
+import torch
+from numpy.typing import NDArray
+
+from edgeprune import artifact, checks, config, methods, pipeline, schedules, vit
+from edgeprune.compat import VisionTransformer
+from edgeprune.config import Request
+from edgeprune.console import Console
+from edgeprune.errors import Infeasible, UsageError
+from edgeprune.latency import device
+from edgeprune.stages import baseline, profile, prune
+from edgeprune.types import Latency
+
+QUICK_METHODS = "edgeprune,knapsack,magnitude,gradual"
+STAGES = ("baseline", "profile", "sparsify", "calibrate", "prune", "finetune")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
+    with accuracy.quick(options) if options.quick else accuracy.full(options) as request:
+        run(request, options)
+    tables.main(["--results", str(options.results), "--label", options.label, "--out", str(options.results.parent)])
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="digits", help="card (default: digits)")
+    parser.add_argument("--weights", default="", help="of the dense model, instead of the card's")
+    parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
+    parser.add_argument("--target", default="", help="(default: the shipped one that fits this machine)")
+    parser.add_argument("--runtime", default="openvino")
+    parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
+    parser.add_argument("--methods", help="names or patterns, comma-separated (default: all)")
+    parser.add_argument("--speed-ups", help="(default: 1.5,2,3; quick: 1.5)")
+    parser.add_argument("--seeds", help="(default: 0,1; quick: 0)")
+    parser.add_argument("--tune-steps", type=int, default=100, help="of fine-tuning, for every method (default: 100)")
+    parser.add_argument("--search-seconds", type=float, help="for methods that search (default: the product's)")
+    parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
+    parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
+    parser.add_argument("--results", type=Path, default=accuracy.HERE / "results" / "methods.jsonl", help="JSON lines")
+    parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
+    parser.add_argument("--quick", action="store_true", help="a tiny model, one speed-up, short measurements; for CI")
+    options = parser.parse_args(argv)
+    if not options.target:
+        found, _ = device.detect(config.load_target(name) for name in config.names("targets"))
+        options.target = found.name
+    options.methods = options.methods or (QUICK_METHODS if options.quick else "*")
+    options.speed_ups = [float(s) for s in (options.speed_ups or ("1.5" if options.quick else "1.5,2,3")).split(",")]
+    options.seeds = [int(s) for s in (options.seeds or ("0" if options.quick else "0,1")).split(",")]
+    options.label = options.label or accuracy.commit()
+    options.measure_seconds, options.measurements = prune.MEASURE_SECONDS, prune.ATTEMPTS  # what accuracy.quick sets
+    return options
+
+
+def run(request: Request, options: argparse.Namespace) -> None:
+    """Every row that the results file does not have yet."""
+    options.cache_dir.mkdir(parents=True, exist_ok=True)
+    book = accuracy.Book(options.results)
+    request = replace(request, search_seconds=options.search_seconds, seed=0)
+    done = pipeline.run_stages(pipeline.PIPELINE[:2], request, options.cache_dir, console=Console())
+    recorded = done["profile"].folder / "profile.json"  # one latency table for all seeds
+    for seed in options.seeds:
+        bench = Bench(replace(request, seed=seed, profile=recorded), options)
+        for method in chosen(options.methods):
+            for speed_up in options.speed_ups:
+                if all(bench.key(method, speed_up, steps) in book.rows for steps in bench.steps):
+                    continue
+                for row in bench.rows(method, speed_up):
+                    if accuracy.key_of(row) not in book.rows:
+                        book.add(row)
+                        accuracy.show(row)
+
+
+def chosen(patterns: str) -> list[methods.Method]:
+    """Methods by name or pattern, in the product's order. Raises UsageError for a pattern that matches nothing."""
+    names = [method.name for method in methods.METHODS]
+    found: set[str] = set()
+    for pattern in patterns.split(","):
+        if not fnmatch.filter(names, pattern):
+            raise UsageError(f"there is no method '{pattern}'; known: {', '.join(names)}")
+        found |= set(fnmatch.filter(names, pattern))
+    return [method for method in methods.METHODS if method.name in found]
+
+
+class Bench:
+    """One seed: its calibration images, the test images, and what the dense model says of them."""
+
+    def __init__(self, request: Request, options: argparse.Namespace) -> None:
+        assert request.profile is not None
+        self.options, self.steps = options, (0, options.tune_steps)
+        _, self.table = profile.read_profile(request.profile.parent)
+        folder = pipeline.run_stages(pipeline.PIPELINE[:1], request, options.cache_dir)["baseline"].folder
+        dense = baseline.load(request, folder)
+        self.weights = artifact.sha256(folder / "dense.safetensors")
+        images = accuracy.spaced(dense.splits.evaluation, options.images)
+        self.pixels, self.labels = (torch.cat(part) for part in zip(*images.batches(accuracy.BATCH), strict=True))
+        self.right = self.judge(dense.model)
+        recipe = request.card.finetune
+        epochs = options.tune_steps / math.ceil(len(dense.splits.train) / recipe.batch_size)
+        self.request = replace(
+            request, card=replace(request.card, finetune=replace(recipe, epochs=(epochs,), sizes=()))
+        )
+
+    @torch.inference_mode()
+    def judge(self, model: VisionTransformer) -> NDArray[np.bool_]:
+        """Which test images the model names rightly `[n]`."""
+        parts = zip(self.pixels.split(accuracy.BATCH), self.labels.split(accuracy.BATCH), strict=True)
+        return torch.cat([model(pixels).argmax(-1) == labels for pixels, labels in parts]).numpy()
+
+    def key(self, method: methods.Method, speed_up: float, steps: int) -> accuracy.Key:
+        return self.weights, method.name, speed_up, self.request.seed, steps, self.options.label
+
+    def rows(self, method: methods.Method, speed_up: float) -> Iterator[dict[str, Any]]:
+        """What the product makes of the method: one-shot, then tuned."""
+        one_shot, tuned = (self.key(method, speed_up, steps) for steps in self.steps)
+        latency = Latency(f"{speed_up:g}x", fraction=1 / speed_up)
+        request = replace(self.request, method=method.name, latency=latency, **method.parts)
+        common = {
+            "model": request.card.name, "target": request.target.name, "runtime": self.table.runtime,
+            "machine": accuracy.machine(self.table), "when": time.strftime("%Y-%m-%d %H:%M"),
+            "target_ms": self.table.dense_ms / speed_up, "dense_ms": self.table.dense_ms, "parts": method.parts,
+            "dense_accuracy": 100 * float(self.right.mean()), "images": len(self.right),
+            "dense_right": accuracy.packed(self.right),
+        }  # fmt: skip
+        began = time.monotonic()
+        try:
+            stages = [stage for stage in pipeline.stages_of(request) if stage.name in STAGES]
+            done = pipeline.run_stages(stages, request, self.options.cache_dir)
+        except Infeasible as error:
+            for key in (one_shot, tuned):
+                yield accuracy.described(key, common, "unreachable", str(error), {"prepare": time.monotonic() - began})
+            return
+        spent = {name: entry.seconds for name, entry in done.items()}
+        seconds = {"prepare": spent.get("sparsify", 0.0) + spent["calibrate"], "search": spent["prune"]}
+        if method.schedule == schedules.DEFAULT:
+            model = rebuilt(done["prune"].folder, "pruned")
+            yield {
+                **accuracy.described(one_shot, common, "ok", "", seconds),
+                **self.judged(model, done["prune"].folder),
+            }
+        else:
+            yield accuracy.described(one_shot, common, "no one-shot", "its schedule trains before the cut", seconds)
+        seconds = {**seconds, "tune": spent["finetune"]}
+        model = rebuilt(done["finetune"].folder, "model")
+        yield {**accuracy.described(tuned, common, "ok", "", seconds), **self.judged(model, done["prune"].folder)}
+
+    def judged(self, model: VisionTransformer, folder: Path) -> dict[str, Any]:
+        """What a row says of a model whose plan the stage in this folder chose and measured."""
+        plan = artifact.read_plan(folder / "plan.json").plan
+        tries = artifact.read_json(folder / "search.json")["tries"]
+        [tried] = [one for one in tries if tuple(map(tuple, one["shape"])) == plan.shape]
+        right = self.judge(model)
+        drop, drop_ci = accuracy.paired(self.right, right)
+        return {
+            "plan": plan.shape, "params": vit.parameters(model), "latency_ms": tried["measured_ms"],
+            "latency_ci_ms": tried["ci_ms"], "measurements": len(tries), "calm": True,
+            "measured_speed_up": self.table.dense_ms / tried["measured_ms"], "accuracy": 100 * float(right.mean()),
+            "accuracy_ci": checks.wilson(int(right.sum()), len(right)), "drop": drop, "drop_ci": drop_ci,
+            "right": accuracy.packed(right),
+        }  # fmt: skip
+
+
+def rebuilt(folder: Path, name: str) -> VisionTransformer:
+    return artifact.rebuild(artifact.read_plan(folder / "plan.json"), folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
