@@ -29,6 +29,9 @@ def request(
     weights: str | Path | None = None,
     data: str = "",
     data_dir: str | Path = "",
+    held_out_domain: str = "",
+    selection: str = "random",
+    tune_on: float = 1.0,
     epochs: float | None = None,
     max_drop: float | None = None,
     quantile: str = "",
@@ -51,14 +54,16 @@ def request(
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
-    criterion, allocator, schedule, recovery: "" = the method's.
+    criterion, allocator, schedule, recovery: "" = the method's. held_out_domain: of the folder's domains, the one that
+    is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
+    chosen by the same selection.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
     if not latencies:
         raise UsageError("no latency is asked for; add --latency 10ms, 2x or 40%")
     spec = config.load_target(target)
-    card = with_data(config.load_card(model), data, data_dir)
+    card = with_data(config.load_card(model), data, data_dir, held_out_domain)
     if epochs is not None:
         if not 0 <= epochs < float("inf"):
             raise UsageError(f"epochs must be 0 or more, not {epochs}")
@@ -67,6 +72,8 @@ def request(
         raise UsageError(f"max-drop must be 0 or more accuracy points, not {max_drop}")
     if search_seconds is not None and not 0 <= search_seconds < float("inf"):
         raise UsageError(f"search-seconds must be 0 or more, not {search_seconds}")
+    if not 0 < tune_on <= 1:
+        raise UsageError(f"tune-on must be a share above 0 and up to 1, not {tune_on}")
     if polish < 0:
         raise UsageError(f"polish must be 0 or more passes, not {polish}")
     if threads < 0:
@@ -79,19 +86,21 @@ def request(
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, method=method, **parts,
-        search_seconds=search_seconds, polish=polish, gradual=gradual, runtime=runtime,
+        search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group,
     )  # fmt: skip
     return made, latencies
 
 
-def with_data(card: ModelSpec, data: str, data_dir: str | Path) -> ModelSpec:
-    """The card with another data set, or another place for its own."""
-    if not data and not data_dir:
+def with_data(card: ModelSpec, data: str, data_dir: str | Path, held_out_domain: str = "") -> ModelSpec:
+    """The card with another data set, another place for its own, or a domain held out. UsageError for data without domains."""
+    if not data and not data_dir and not held_out_domain:
         return card
-    name = data or ("folder" if card.data.name == "digits" else card.data.name)
-    return replace(card, data=replace(card.data, name=name, dir=str(data_dir) or card.data.dir))
+    own = card.data
+    name = data or ("folder" if own.name == "digits" and data_dir else own.name)
+    held_out = held_out_domain or own.held_out_domain
+    return replace(card, data=replace(own, name=name, dir=str(data_dir) or own.dir, held_out_domain=held_out))
 
 
 def build(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PLAN_SCHEMA = "edgeprune.plan/1"
 MANIFEST_SCHEMA = "edgeprune.manifest/1"
+ADAPTERS = "adapters.safetensors"  # there if adapters were tuned, see edgeprune.adapters
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune import errors
 from edgeprune.console import SILENT, Console
@@ -93,23 +95,52 @@ def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: floa
 
 
 def accuracy(clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
-    """Run both loaded models on every image: pixels `[n, channels, height, width]`, labels `[n]` per batch."""
+    """Of both loaded models on every image: pixels `[n, channels, height, width]`, labels `[n]` per batch."""
+    return summary(answers(clock, dense, pruned, batches))
+
+
+#: For each image `[n]`: whether the dense model is right, whether the pruned one is, whether they say the same.
+Answers = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
+
+
+def answers(clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Answers:
+    """Run both loaded models on every image."""
     dense_right, pruned_right, same = [], [], []
     for pixels, labels in batches:
         wanted, got = clock.predict(dense, pixels).argmax(-1), clock.predict(pruned, pixels).argmax(-1)
         dense_right.append(wanted == labels)
         pruned_right.append(got == labels)
         same.append(wanted == got)
-    d, p = np.concatenate(dense_right).astype(float), np.concatenate(pruned_right).astype(float)
+    return np.concatenate(dense_right), np.concatenate(pruned_right), np.concatenate(same)
+
+
+def summary(*parts: Answers) -> Accuracy:
+    """On the images of all parts."""
+    d, p, same = (np.concatenate(own) for own in zip(*parts, strict=True))
+    d, p = d.astype(float), p.astype(float)
     drop = d - p
     margin = 1.96 * float(drop.std()) / np.sqrt(len(drop))
     return Accuracy(
         dense=100 * float(d.mean()),
         pruned=100 * float(p.mean()),
         drop_ci=(100 * (float(drop.mean()) - margin), 100 * (float(drop.mean()) + margin)),
-        agreement=100 * float(np.concatenate(same).mean()),
+        agreement=100 * float(same.mean()),
         images=len(d),
     )
+
+
+def domain_facts(name: str, found: Answers, *, held_out: bool) -> dict[str, Any]:
+    """How good both models are on the images of one domain, in percent, each with its 95 % interval."""
+    (dense, pruned, _), total = (int(own.sum()) for own in found), len(found[0])
+    return {
+        "name": name,
+        "held_out": held_out,
+        "images": total,
+        "dense": 100 * dense / total,
+        "dense_ci": wilson(dense, total),
+        "pruned": 100 * pruned / total,
+        "pruned_ci": wilson(pruned, total),
+    }
 
 
 def accuracy_check(measured: Accuracy, max_drop: float) -> Check:

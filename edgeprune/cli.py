@@ -104,6 +104,7 @@ DATA = _options(
     click.option("--weights", type=click.Path(), metavar="FILE", help="Weights of the dense model, .safetensors or .pth, instead of the card's."),
     click.option("--data", default="", metavar="NAME", help="Data set in timm.data's names (folder, torch/cifar10, hfds/...), or digits."),
     click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/)."),
+    click.option("--held-out-domain", default="", metavar="NAME", help="DIR/<domain>/<class>/*: train and calibrate on the other domains only, and judge this one apart."),
 )  # fmt: skip
 STRICT = click.option("--strict-clock", is_flag=True,
                       help="Take the machine as slow or fast as it is now, instead of correcting for drift since it was profiled.")  # fmt: skip
@@ -174,6 +175,10 @@ def cli() -> None:
     metavar="N",
     help="After the refit, train each block for N passes over the calibration images to meet the dense one; no labels.",
 )
+@click.option("--selection", default="random", show_default=True, metavar="NAME",
+              help="Which training images calibrate: random, balanced (as many of each class) or density (hard ones of complex concepts).")  # fmt: skip
+@click.option("--tune-on", type=float, default=1.0, show_default=True, metavar="SHARE",
+              help="Share of the other training images to fine-tune on, chosen by the same selection.")  # fmt: skip
 @click.option(
     "--gradual",
     is_flag=True,

@@ -34,6 +34,14 @@ class DataSpec:
     dir: str = ""
     train_split: str = "train"
     eval_split: str = "validation"
+    held_out_domain: str = ""  # of DIR/<domain>/<class>/*: never trained on, judged apart; "" = no domains
+
+    def __post_init__(self) -> None:
+        if self.held_out_domain and self.name != "folder":
+            raise UsageError(
+                f"the domain '{self.held_out_domain}' cannot be held out of the data set '{self.name}': domains are folders, "
+                "DIR/<domain>/<class>/*; give --data folder --data-dir DIR"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,8 @@ class Request:
     recovery: str = "refit"
     polish: int = 0  # passes over the calibration images in which each block is trained to meet the dense one
     search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
+    selection: str = "random"  # which training images calibrate, and are tuned on where that is not all
+    tune_on: float = 1.0  # share of the other training images that are tuned on
     gradual: bool = False  # prune each model from the tuned one of the milder latency before, not from the dense one
     runtime: str = ""  # "" = the fastest that the target allows
     precision: str = "fp32"
@@ -140,6 +150,11 @@ class Request:
     check: int = 0  # held-out random plans to compare the latency table with
     processes: int = 0  # that tune together on this machine; 0 = this one alone
     accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
+
+    @property
+    def selects(self) -> bool:
+        """Whether the images to calibrate or to tune on are chosen, not all of them as they were drawn."""
+        return self.selection != "random" or self.tune_on < 1
 
     @property
     def conditions(self) -> Conditions:

@@ -7,13 +7,15 @@ goes to timm's `create_dataset` (`folder`, `torch/cifar10`, `hfds/...`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -21,11 +23,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from edgeprune.compat import create_dataset, create_transform, resolve_model_data_config
 from edgeprune.config import DataSpec, ModelSpec
 from edgeprune.console import Console
-from edgeprune.errors import StorageError, UsageError
-from edgeprune.images import DIGITS_SOURCE, DIVIDED, EVAL_SPLITS, Digits, divide, refuse_corrupt
+from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.images import (
+    DIGITS_SOURCE,
+    DIVIDED,
+    EVAL_SPLITS,
+    Digits,
+    divide,
+    divide_domains,
+    domain,
+    refuse_corrupt,
+)
 
 #: (images `[n, channels, height, width]` float32, labels `[n]` int64)
 Batch = tuple[Tensor, Tensor]
+
+CHOSEN = "chosen.npz"
 
 
 @dataclass(frozen=True)
@@ -77,20 +90,32 @@ class Images(Dataset[Any]):
 
     def batches(self, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0) -> Iterator[Batch]:
         """Batches of readable images; in order, or in an order drawn from `shuffle_seed`."""
-        order = None
+        order = np.arange(len(self))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(len(self))
-        loader = DataLoader(
-            self, batch_size=batch_size, sampler=_Order(order) if order is not None else None,
-            num_workers=workers, collate_fn=list,
-        )  # fmt: skip
-        for items in loader:
-            good = [item for item in items if not isinstance(item, Corrupt)]
+        for _, batch in self.placed(order, batch_size, workers):
+            yield batch
+
+    def placed(self, order: np.ndarray, batch_size: int, workers: int = 0) -> Iterator[tuple[np.ndarray, Batch]]:
+        """Batches of the readable ones among the images at these positions, each with its own positions `[n]`."""
+        sampler = _Order(order)
+        loader = DataLoader(self, batch_size=batch_size, sampler=sampler, num_workers=workers, collate_fn=list)
+        for start, items in zip(range(0, len(order), batch_size), loader, strict=True):
+            places = order[start : start + len(items)]
+            good = [(place, item) for place, item in zip(places, items, strict=True) if not isinstance(item, Corrupt)]
             for item in items:
                 if isinstance(item, Corrupt):
                     self.note(item)
             if good:
-                yield torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+                pixels = torch.stack([image for _, (image, _) in good])
+                yield np.array([place for place, _ in good]), (pixels, torch.tensor([label for _, (_, label) in good]))
+
+    def listed_labels(self) -> np.ndarray | None:
+        """The labels `[n]` where the data set lists them; None where the images must be read for them."""
+        listed = getattr(self.source, "labels", getattr(self.source, "targets", None))
+        if (samples := getattr(getattr(self.source, "reader", None), "samples", None)) is not None:
+            listed = [label for _, label in samples]
+        return None if listed is None else np.asarray(listed, dtype=np.int64)[self.indices]
 
     def with_transform(self, transform: Any) -> Images:
         return Images(self.source, self.indices, transform, self.what, self.corrupt)
@@ -114,6 +139,25 @@ class _Order(Sampler[int]):
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Which images calibrate and which are tuned on: indices into the training images of the data set."""
+
+    calibration: NDArray[np.int64]
+    train: NDArray[np.int64]
+
+    def save(self, folder: Path) -> None:
+        np.savez(folder / CHOSEN, calibration=self.calibration, train=self.train)
+
+    @staticmethod
+    def find(folder: Path) -> Chosen | None:
+        """What was saved there; None where nothing was chosen."""
+        if not (folder / CHOSEN).is_file():
+            return None
+        with np.load(folder / CHOSEN, allow_pickle=False) as arrays:
+            return Chosen(arrays["calibration"], arrays["train"])
+
+
+@dataclass(frozen=True)
 class Splits:
     """Three disjoint parts of one data set, under the evaluation transform."""
 
@@ -123,10 +167,14 @@ class Splits:
     classes: tuple[str, ...]
     seed: int
     source: str
+    #: What is judged of each domain, the held-out one at last: `evaluation` is all but that; empty without domains.
+    domains: Mapping[str, Images] = field(default_factory=dict)
+    chosen: Chosen | None = None  # what a selection chose; None = drawn by the seed
 
     def report(self, folder: Path, console: Console) -> None:
         """Name the unreadable images met so far, and write them to `folder/unreadable.json` for the manifest."""
-        unreadable = {**self.train.corrupt, **self.calibration.corrupt, **self.evaluation.corrupt}
+        parts = (self.train, self.calibration, self.evaluation, *self.domains.values())
+        unreadable = {name: reason for part in parts for name, reason in part.corrupt.items()}
         for name, reason in sorted(unreadable.items()):
             console.warn(f"{name} cannot be read and is skipped: {reason}")
         (folder / "unreadable.json").write_text(json.dumps(sorted(unreadable)))
@@ -173,21 +221,24 @@ def _known(config: dict[str, Any]) -> dict[str, Any]:
     return {k: config[k] for k in keys if k in config}
 
 
-def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int) -> Splits:
+def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int, chosen: Chosen | None = None) -> Splits:
     """Training, calibration and evaluation images of the card's data set.
 
-    Calibration images are drawn from the training images and taken out of them. A folder without an
-    evaluation part is divided 80:20 by the seed. Raises UsageError for an empty or unknown data set,
-    or when there are too few training images to calibrate on.
+    Calibration images are drawn from the training images and taken out of them, or are as `chosen`. A folder without
+    an evaluation part is divided 80:20 by the seed; so is each domain but the held-out one. Raises UsageError for an
+    empty or unknown data set, or when there are too few training images to calibrate on.
     """
     transform = eval_transform(config)
     rng = np.random.default_rng(seed)
+    judged: dict[str, NDArray[np.int64]] = {}
     if spec.data.name == "digits":
         digits = Digits()
-        chosen, kept_back = digits.split()
-        sources = (digits, chosen, digits, kept_back)
+        train, kept_back = digits.split()
+        sources: tuple[Any, np.ndarray, Any, np.ndarray] = (digits, train, digits, kept_back)
         classes = tuple(str(i) for i in range(10))
         where = DIGITS_SOURCE
+    elif spec.data.held_out_domain:
+        sources, judged, classes, where = _domain_sources(spec.data, rng)
     else:
         sources, classes, where = _timm_sources(spec.data, rng)
     train_source, train, eval_source, evaluation = sources
@@ -196,13 +247,16 @@ def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int) -> Splits:
     if len(train) <= count:
         raise UsageError(f"{where} has {len(train)} training images, but the card sets {count} aside for calibration; "
                          "lower [calibration] images")  # fmt: skip
+    calibrating, training = (chosen.calibration, chosen.train) if chosen else (train[:count], train[count:])
     return Splits(
-        train=Images(train_source, train[count:], transform, "training"),
-        calibration=Images(train_source, train[:count], transform, "calibration"),
+        train=Images(train_source, training, transform, "training"),
+        calibration=Images(train_source, calibrating, transform, "calibration"),
         evaluation=Images(eval_source, evaluation, transform, "evaluation"),
         classes=classes,
         seed=seed,
         source=where,
+        domains={name: Images(eval_source, own, transform, f"'{name}'") for name, own in judged.items()},
+        chosen=chosen,
     )
 
 
@@ -217,11 +271,8 @@ def _timm_sources(
     data: DataSpec, rng: np.random.Generator
 ) -> tuple[tuple[Any, np.ndarray, Any, np.ndarray], tuple[str, ...], str]:
     where = f"{data.name} data set" + (f" in '{data.dir}'" if data.dir else "")
-    local = data.name == "folder" or data.name.startswith("torch/")
-    if local and not data.dir:
-        raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
-    if local and not Path(data.dir).is_dir():
-        raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
+    if data.name == "folder" or data.name.startswith("torch/"):
+        _must_have_folder(data)
     split = data.eval_split
     if data.name == "folder":
         parts = (split, *(s for s in EVAL_SPLITS if s != split))
@@ -244,6 +295,41 @@ def _timm_sources(
     if split and classes and _classes(evaluation) not in ((), classes):
         raise UsageError(f"{where}: the class folders of '{data.train_split}' and '{split}' differ")
     return chosen, classes, where
+
+
+def _must_have_folder(data: DataSpec) -> None:
+    if not data.dir:
+        raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
+    if not Path(data.dir).is_dir():
+        raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
+
+
+def _domain_sources(
+    data: DataSpec, rng: np.random.Generator
+) -> tuple[tuple[Any, np.ndarray, Any, np.ndarray], dict[str, NDArray[np.int64]], tuple[str, ...], str]:
+    """DIR/<domain>/<class>/*: what is trained on, the ordinary evaluation part, and what is judged of each domain."""
+    _must_have_folder(data)
+    where, held_out = f"folder data set in '{data.dir}'", data.held_out_domain
+    source = _create(data, "", where)
+    samples = [(Path(file), label) for file, label in source.reader.samples]
+    domains = [domain(file, Path(data.dir)) for file, _ in samples]
+    names, classes = sorted(set(domains)), _classes(source)
+    if len(names) < 2:
+        raise UsageError(f"'{data.dir}' has one domain only ({names[0]}); holding one out needs two, as "
+                         "DIR/<domain>/<class>/*")  # fmt: skip
+    if held_out not in names:
+        raise unknown("domain", held_out, names)
+    own = {name: frozenset(label for (_, label), of in zip(samples, domains) if of == name) for name in names}
+    usual = Counter(own.values()).most_common(1)[0][0]
+    if odd := next((name for name in names if own[name] != usual), ""):
+        differing = ", ".join(classes[label] for label in sorted(own[odd] ^ usual)[:5])
+        like = next(name for name in names if own[name] == usual)
+        raise UsageError(f"the domain '{odd}' has other classes than '{like}' ({differing}); all domains need the same")
+    train, judged = divide_domains(domains, held_out, rng)
+    if small := next((name for name, indices in judged.items() if not len(indices)), ""):
+        raise UsageError(f"the domain '{small}' has fewer than 5 images; a fifth of them is kept back to judge on")
+    evaluation = np.concatenate([indices for name, indices in judged.items() if name != held_out])
+    return (source, train, source, evaluation), judged, classes, f"{where} without domain '{held_out}'{DIVIDED}"
 
 
 def _create(data: DataSpec, split: str, where: str) -> Any:

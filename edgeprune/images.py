@@ -65,6 +65,29 @@ def divide(count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDA
     return mixed[cut:], np.sort(mixed[:cut])
 
 
+def domain(path: Path, folder: Path) -> str:
+    """The domain that an image of DIR/<domain>/<class>/* belongs to; UsageError for one that lies elsewhere."""
+    parts = path.relative_to(folder).parts
+    if len(parts) < 3:
+        raise UsageError(f"'{path}' lies in no class of a domain; domains are read as DIR/<domain>/<class>/*")
+    return parts[0]
+
+
+def divide_domains(
+    domains: Sequence[str], held_out: str, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], dict[str, NDArray[np.int64]]]:
+    """Indices of images to train on, and of those to judge on by domain: a fifth of each, but all of `held_out`.
+
+    domains: of every image. The held-out domain is the last.
+    """
+    of = np.asarray(domains)
+    parts = {name: np.flatnonzero(of == name) for name in sorted(set(domains) - {held_out})}
+    divided = {name: divide(len(own), rng) for name, own in parts.items()}
+    train = np.concatenate([parts[name][rest] for name, (rest, _) in divided.items()])
+    judged = {name: parts[name][kept_back] for name, (_, kept_back) in divided.items()}
+    return train, {**judged, held_out: np.flatnonzero(of == held_out)}
+
+
 def refuse_corrupt(corrupt: Mapping[str, str], total: int, what: str) -> None:
     """Raise UsageError when more than 1 % of `total` images are unreadable. corrupt: name -> reason."""
     if len(corrupt) > max(MAX_CORRUPT * total, 1):
@@ -159,7 +182,9 @@ def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
         )
     recorded = manifest["data"]
     divided = recorded["source"].endswith(DIVIDED)
-    part = next((folder / name for name in EVAL_SPLITS if (folder / name).is_dir()), folder)
+    held_out = next((found["name"] for found in manifest.get("domains", ()) if found["held_out"]), "")
+    of_domains = bool(held_out) and (folder / held_out).is_dir()
+    part = next((folder / name for name in EVAL_SPLITS if (folder / name).is_dir() and not of_domains), folder)
     if part == folder and (folder / "train").is_dir() and not divided:
         raise UsageError(f"'{folder}' has training images only; add a folder {', '.join(EVAL_SPLITS[:-1])} or test")
     files = image_files(part)
@@ -173,16 +198,26 @@ def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
                 f"({_some(manifest['classes'])}); name each folder of images after its class"
             )
     where = f"folder '{part}'"
-    if divided and part == folder and len(files) // 5 == recorded["evaluation"]:
-        _, chosen = divide(len(files), np.random.default_rng(recorded["seed"]))
-        files = [files[i] for i in chosen]
-        where += DIVIDED
+    if divided and part == folder and of_domains == bool(held_out):
+        chosen = _kept_back(files, folder, held_out, recorded["seed"])
+        if len(chosen) == recorded["evaluation"]:
+            files = [files[i] for i in chosen]
+            where += f" without domain '{held_out}'" * of_domains + DIVIDED
     return Evaluation(
         where,
         names=[str(path) for path in files],
         labels=[index[path.parent.name] for path in files],
         read=lambda i: read_image(files[i]),
     )
+
+
+def _kept_back(files: Sequence[Path], folder: Path, held_out: str, seed: int) -> NDArray[np.int64]:
+    """Which of the files are those that a build with this seed kept back to judge on."""
+    rng = np.random.default_rng(seed)
+    if not held_out:
+        return divide(len(files), rng)[1]
+    _, judged = divide_domains([domain(path, folder) for path in files], held_out, rng)
+    return np.concatenate([own for name, own in judged.items() if name != held_out])
 
 
 def _some(classes: Sequence[str]) -> str:

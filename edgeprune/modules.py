@@ -1,4 +1,4 @@
-"""Modules that are found by their file names: criteria, allocators, schedules, recoveries. Imports nothing heavy.
+"""Modules that are found by their file names: criteria, allocators, schedules, recoveries, selections. Imports nothing heavy.
 
 A name on the command line is the file's, with - for _. Files that begin with _ are not listed.
 """
@@ -17,6 +17,9 @@ from edgeprune.errors import unknown
 #: Kinds of parts that a method is made of, and the packages in which they are found.
 KINDS = {"criterion": "criteria", "allocator": "allocators", "schedule": "schedules", "recovery": "recoveries"}
 
+#: All kinds of modules: how training images are selected is no part of a method.
+PACKAGES = {**KINDS, "selection": "selections"}
+
 
 def names(kind: str) -> list[str]:
     """All there are of a kind, sorted."""
@@ -32,7 +35,7 @@ def check(kind: str, name: str) -> None:
 
 def path(kind: str, name: str) -> str:
     """The dotted path of the module."""
-    return f"edgeprune.{KINDS[kind]}.{_file(name)}"
+    return f"edgeprune.{PACKAGES[kind]}.{_file(name)}"
 
 
 def get(kind: str, name: str) -> Any:
@@ -70,5 +73,5 @@ def _source(kind: str, name: str) -> ast.Module:
 
 def _folders(kind: str) -> list[str]:
     """Where a kind's modules are; a package that is imported may have been told of more."""
-    package = sys.modules.get(f"edgeprune.{KINDS[kind]}")
-    return list(package.__path__) if package else [str(Path(__file__).parent / KINDS[kind])]
+    package = sys.modules.get(f"edgeprune.{PACKAGES[kind]}")
+    return list(package.__path__) if package else [str(Path(__file__).parent / PACKAGES[kind])]

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, modules, publish, runtimes, schedules
+from edgeprune import artifact, modules, publish, recoveries, runtimes, schedules
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
@@ -41,6 +41,7 @@ from edgeprune.stages import (
     survey,
     validate,
 )
+from edgeprune.tuning import launch
 from edgeprune.types import Latency, to_json
 
 #: run(request, read, out, console): `read` maps the stages it reads to their folders.
@@ -66,7 +67,7 @@ INSTEAD = (PARENT, "sparsify")
 
 PIPELINE = (
     # the dense model as it came: weights, ONNX, sizes
-    Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "seed")),
+    Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "selection", "tune_on", "seed")),
     # what every sub-block shape costs on this device, in the runtime that will run
     Stage(
         "profile",
@@ -146,6 +147,8 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "recovery": lambda r: r.recovery,
     "search_seconds": lambda r: r.search_seconds,
     "polish": lambda r: r.polish,
+    "selection": lambda r: r.selection,
+    "tune_on": lambda r: r.tune_on,
     "latency": lambda r: (r.latency.ms, r.latency.fraction),
     "quantile": lambda r: r.quantile,
     "max_drop": lambda r: r.max_drop,
@@ -321,11 +324,16 @@ def run_stage(
 
 def check_request(request: Request) -> None:
     """Refuse what can be refused before any work: names, target, precision, weights."""
-    for kind in modules.KINDS:
+    for kind in modules.PACKAGES:
         modules.check(kind, getattr(request, kind))
     if request.gradual and request.schedule != schedules.DEFAULT:
         raise UsageError(
             f"--gradual prunes from tuned models, the schedule '{request.schedule}' from the dense one; give one of the two"
+        )
+    if launch.wanted(request) and recoveries.get(request.recovery).TUNES == "adapters":
+        raise UsageError(
+            f"the recovery '{request.recovery}' tunes adapters, and those in one process alone; "
+            "leave --processes and --accelerate-config out, or choose another --recovery"
         )
     if request.runtime and request.runtime not in runtimes.names():
         raise unknown("runtime", request.runtime, runtimes.names())
@@ -368,7 +376,7 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
     """sha256 over all that the stage's result depends on."""
     asked = {name: to_json(ASKS[name](request)) for name in stage.asks}
     code = code_key(stage.run.__module__)
-    for kind in modules.KINDS:
+    for kind in modules.PACKAGES:
         if kind in stage.asks:
             code += code_key(modules.path(kind, getattr(request, kind)))
     parts = {

@@ -58,6 +58,8 @@ def publish(request: Request, done: Sequence[Done], folder: Path, environment: d
         for stage, names in (("finetune", ("plan.json", "model.safetensors")), ("profile", ("profile.json",))):
             for name in names:
                 shutil.copyfile(stages[stage].folder / name, work / name)
+        if (learnt := stages["finetune"].folder / artifact.ADAPTERS).is_file():
+            shutil.copyfile(learnt, work / learnt.name)
         for path in stages["compile"].folder.iterdir():
             if path.name.startswith("model."):
                 shutil.copyfile(path, work / path.name)
@@ -137,6 +139,8 @@ def make_manifest(
         "accuracy": facts["accuracy"],
         "checks": facts["checks"],
         "data": {**facts["data"], "unreadable": _unreadable(stages)},
+        **({"domains": facts["domains"]} if "domains" in facts else {}),
+        **({"selection": {"name": request.selection, "tune_on": request.tune_on}} if request.selects else {}),
         "preprocessing": dense["transforms"],
         "classes": dense["classes"],
         "shape": [[len(b.heads), len(b.neurons)] for b in planned.plan.blocks],
@@ -150,8 +154,8 @@ def make_manifest(
 
 def _unreadable(stages: dict[str, Done]) -> list[str]:
     """The images that any stage could not read."""
-    files = [stages[name].folder / "unreadable.json" for name in ("calibrate", "finetune", "validate")]
-    return sorted({name for path in files for name in json.loads(path.read_text())})
+    files = [stages[name].folder / "unreadable.json" for name in ("baseline", "calibrate", "finetune", "validate")]
+    return sorted({name for path in files if path.is_file() for name in json.loads(path.read_text())})
 
 
 def write_anchor(dense: Path, path: Path) -> None:

@@ -20,13 +20,13 @@ from edgeprune.tuning.loop import fit
 
 def train(
     model: str, *, out: str | Path | None = None, weights: str | None = None, data: str = "", data_dir: str = "",
-    epochs: Sequence[float] = (), seed: int = 0, console: Console = SILENT,
+    held_out_domain: str = "", epochs: Sequence[float] = (), seed: int = 0, console: Console = SILENT,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the card `model` by its [train] recipe; returns where the weights are and how good they are.
 
     Raises UsageError for bad input, StorageError when the weights cannot be written (checked first).
     """
-    card = with_data(config.load_card(model), data, data_dir)
+    card = with_data(config.load_card(model), data, data_dir, held_out_domain)
     recipe = replace(card.train, epochs=tuple(epochs)) if epochs else card.train
     path = Path(out or f"{card.name}.safetensors")
     artifact.must_be_writable(path, "--out", folder=False)

@@ -410,6 +410,11 @@ def features(model: VisionTransformer, stream: Tensor) -> Tensor:
     return model.forward_head(model.norm(stream), pre_logits=True)
 
 
+def summary(model: VisionTransformer, stream: Tensor) -> Tensor:
+    """The class token of a residual stream, or the mean of the patches where the model classifies by that, `[n, width]`."""
+    return stream[:, 0] if model.global_pool == "token" else stream[:, model.num_prefix_tokens :].mean(1)
+
+
 def streams(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:
     """The residual stream after each block, `[n, tokens, width]`, then the logits `[n, classes]`."""
     x = embed(model, images)

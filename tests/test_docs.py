@@ -216,6 +216,9 @@ def test_the_schema_is_a_schema() -> None:
     assert SCHEMA["properties"]["schema"]["const"] == SCHEMA["$id"] == MANIFEST_SCHEMA
 
 
+OPTIONAL = {"domains", "selection"}  # of a manifest: where the build had them
+
+
 def test_the_schema_requires_what_it_names() -> None:
     """Strict throughout: an object whose keys are fixed allows no others."""
 
@@ -224,7 +227,7 @@ def test_the_schema_requires_what_it_names() -> None:
             return
         if "properties" in node:
             assert "additionalProperties" in node or where.endswith("preprocessing"), where
-            assert set(node["required"]) >= set(node["properties"]), where
+            assert set(node["required"]) >= set(node["properties"]) - (OPTIONAL if not where else set()), where
         for name, child in node.get("properties", {}).items():
             walk(child, f"{where}/{name}")
         walk(node.get("items"), f"{where}[]")
@@ -273,6 +276,15 @@ def manifest() -> dict[str, Any]:
 
 def test_the_schema_accepts_a_manifest(manifest: dict[str, Any]) -> None:
     assert manifest_errors(manifest) == []
+
+
+def test_the_schema_accepts_domains_and_a_selection(manifest: dict[str, Any]) -> None:
+    facts = {"images": 5, "dense": 60.0, "dense_ci": [20.0, 90.0], "pruned": 40.0, "pruned_ci": [10.0, 80.0]}
+    domains = [{"name": "photo", "held_out": False, **facts}, {"name": "sketch", "held_out": True, **facts}]
+    full = {**manifest, "domains": domains, "selection": {"name": "density", "tune_on": 0.5}}
+    assert manifest_errors(full) == []
+    assert len(manifest_errors({**full, "domains": domains[:1]})) == 1
+    assert len(manifest_errors({**full, "selection": {"name": "density", "tune_on": 0}})) == 1
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,17 @@ A recovery is a module with one function, `recover(damage) -> VisionTransformer`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
-from edgeprune import modules
+from torch import Tensor
+
+from edgeprune import modules, vit
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
+from edgeprune.gates import SubBlock, units_of
 from edgeprune.types import Plan
 
 DEFAULT = "refit"
@@ -46,3 +50,14 @@ def names() -> list[str]:
 def get(name: str) -> Recovery:
     """The recovery module; UsageError with "did you mean" for an unknown name."""
     return cast(Recovery, modules.get("recovery", name))
+
+
+def cut(damage: Damage) -> Iterator[tuple[SubBlock, Tensor, Tensor]]:
+    """Every sub-block that loses units, with the input columns of its last layer that stay and those that go."""
+    sizes = vit.anatomy(damage.model)
+    for at, units in units_of(damage.plan).items():
+        every = range(sizes.units(at[1]))
+        gone = tuple(sorted(set(every) - set(units)))
+        if gone:
+            size = sizes.unit_size(at[1])
+            yield at, vit.columns(units, size), vit.columns(gone, size)

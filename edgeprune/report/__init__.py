@@ -56,6 +56,7 @@ def markdown(manifest: dict[str, Any]) -> str:
         f"{manifest['environment']['device']['cpu']}; {interval(pruned)}. "
         f"Accuracy: {manifest['data']['evaluation']} images of {manifest['data']['source']}.",
         "",
+        *domains(manifest),
         "| block | heads | neurons |",
         "|---|---|---|",
         *(f"| {i} | {heads} | {neurons} |" for i, (heads, neurons) in enumerate(manifest["shape"])),
@@ -66,6 +67,20 @@ def markdown(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def domains(manifest: dict[str, Any]) -> list[str]:
+    """Accuracy by domain, as a table in Markdown; nothing where the data set has none."""
+    if "domains" not in manifest:
+        return []
+    lines = ["| domain | images | dense, 95 % interval | pruned, 95 % interval |", "|---|---|---|---|"]
+    for found in manifest["domains"]:
+        name = found["name"] + (" (held out: never trained on)" if found["held_out"] else "")
+        both = [
+            f"{found[m]:.2f} %, {found[f'{m}_ci'][0]:.2f} to {found[f'{m}_ci'][1]:.2f}" for m in ("dense", "pruned")
+        ]
+        lines.append(f"| {name} | {found['images']} | {both[0]} | {both[1]} |")
+    return [*lines, ""]
 
 
 def interval(pruned: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Baseline: the dense model as it came, checked against its data, and as ONNX: the anchor of every measurement.
 
-Writes `dense.safetensors`, `dense.onnx` (simplified) and `baseline.json`.
+Writes `dense.safetensors`, `dense.onnx` (simplified) and `baseline.json`; where a selection chose the images to
+calibrate and to tune on, also `chosen.npz`, so that all stages see the same.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save_file
 
-from edgeprune import artifact, vit
+from edgeprune import artifact, selections, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import ModelSpec, Request
 from edgeprune.console import Console
-from edgeprune.data import Splits, check_classes, load_splits, transform_config
+from edgeprune.data import Chosen, Images, Splits, check_classes, load_splits, transform_config
 from edgeprune.errors import UsageError
 from edgeprune.stages import export, simplify
 from edgeprune.types import Plan
+
+BATCH = 32  # images that are embedded at once
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,13 @@ class Dense:
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     model = load_source(request.card, request.weights)
     dense = with_data(model, request)
-    splits, sizes = dense.splits, dense.sizes
-    check_classes(splits, sizes.num_classes)
+    sizes = dense.sizes
+    check_classes(dense.splits, sizes.num_classes)
+    if request.selects:
+        chosen = select(dense, request, out, console)
+        chosen.save(out)
+        dense = with_data(model, request, chosen)
+    splits = dense.splits
     console.say(f"{request.card.architecture}: {sizes.blocks} blocks of {sizes.heads} heads and {sizes.neurons} neurons, "
                 f"{sizes.tokens} tokens, {vit.parameters(model) / 1e6:.2f} M parameters")  # fmt: skip
     console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "
@@ -56,6 +65,19 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     (out / "baseline.json").write_text(json.dumps(facts, indent=1))
 
 
+def select(dense: Dense, request: Request, out: Path, console: Console) -> Chosen:
+    """What the request's selection chooses of the training images; those it could not read are named."""
+    drawn = dense.splits
+    order = np.concatenate([drawn.calibration.indices, drawn.train.indices])
+    images = Images(drawn.train.source, order, drawn.train.transform, drawn.train.what, drawn.train.corrupt)
+    pool = selections.Pool(images, dense.model, BATCH, request.seed, console)
+    found = selections.divide(selections.get(request.selection), pool, len(drawn.calibration), request.tune_on)
+    console.say(f"selection '{request.selection}': {len(found.calibration)} images to calibrate on and, of the other "
+                f"{len(order) - len(found.calibration)}, {len(found.train)} to tune on")  # fmt: skip
+    drawn.report(out, console)
+    return found
+
+
 def load_source(card: ModelSpec, weights: Path | None) -> VisionTransformer:
     """The card's model with its weights, or with those of the file `weights`."""
     source = weights or (Path(card.weights) if card.weights not in ("", "hub") else None)
@@ -67,9 +89,10 @@ def load_source(card: ModelSpec, weights: Path | None) -> VisionTransformer:
     return model
 
 
-def with_data(model: VisionTransformer, request: Request) -> Dense:
+def with_data(model: VisionTransformer, request: Request, chosen: Chosen | None = None) -> Dense:
     transforms = transform_config(request.card, model)
-    return Dense(model, vit.anatomy(model), transforms, load_splits(request.card, transforms, request.seed))
+    splits = load_splits(request.card, transforms, request.seed, chosen)
+    return Dense(model, vit.anatomy(model), transforms, splits)
 
 
 def load(request: Request, folder: Path) -> Dense:
@@ -77,7 +100,7 @@ def load(request: Request, folder: Path) -> Dense:
     facts = json.loads((folder / "baseline.json").read_text())
     model = vit.create(request.card.architecture, request.card.kwargs, facts["num_classes"])
     vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
-    return with_data(model, request)
+    return with_data(model, request, Chosen.find(folder))
 
 
 def parent(dense: Dense, read: Mapping[str, Path]) -> tuple[VisionTransformer, Plan]:

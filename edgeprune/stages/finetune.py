@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from edgeprune import artifact, schedules, vit
+from edgeprune import adapters, artifact, recoveries, schedules, vit
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
@@ -24,7 +24,7 @@ NEGLIGIBLE = 1e-3  # nats; AdamW's first steps alone move a model further than t
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
-    """Writes `model.safetensors`, `plan.json` (unchanged) and `finetune.json`."""
+    """Writes `model.safetensors`, `plan.json` (unchanged) and `finetune.json`; what adapters learnt to a file of their own."""
     dense = baseline.load(request, read["baseline"])
     planned = artifact.read_plan(read["prune"] / "plan.json")
     student = artifact.rebuild(planned, read["prune"] / "pruned.safetensors")
@@ -33,6 +33,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         recipe = schedules.share(recipe, 1 - schedules.SHARE, request.schedule)
     shutil.copyfile(read["prune"] / "plan.json", out / "plan.json")
     check, _ = divide(dense.splits.train)
+    adapted = recoveries.get(request.recovery).TUNES == "adapters"
+    if adapted:
+        adapters.attach(student, seed=request.seed)
     after = before = divergence(student, dense.model, check, recipe.batch_size)
     history = History()
     if planned.plan == vit.dense_plan(dense.sizes):
@@ -53,7 +56,13 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
         if not after < before:
             console.warn("tuning did not bring the model closer to the dense one; the untuned weights are kept")
+    if adapted:
+        adapters.save(student, dense.model, planned.plan, out / artifact.ADAPTERS)
+        adapters.merge(student)
     save_file({k: v.contiguous() for k, v in student.state_dict().items()}, out / "model.safetensors")
+    if adapted:
+        few, all_ = ((out / name).stat().st_size / 1e6 for name in (artifact.ADAPTERS, "model.safetensors"))
+        console.say(f"adapters and what else was tuned: {few:.2f} MB, of {all_:.2f} MB of weights")
     dense.splits.report(out, console)
     document = {"divergence_before": before, "divergence_after": after, "epochs": recipe.epochs, **to_json(history)}
     (out / "finetune.json").write_text(json.dumps(document))
@@ -69,7 +78,9 @@ def tune(
     """
     check, train = divide(dense.splits.train)
     if launch.wanted(request):
-        return launch.fit(student, dense.model, planned, recipe, request, train.corrupt, work, console)
+        return launch.fit(
+            student, dense.model, planned, recipe, request, train.corrupt, work, console, dense.splits.chosen
+        )
     return fit(
         student, train, recipe, dense.transforms,
         teacher=dense.model, check=check, seed=request.seed, console=console,

@@ -42,13 +42,22 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         clock.load("dense", read["baseline"] / "dense.onnx", COPIES)
         clock.load("pruned", read["compile"] / compiled["entry"], COPIES)
         timed = time_it(clock, request, document, planned, console) if here else predict_it(request, document, planned)
-        images = dense.splits.evaluation
-        accuracy = checks.accuracy(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
+        parts = dense.splits.domains or {"": dense.splits.evaluation}
+        answers = {
+            name: checks.answers(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
+            for name, images in parts.items()
+        }
+    held_out = request.card.data.held_out_domain or None
+    accuracy = checks.summary(*(own for name, own in answers.items() if name != held_out))
+    domains = [checks.domain_facts(name, own, held_out=name == held_out) for name, own in answers.items() if held_out]
     gates = [timed.check]
     if request.max_drop is not None:
         gates.append(checks.accuracy_check(accuracy, request.max_drop))
     for check in gates:
         console.say(f"{check.name}: {check.verdict} ({check.reason})")
+    for found in domains:
+        console.say(f"domain '{found['name']}'{', held out' * found['held_out']}: {found['dense']:.2f} % dense, "
+                    f"{found['pruned']:.2f} % pruned on {found['images']} images")  # fmt: skip
     dense_latency = {key: document["anchor"][key] * timed.anchor_ms / table.dense_ms for key in ("p50", "p90")}
     facts = {
         "runtime": runtime,
@@ -61,6 +70,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         },
         "accuracy": asdict(accuracy),
         "data": dense.splits.facts,
+        **({"domains": domains} if domains else {}),
         "worker": clock.info,
     }  # fmt: skip
     (out / "validation.json").write_text(json.dumps(facts, indent=1))

@@ -1,7 +1,7 @@
 """Tuning in several processes: starts `accelerate launch` on `edgeprune.tuning.worker` and waits for it.
 
 Only the tuning runs in the group; a build measures latencies, and does that in one process. A job is a folder:
-`job.json`, `plan.json`, `student.safetensors` and `teacher.safetensors` in; `tuned.safetensors`, `history.json`,
+`job.json`, `plan.json`, `student.safetensors`, `teacher.safetensors` and perhaps `chosen.npz` in; `tuned.safetensors`, `history.json`,
 `unreadable-RANK.json` and `error-RANK.json` out. Imports no torch.
 """
 
@@ -26,6 +26,7 @@ from edgeprune.types import to_json
 
 if TYPE_CHECKING:
     from edgeprune.compat import VisionTransformer
+    from edgeprune.data import Chosen
     from edgeprune.tuning.loop import History
 
 WORKER = "edgeprune.tuning.worker"
@@ -53,9 +54,9 @@ def check_request(processes: int, accelerate_config: Path | None) -> None:
 
 def fit(
     student: VisionTransformer, teacher: VisionTransformer, planned: artifact.PlannedModel, recipe: Recipe,
-    request: Request, unreadable: dict[str, str], work: Path, console: Console,
+    request: Request, unreadable: dict[str, str], work: Path, console: Console, chosen: Chosen | None = None,
 ) -> History:  # fmt: skip
-    """`loop.fit` on the request's data in the processes that it asks for; `student` gets the weights it returns.
+    """`loop.fit` on the request's data, or on what is `chosen` of it, in the processes that it asks for; `student` gets the weights it returns.
 
     Images that cannot be read are noted in `unreadable`. `work` is an existing folder, on a file system that all
     machines of the group share. Raises what the processes raise.
@@ -75,6 +76,8 @@ def fit(
             "verbose": console.verbose,
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(to_json(job)))
+        if chosen is not None:
+            chosen.save(folder)
         _run(command(request, folder), environment(request), folder, console)
         for path in sorted(folder.glob("unreadable-*.json")):
             unreadable.update(artifact.read_json(path))

@@ -47,7 +47,7 @@ def tune(folder: Path, group: Group) -> None:
     teacher = vit.create(planned.architecture, planned.kwargs, planned.num_classes)
     vit.load_weights(teacher, vit.read_weights(folder / "teacher.safetensors"), str(folder))
     transforms = data.transform_config(card, teacher)
-    check, train = judge.divide(data.load_splits(card, transforms, job["seed"]).train)
+    check, train = judge.divide(data.load_splits(card, transforms, job["seed"], data.Chosen.find(folder)).train)
     console = Console(verbose=job["verbose"]) if group.rank == 0 else SILENT
     if group.size < max(2, job["processes"]):
         raise UsageError(
