@@ -69,7 +69,7 @@ class Gates:
             layer = vit.output_layer(own.blocks[i], kind)
             layer._forward_pre_hooks.clear()
             layer.weight.mul_(gate.detach().repeat_interleave(self.sizes.unit_size(kind)).to(layer.weight))
-        return own.eval()
+        return own.eval().cpu()  # where calibration images are
 
 
 def units_of(plan: Plan) -> Mapping[SubBlock, tuple[int, ...]]:

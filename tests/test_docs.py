@@ -154,8 +154,10 @@ def test_methods_lists_every_method_and_part() -> None:
     listed = small.run("methods")
     assert listed.code == errors.PASSED
     for method in methods.METHODS:
-        assert re.search(rf"^{method.name}\s+{method.criterion}\s+{method.allocator}\s", listed.out, re.MULTILINE)
-    for kind in modules.KINDS:
+        assert re.search(
+            rf"^{method.name}\s+{method.kind}\s+{method.criterion}\s+{method.allocator}\s", listed.out, re.MULTILINE
+        )
+    for kind in modules.PACKAGES:
         for name in modules.names(kind):
             assert re.search(rf"^  {name}\s+\S+", listed.out, re.MULTILINE)
             described = small.run("methods", name)

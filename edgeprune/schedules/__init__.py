@@ -8,18 +8,23 @@ the epochs of fine-tuning, which has the rest. `one-shot` has no such training. 
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
-from edgeprune import modules
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgeprune import modules, saliency, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe
 from edgeprune.console import Console
 from edgeprune.data import Batch
-from edgeprune.errors import UsageError
-from edgeprune.gates import Gates
+from edgeprune.errors import Infeasible, UsageError
+from edgeprune.gates import Gates, SubBlock, plan_of, units_of
 from edgeprune.tuning.coach import Coach
 from edgeprune.types import LatencyTable, Levels, Plan
 
@@ -88,6 +93,87 @@ def due(step: int, steps: int, updates: int, last: float = 1.0) -> float | None:
     if step >= end or step % every:
         return None
     return min(1.0, (step // every + 1) / max(1, math.ceil(end / every)))
+
+
+def over(step: int, steps: int, part: float) -> bool:
+    """Whether this share of the steps is behind; at the last step always."""
+    return step >= min(math.floor(part * steps), steps - 1)
+
+
+def allocate_open(training: Training, budget_ms: float) -> Plan:
+    """The allocator's plan as though all gates were open: what is shut is judged like the rest."""
+    gates, values = training.gates, training.gates.values
+    gates.values = {at: torch.ones(gates.sizes.units(at[1])) for at in values}
+    try:
+        return training.allocate(training.score(), budget_ms)
+    finally:
+        gates.values = values
+
+
+def best(plan: Plan, worth: Mapping[SubBlock, Tensor]) -> Plan:
+    """As many units of every sub-block as in the plan, those that are worth most."""
+    order = {at: own.detach().argsort(descending=True, stable=True).tolist() for at, own in worth.items()}
+    return plan_of({at: order[at][: len(units)] for at, units in units_of(plan).items()})
+
+
+def widest(training: Training, worth: Mapping[SubBlock, Tensor]) -> Plan:
+    """The slowest plan within the target that keeps the units worth most, whatever their sub-block.
+
+    Numbers of units are rounded to those in the table. Raises Infeasible when even nothing at all is too slow.
+    """
+    table, sizes = training.table, training.gates.sizes
+    ranks = torch.cat([own.detach().cpu() for own in worth.values()]).argsort(descending=True, stable=True).argsort()
+    places = dict(zip(worth, ranks.split([len(own) for own in worth.values()]), strict=True))
+    grids = {"attn": tuple(range(sizes.heads + 1)), "mlp": table.mlp_widths}
+
+    def plan(count: int) -> Plan:
+        kept = {}
+        for at, own in places.items():
+            widths = np.array(grids[at[1]])
+            left = widths[np.abs(widths - int((own < count).sum())).argmin()]
+            kept[at] = own.argsort()[:left].tolist()
+        return plan_of(kept)
+
+    if (least := table.predict_ms(plan(0).shape)) > training.target_ms:
+        raise Infeasible(f"{training.target_ms:.3f} ms cannot be reached: without any unit it is {least:.3f} ms")
+    slow = range(1, len(ranks) + 1)
+    return plan(bisect.bisect_right(slow, training.target_ms, key=lambda count: table.predict_ms(plan(count).shape)))
+
+
+def milliseconds(table: LatencyTable, units: Mapping[SubBlock, Tensor]) -> Tensor:
+    """What the table says of so many units per sub-block (scalars), linear between its entries, with gradients."""
+    total = torch.tensor(table.base_ms)
+    for (_, kind), count in units.items():
+        widths = tuple(range(len(table.attn_ms))) if kind == "attn" else table.mlp_widths
+        prices = table.attn_ms if kind == "attn" else table.mlp_ms
+        i = min(bisect.bisect_right(widths, float(count.detach())), len(widths) - 1)
+        slope = (prices[i] - prices[i - 1]) / (widths[i] - widths[i - 1])
+        total = total + float(prices[i - 1]) + float(slope) * (count - widths[i - 1])
+    return total
+
+
+def squares(model: VisionTransformer, at: SubBlock) -> Tensor:
+    """`[units]`: the squared norm of each unit's weights, biases too, with gradients; 0 where nothing reads it."""
+    *first, last = (part.square() for part in saliency.group(model, at))
+    sizes = vit.anatomy(model)
+    count, matrices = sizes.units(at[1]), 3 if at[1] == "attn" else 1
+    rows = [part.reshape(matrices, count, -1).sum((0, 2)) for part in first]
+    read = last.reshape(len(last), count, -1).sum((0, 2))
+    return torch.stack([*rows, read]).sum(0) * (read > 0)
+
+
+@torch.no_grad()
+def scale_columns(gates: Gates, factors: Mapping[SubBlock, Tensor]) -> None:
+    """Multiply each unit's columns of the last layer by its factor, factors `[units]` per sub-block."""
+    for (i, kind), own in factors.items():
+        weight = vit.output_layer(gates.model.blocks[i], kind).weight
+        weight.mul_(own.repeat_interleave(gates.sizes.unit_size(kind)).to(weight))
+
+
+def fold(gates: Gates, plan: Plan) -> None:
+    """Multiply the gates into the weights behind them, then open what the plan keeps and shut the rest."""
+    scale_columns(gates, gates.values)
+    gates.keep(plan)
 
 
 def share(recipe: Recipe, part: float, schedule: str) -> Recipe:

@@ -6,6 +6,7 @@ pruning go on from there as from a milder model of a gradual family.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -44,6 +45,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
         _, images = divide(dense.splits.train)
         recipe = schedules.share(request.card.finetune, SHARE, request.schedule)
+        recipe = replace(recipe, epochs=(sum(recipe.epochs),), sizes=())  # a schedule runs once, from start to end
         history = fit(
             model,
             images,
@@ -80,6 +82,7 @@ def training(
     criterion, allocator = criteria.get(request.criterion), allocators.get(request.allocator)
     batch_size = request.card.calibration.batch_size
     images = dense.splits.calibration.take(IMAGES)
+    teacher = copy.deepcopy(dense.model)  # training may move its own to another device
     found: list[Calibration] = []  # of the last scores
 
     def score() -> list[Levels]:
@@ -95,7 +98,7 @@ def training(
         if not found:
             score()
         task = allocators.task(
-            replace(found[0], levels=levels), table, dense.sizes.shape, gates.folded(), dense.model,
+            replace(found[0], levels=levels), table, dense.sizes.shape, gates.folded(), teacher,
             0.0, request.seed, SILENT,
         )  # fmt: skip
         return task.plan(allocator.prepare(task)(budget_ms - table.base_ms))
