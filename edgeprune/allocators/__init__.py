@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, S
 
 DEFAULT = "search"
 HALVINGS = 30  # of a knob's interval: finer than any table's steps
+NEARBY = 0.1  # share of the dense cost within which budgets share what was searched or trained for one of them
 
 Choose = Callable[[float], Choice]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,3 +142,50 @@ def slowest_within(task: Task, family: Callable[[float], Choice], room_ms: float
         else:
             low = middle
     return best
+
+
+def by_ratios(task: Task, ratios: Callable[[float], FloatArray], room_ms: float) -> Choice:
+    """Of all sub-blocks about the shares `ratios(knob)` `[sub-blocks]`, for the least knob that is within `room_ms`.
+
+    Shares fall from 1 at knob 0 to 0 at knob 1. They are rounded to options; the room that rounding leaves goes to
+    those that were rounded down, the furthest down first. Raises Infeasible when nothing is cheap enough.
+    """
+    there = np.array([own[-1] for own in task.counts])
+    wanted: dict[Choice, FloatArray] = {}
+
+    def family(knob: float) -> Choice:
+        kept = ratios(knob) * there
+        choice = task.nearest(kept)
+        wanted[choice] = kept
+        return choice
+
+    choice = slowest_within(task, family, room_ms)
+    pairs = zip(wanted[choice], task.counts, choice, strict=True)
+    short = {i: (kept - own[option]) / own[-1] for i, (kept, own, option) in enumerate(pairs) if kept > own[option]}
+    for i in sorted(short, key=lambda i: -short[i]):
+        raised = (*choice[:i], choice[i] + 1, *choice[i + 1 :])
+        if task.cost(raised) <= room_ms:
+            choice = raised
+    return choice
+
+
+def spread(weights: FloatArray, amount: float) -> FloatArray:
+    """min(1, s * weights), with s from 0 at amount 0 to infinity at amount 1: what is clipped, the others take."""
+    if amount >= 1:
+        return np.ones(len(weights))
+    weights = weights if weights.any() else np.ones(len(weights))
+    return np.minimum(1.0, amount / (1 - amount) * weights / weights.mean())
+
+
+def nearby(task: Task, find: Callable[[float], T]) -> Callable[[float], T]:
+    """`find(room_ms)`, or what it found for another budget no further than `NEARBY`."""
+    found: dict[float, T] = {}
+
+    def get(room_ms: float) -> T:
+        nearest = min(found, key=lambda ms: abs(ms - room_ms), default=None)
+        if nearest is None or abs(nearest - room_ms) > NEARBY * task.cost(task.dense):
+            nearest = room_ms
+            found[room_ms] = find(room_ms)
+        return found[nearest]
+
+    return get

@@ -1,0 +1,43 @@
+"""What allocators share that are trained: the model under soft masks, and how far it then is from its teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeprune.allocators import Task
+from edgeprune.gates import Gates
+
+IMAGES = 8  # of a step
+
+
+class Gated:
+    """A copy of the model whose weights stay as they are, under masks that may be trained."""
+
+    def __init__(self, task: Task) -> None:
+        self.model = copy.deepcopy(task.model).eval().requires_grad_(False)
+        self.gates = Gates(self.model)
+        self.teacher = task.teacher
+        self.orders = {
+            (level.block, level.kind): torch.as_tensor(
+                level.order[len(level.order) - own[-1] :].tolist(), dtype=torch.long
+            )
+            for level, own in zip(task.levels, task.counts, strict=True)
+        }
+        self.portions = [part for batch in task.found.batches for part in batch.split(IMAGES)]
+
+    def divergence(self, step: int, masks: Sequence[Tensor]) -> Tensor:
+        """Mean KL(teacher || masked) in nats on the images of this step.
+
+        masks: per sub-block, of the units that are still there, in the order in which they go.
+        """
+        pixels = self.portions[step % len(self.portions)]
+        for (at, order), mask in zip(self.orders.items(), masks, strict=True):
+            self.gates.values[at] = torch.zeros_like(self.gates.values[at]).scatter(0, order, mask)
+        with torch.no_grad():
+            wanted = self.teacher(pixels).log_softmax(-1)
+        return F.kl_div(self.model(pixels).log_softmax(-1), wanted, log_target=True, reduction="batchmean")

@@ -1,0 +1,51 @@
+"""PQ: sub-blocks whose units are less alike are thinned more (SAP's PQ index, Diao et al., arXiv 2302.05601).
+
+For the norms w of the d units of a sub-block, with p = 0.5, q = 1 and eta = 0,
+
+    I(w) = 1 - d^(1/q - 1/p) ||w||_p / ||w||_q        m = d (1 + eta)^(q/(p - q)) (1 - I)^(pq/(q - p))
+
+I is 0 where all are equal and near 1 where one has everything; m bounds how many must stay. The share 1 - m/d, times
+gamma, is pruned, at most all. SAP has gamma = 1 and prunes again and again as it trains; here gamma is solved for the
+budget, in one go, without SAP's cap on what a round may prune, so that a sub-block of very unequal units can go
+entirely while one of equal units stays whole. SAP takes the index over single weights; here it is over what can be
+removed, the norms of all weights of each unit that is still there. Needs weights alone. Cost: none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeprune import saliency
+from edgeprune.allocators import Choose, Task, by_ratios, spread
+from edgeprune.types import FloatArray
+
+NEEDS = ("weights",)
+P, Q, ETA = 0.5, 1.0, 0.0
+
+
+def prepare(task: Task) -> Choose:
+    shares = np.array([1 - bound(norms) for norms in unit_norms(task)])
+    return lambda room_ms: by_ratios(task, lambda knob: 1 - spread(shares, knob), room_ms)
+
+
+def pq_index(norms: FloatArray, p: float = P, q: float = Q) -> float:
+    """How unequal these are, 0 to 1; 0 for fewer than two, or if all are 0."""
+    if len(norms) < 2 or not norms.any():
+        return 0.0
+    low, high = (np.mean(np.abs(norms) ** r) ** (1 / r) for r in (p, q))
+    return float(np.clip(1 - low / high, 0, 1))
+
+
+def bound(norms: FloatArray, p: float = P, q: float = Q, eta: float = ETA) -> float:
+    """m / d: the share that must stay."""
+    return float((1 + eta) ** (q / (p - q)) * (1 - pq_index(norms, p, q)) ** (p * q / (q - p)))
+
+
+def unit_norms(task: Task) -> list[FloatArray]:
+    """Of every sub-block, the norms of the units that are still there."""
+    found = []
+    for level, own in zip(task.levels, task.counts, strict=True):
+        squares = [w.detach().square() for w in saliency.group(task.model, (level.block, level.kind))]
+        norms = saliency.unit_sums(squares, level.kind, task.sizes.unit_size(level.kind)).sqrt().numpy()
+        found.append(norms[list(level.kept(own[-1]))])
+    return found

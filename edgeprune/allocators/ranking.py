@@ -1,0 +1,56 @@
+"""Ranking: of all units of all sub-blocks the one with the lowest score goes first (Global MP, arXiv 2209.14624).
+
+    removed = the k units of lowest score, over all sub-blocks,   k as small as the budget allows
+
+Global magnitude pruning ranks single weights; here whole units go, which makes a model faster, by what the criterion
+says of each. A unit never goes before those that the criterion has ahead of it in its own sub-block. As in the paper a
+floor stops layers from collapsing: the last tenth of a sub-block (at least one option of the table) is ranked behind
+everything else. It is touched only when the budget cannot be met otherwise, and then in the same ranking, until
+sub-blocks are gone entirely. Heads and neurons are ranked alike: where a criterion adds up weights, a head has more of
+them and stays longer. Needs scores on one scale for all sub-blocks, and nothing else. Cost: a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.allocators import Choose, Task, slowest_within
+from edgeprune.types import FloatArray
+
+NEEDS = ()
+FLOOR = 0.1  # share of a sub-block that stays as long as anything else can go
+
+
+def prepare(task: Task) -> Choose:
+    sub_blocks = enumerate(zip(task.levels, task.counts, strict=True))
+    worth = [task.scores(i)[len(level.order) - own[-1] :] for i, (level, own) in sub_blocks]
+    lost = removals(worth, [floor(own) for own in task.counts])
+    there = np.array([own[-1] for own in task.counts])
+    return lambda room_ms: slowest_within(task, lambda knob: task.nearest((there - at(lost, knob)).tolist()), room_ms)
+
+
+def floor(counts: Sequence[int]) -> int:
+    """The fewest units that a sub-block with these options keeps as long as anything else can go."""
+    return next(count for count in counts if count >= FLOOR * counts[-1])
+
+
+def removals(worth: Sequence[FloatArray], floors: Sequence[int] | None = None) -> NDArray[np.int64]:
+    """`[items + 1, sub-blocks]`: how many items each sub-block has lost after each removal, the least worth first.
+
+    worth: `[items]` per sub-block in the order in which they go; none goes before one ahead of it. The last `floors[i]`
+    items of sub-block i go when all others have.
+    """
+    ranked = []
+    for i, (own, last) in enumerate(zip(worth, floors or [0] * len(worth), strict=True)):
+        parts = np.split(own, [len(own) - last])
+        ranked += [(k, wait, i) for k, part in enumerate(parts) for wait in np.maximum.accumulate(part).tolist()]
+    order = np.array([i for _, _, i in sorted(ranked)], dtype=np.int64)
+    return np.concatenate([np.zeros((1, len(worth))), np.cumsum(np.eye(len(worth))[order], 0)]).astype(np.int64)
+
+
+def at(path: NDArray[np.int64], knob: float) -> NDArray[np.int64]:
+    """The stop of a path that is this share of the way along it."""
+    return path[round(knob * (len(path) - 1))]
