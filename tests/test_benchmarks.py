@@ -197,3 +197,36 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     script("tables").main(["--results", str(rows), "--out", str(tmp_path)])
     assert "| edgeprune |" in (tmp_path / "quick.md").read_text() and (tmp_path / "quick-quick-0.png").is_file()
+
+
+def test_every_method_can_be_asked_for() -> None:
+    pytest.importorskip("torch")
+    bench = script("methods")
+    from edgeprune import methods
+    from edgeprune.errors import UsageError
+
+    assert bench.chosen("*") == list(methods.METHODS)
+    assert [method.name for method in bench.chosen("flap,knap*")] == ["knapsack", "flap"]
+    with pytest.raises(UsageError, match="there is no method 'flop'"):
+        bench.chosen("flop")
+
+
+def test_methods_quick(tmp_path: Path) -> None:
+    """Two methods, one of which trains before the cut, at one speed-up; a second run finds nothing to do."""
+    for package in ("torch", "openvino", "onnxsim", "matplotlib"):
+        pytest.importorskip(package)
+    accuracy, bench = script("accuracy"), script("methods")
+    rows = tmp_path / "rows.jsonl"
+    options = ["--quick", "--methods", "knapsack,gradual", "--tune-steps", "8", "--label", "test", "--results", str(rows)]
+    bench.main(options)
+    made = accuracy.read(rows)
+    assert [(row["method"], row["tune_steps"]) for row in made] == [
+        ("knapsack", 0), ("knapsack", 8), ("gradual", 0), ("gradual", 8)
+    ]  # fmt: skip
+    for row in made:
+        if row["plan"] is None:  # no one-shot, or a machine too busy to measure
+            assert row["status"] in ("no one-shot", "unreachable") and row["reason"]
+            continue
+        assert row["latency_ms"] <= row["target_ms"] and row["latency_ci_ms"][1] <= row["target_ms"]
+        assert row["drop"] == pytest.approx(row["dense_accuracy"] - row["accuracy"])
+    assert "| knapsack |" in (tmp_path / "rows.md").read_text()
