@@ -40,7 +40,9 @@ from edgeprune.data import Images, transform_config
 from edgeprune.errors import Infeasible, UsageError
 from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES, Clock
-from edgeprune.stages import baseline, export, finetune, profile, prune, simplify
+from edgeprune.stages import baseline, export, profile, prune, simplify
+from edgeprune.tuning.judge import divide
+from edgeprune.tuning.loop import fit
 from edgeprune.types import LatencyTable, Quiet, to_json
 
 HERE = Path(__file__).parent
@@ -492,12 +494,12 @@ def again(rival: Rival, row: dict[str, Any], target_ms: float) -> Found | None:
 
 
 def tune(task: Task, model: VisionTransformer, steps: int) -> None:
-    """The card's recipe for so many steps, taught by the dense model: the same for every method."""
-    recipe, images = task.request.card.finetune, task.splits.train
+    """The card's recipe for so many steps, taught by the dense model and judged along the way as in a build."""
+    recipe, (check, images) = task.request.card.finetune, divide(task.splits.train)
     epochs = steps / math.ceil(len(images) / recipe.batch_size)
     recipe = replace(recipe, epochs=(epochs,), sizes=())
     transforms = transform_config(task.request.card, task.model)
-    finetune.fit(model, images, recipe, transforms, teacher=task.model, seed=task.seed)
+    fit(model, images, recipe, transforms, teacher=task.model, check=check, seed=task.seed)
 
 
 def machine(table: LatencyTable) -> str:

@@ -14,8 +14,6 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.types import Latency
 from rivals import TOLERANCE, Task
 
-STAGES = {stage.name: stage for stage in pipeline.PIPELINE}
-
 
 class Edgeprune:
     def __init__(self, criterion: str = "") -> None:
@@ -35,8 +33,8 @@ class Edgeprune:
         return artifact.rebuild(artifact.read_plan(folder / "plan.json"), folder / "pruned.safetensors")
 
     def upto(self, last: str) -> list[pipeline.Stage]:
-        names = list(STAGES)
-        return [STAGES[name] for name in names[: names.index(last) + 1]]
+        stages = pipeline.stages_of(self.request)
+        return stages[: [stage.name for stage in stages].index(last) + 1]
 
 
 METHODS = {"edgeprune": Edgeprune} | {f"edgeprune-{name}": partial(Edgeprune, name) for name in criteria.names()}
