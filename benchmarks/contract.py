@@ -127,7 +127,7 @@ def solve(request: Request, cache: Path, options: argparse.Namespace) -> Any:
         measured = next(t["measured_ms"] for t in tries if t["shape"] == plan.shape)
         with choose.clock(one.conditions, table.runtime, table.threads) as clock:
             clock.load("dense", anchor, COPIES)
-            again, ci = prune.measure(clock, dense, plan, one, quiet)
+            again, ci, _ = prune.measure(clock, dense, plan, one, quiet)
         rows.append({"speed_up": speed_up, "limit": limit, "predicted": predicted, "tries": len(tries),
                      "measured": measured, "again": again, "again_ci": ci, "seconds": seconds})  # fmt: skip
         print(f"{speed_up:5.2f}x limit {limit:6.3f} ms: predicted {predicted / limit:6.1%}, measured {measured / limit:6.1%}, "

@@ -33,6 +33,7 @@ from edgeprune.console import Console
 from edgeprune.errors import Infeasible, UsageError
 from edgeprune.latency import device
 from edgeprune.stages import baseline, profile, prune
+from edgeprune.tuning.judge import divide
 from edgeprune.types import Latency
 
 QUICK_METHODS = "edgeprune,knapsack,magnitude,gradual"
@@ -61,10 +62,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--search-seconds", type=float, help="for methods that search (default: the product's)")
     parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
-    parser.add_argument("--results", type=Path, default=accuracy.HERE / "results" / "methods.jsonl", help="JSON lines")
+    parser.add_argument(
+        "--results", type=Path, help="JSON lines (default: results/methods.jsonl; quick: quick-methods.jsonl)"
+    )
     parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
     parser.add_argument("--quick", action="store_true", help="a tiny model, one speed-up, short measurements; for CI")
     options = parser.parse_args(argv)
+    name = "quick-methods" if options.quick else "methods"
+    options.results = options.results or accuracy.HERE / "results" / f"{name}.jsonl"
     if not options.target:
         found, _ = device.detect(config.load_target(name) for name in config.names("targets"))
         options.target = found.name
@@ -120,7 +125,7 @@ class Bench:
         self.pixels, self.labels = (torch.cat(part) for part in zip(*images.batches(accuracy.BATCH), strict=True))
         self.right = self.judge(dense.model)
         recipe = request.card.finetune
-        epochs = options.tune_steps / math.ceil(len(dense.splits.train) / recipe.batch_size)
+        epochs = options.tune_steps / math.ceil(len(divide(dense.splits.train)[1]) / recipe.batch_size)
         self.request = replace(
             request, card=replace(request.card, finetune=replace(recipe, epochs=(epochs,), sizes=()))
         )
@@ -150,9 +155,10 @@ class Bench:
         try:
             stages = [stage for stage in pipeline.stages_of(request) if stage.name in STAGES]
             done = pipeline.run_stages(stages, request, self.options.cache_dir)
-        except Infeasible as error:
+        except (Infeasible, UsageError) as error:  # out of reach, or not for this model and its data
+            status = "unreachable" if isinstance(error, Infeasible) else "not applicable"
             for key in (one_shot, tuned):
-                yield accuracy.described(key, common, "unreachable", str(error), {"prepare": time.monotonic() - began})
+                yield accuracy.described(key, common, status, str(error), {"prepare": time.monotonic() - began})
             return
         spent = {name: entry.seconds for name, entry in done.items()}
         seconds = {"prepare": spent.get("sparsify", 0.0) + spent["calibrate"], "search": spent["prune"]}
@@ -177,7 +183,7 @@ class Bench:
         drop, drop_ci = accuracy.paired(self.right, right)
         return {
             "plan": plan.shape, "params": vit.parameters(model), "latency_ms": tried["measured_ms"],
-            "latency_ci_ms": tried["ci_ms"], "measurements": len(tries), "calm": True,
+            "latency_ci_ms": tried["ci_ms"], "measurements": len(tries), "calm": tried["calm"],
             "measured_speed_up": self.table.dense_ms / tried["measured_ms"], "accuracy": 100 * float(right.mean()),
             "accuracy_ci": checks.wilson(int(right.sum()), len(right)), "drop": drop, "drop_ci": drop_ci,
             "right": accuracy.packed(right),

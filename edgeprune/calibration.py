@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from edgeprune.data import Batch
@@ -12,6 +13,11 @@ from edgeprune.types import Levels, SubBlockKind
 
 #: (mean, damped covariance) of a layer's inputs.
 LayerMoments = tuple[Tensor, Tensor]
+
+
+def uncentred(moments: Mapping[tuple[int, SubBlockKind], LayerMoments]) -> dict[tuple[int, SubBlockKind], LayerMoments]:
+    """The same with no mean taken off: zero, and the mean of x x^T; solved with them, biases stay as they are."""
+    return {at: (torch.zeros_like(mean), second + torch.outer(mean, mean)) for at, (mean, second) in moments.items()}
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """Unlabelled images for statistics, set aside from the training images."""
+    """Images for statistics, set aside from the training images; their labels serve only methods that say so."""
 
     images: int = 256
     batch_size: int = 16

@@ -44,22 +44,22 @@ METHODS = (
     Method("l1", "criterion", "l1", "ranking", "one-shot", "none", "grouped L1 norm (arXiv 2301.12900)"),
     Method("l2", "criterion", "l2", "uniform", "one-shot", "none", "grouped L2 norm (arXiv 2301.12900), the same share everywhere"),
     Method("random", "allocator", "random", "erk", "one-shot", "none", "random units, ERK widths (arXiv 2202.02643); the control"),
-    Method("magnitude", "allocator", "l2", "ranking", "one-shot", "none", "global magnitude pruning with floors (arXiv 2209.14624)"),
-    Method("flap", "method", "flap", "ranking", "one-shot", "bias", "FLAP (arXiv 2312.11983)"),
+    Method("global-magnitude", "allocator", "l2", "ranking", "one-shot", "none", "global magnitude pruning with floors (arXiv 2209.14624)"),
+    Method("flap", "method", "flap", "unit-ranking", "one-shot", "bias", "FLAP (arXiv 2312.11983)"),
     Method("wanda", "criterion", "wanda", "uniform", "one-shot", "none", "Wanda-sp (arXiv 2306.11695, 2312.11983)"),
     Method("cfsp", "method", "cfsp", "cfsp", "one-shot", "lora", "CFSP (arXiv 2409.13199); one rank for all layers"),
-    Method("vbp", "criterion", "vbp", "ranking", "one-shot", "bias", "Variance-based pruning (arXiv 2507.12988), heads too"),
+    Method("vbp", "criterion", "vbp", "unit-ranking", "one-shot", "bias", "Variance-based pruning (arXiv 2507.12988), heads too"),
     Method("halp", "method", "taylor", "knapsack", "gradual", "none", "HALP (arXiv 2110.10811): its knapsack, solved exactly"),
     Method("latency-greedy", "allocator", "taylor", "latency-ranking", "one-shot", "none", "after HALP: least importance per millisecond first"),
     Method("gradual", "schedule", "l2", "ranking", "gradual", "none", "To prune or not to prune (arXiv 1710.01878)"),
     Method("granet", "schedule", "l2", "ranking", "granet", "none", "GraNet (arXiv 2106.10404): regrowth by gradient"),
     Method("pdp", "schedule", "l2", "ranking", "pdp", "none", "PDP (arXiv 2305.11203): soft masks without parameters"),
-    Method("hesso", "schedule", "hesso", "ranking", "hesso", "none", "HESSO (arXiv 2409.09085): doomed units decay to zero"),
-    Method("hesso-cric", "schedule", "hesso", "ranking", "hesso-cric", "none", "HESSO with CRIC (arXiv 2409.09085)"),
+    Method("hesso", "schedule", "hesso", "unit-ranking", "hesso", "none", "HESSO (arXiv 2409.09085): doomed units decay to zero"),
+    Method("hesso-cric", "schedule", "hesso", "unit-ranking", "hesso-cric", "none", "HESSO with CRIC (arXiv 2409.09085)"),
     Method("mask-sparsity", "schedule", "l2", "ranking", "mask-sparsity", "none", "MaskSparsity (arXiv 2201.06776): a penalty on doomed units only"),
     Method("lapp", "allocator", "magnitude", "lapp", "one-shot", "none", "LAPP (arXiv 2309.14157): learnt thresholds; no bypass"),
-    Method("loraprune", "criterion", "loraprune", "uniform", "gradual", "lora", "LoRAPrune (arXiv 2305.18403)"),
-    Method("llm-pruner", "method", "taylor", "ranking", "one-shot", "lora", "LLM-Pruner (arXiv 2305.11627)"),
+    Method("loraprune", "criterion", "loraprune", "uniform", "gradual", "lora", "LoRAPrune (arXiv 2305.18403); weights too are trained while units go"),
+    Method("llm-pruner", "method", "taylor", "uniform", "one-shot", "lora", "LLM-Pruner (arXiv 2305.11627)"),
     Method("pat", "schedule", "taylor", "ranking", "pat", "lora", "PAT (arXiv 2408.14721): heads and neurons for hidden widths"),
     Method("compresso", "schedule", "taylor", "ranking", "compresso", "none", "Compresso (arXiv 2310.05015): L0 gates on latency; no prompts"),
     Method("lrp", "criterion", "lrp", "ranking", "one-shot", "none", "Pruning by Explaining (arXiv 1912.08881)"),
@@ -69,7 +69,7 @@ METHODS = (
     Method("udfc", "recovery", "l2", "uniform", "one-shot", "udfc", "UDFC (arXiv 2308.07209): without data; no quantisation"),
     Method("tas", "allocator", "magnitude", "tas", "one-shot", "none", "Transformable architecture search (arXiv 1905.09717)"),
     Method("rethinking", "recovery", "fisher", "search", "one-shot", "scratch", "Rethinking pruning (arXiv 1810.05270): the shape from scratch"),
-    Method("precropping", "recovery", "random", "erk", "one-shot", "scratch", "PreCropping: widths chosen without weights, from scratch"),
+    Method("precropping", "allocator", "random", "erk", "one-shot", "scratch", "PreCropping: widths chosen without weights, from scratch"),
     Method("ast", "schedule", "l2", "ranking", "ast", "none", "AST (arXiv 2407.20584): masks under distillation; no 2:4"),
     Method("fmp", "criterion", "fmp", "uniform", "one-shot", "none", "FMP (arXiv 2307.11565): a screen for backdoors"),
 )  # fmt: skip
@@ -86,9 +86,9 @@ ABSENT = {
     "ld-pruner": "scores operators of a diffusion U-Net by their latents; scoring by what the output changes is `kl`",
     "sd2-study": "prunes Stable Diffusion 2: another domain; magnitude, which it favours, is `magnitude`",
     "fedtiny": "chooses masks across federated clients, by batch norms that a ViT has not; regrowth by gradient is `granet`",
-    "hollownerf": "prunes the hash grid of a radiance field: another domain",
-    "mesh-refinement": "prunes faces of meshes: another domain",
-    "provence": "prunes passages of retrieved text: another domain",
+    "hollownerf": "prunes the hash grid of a radiance field: another domain, nothing survives",
+    "mesh-refinement": "prunes faces of meshes: another domain, nothing survives",
+    "provence": "prunes passages of retrieved text: another domain, nothing survives",
 }
 
 
@@ -102,7 +102,7 @@ def get(name: str) -> Method:
 
 def listing() -> str:
     """What `edgeprune methods` prints: methods, the parts of every kind, and what is not here."""
-    columns = "{:15} {:10} {:11} {:16} {:14} {:9} {}"
+    columns = "{:17} {:10} {:11} {:16} {:14} {:9} {}"
     lines = ["methods (--method NAME), all ready: which part carries the idea, and the four parts", ""]
     lines.append(columns.format("method", "kind", "criterion", "allocator", "schedule", "recovery", "about"))
     lines += [

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, modules, publish, recoveries, runtimes, schedules
+from edgeprune import artifact, extras, modules, publish, recoveries, runtimes, schedules
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
@@ -156,7 +156,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "seed": lambda r: r.seed,
 }
 
-LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "openvino", "numpy")
+LIBRARIES = ("torch", "timm", "onnx", "onnxruntime", "onnxsim", "onnxscript", "openvino", "numpy", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,12 @@ def check_request(request: Request) -> None:
     """Refuse what can be refused before any work: names, target, precision, weights."""
     for kind in modules.PACKAGES:
         modules.check(kind, getattr(request, kind))
+    if request.schedule != schedules.DEFAULT and sum(request.card.finetune.epochs) <= 0:
+        raise UsageError(
+            f"the schedule '{request.schedule}' trains, but 0 epochs were asked for; give --epochs, or --schedule one-shot"
+        )
+    if request.allocator == "sls":
+        extras.need("the allocator 'sls'", extras.DIGITS, "pip install scikit-learn")
     if request.gradual and request.schedule != schedules.DEFAULT:
         raise UsageError(
             f"--gradual prunes from tuned models, the schedule '{request.schedule}' from the dense one; give one of the two"

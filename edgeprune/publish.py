@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import artifact, checks, report
+from edgeprune import artifact, checks, methods, report
 from edgeprune.config import Request
 from edgeprune.types import Check
 
@@ -41,9 +41,10 @@ class Artifact:
 
 
 def artifact_name(request: Request) -> str:
-    """<model>-<target>-<latency>, safe as a folder name."""
+    """<model>-<target>-<latency>, and the method where it is not the default; safe as a folder name."""
     latency = request.latency.text.replace("%", "pct")
-    return f"{request.card.name}-{request.target.name}-{latency}"
+    method = "" if request.method == methods.DEFAULT else f"-{request.method}"
+    return f"{request.card.name}-{request.target.name}-{latency}{method}"
 
 
 def publish(request: Request, done: Sequence[Done], folder: Path, environment: dict[str, Any]) -> Artifact:
@@ -154,7 +155,11 @@ def make_manifest(
 
 def _unreadable(stages: dict[str, Done]) -> list[str]:
     """The images that any stage could not read."""
-    files = [stages[name].folder / "unreadable.json" for name in ("baseline", "calibrate", "finetune", "validate")]
+    files = [
+        stages[name].folder / "unreadable.json"
+        for name in ("baseline", "sparsify", "calibrate", "finetune", "validate")
+        if name in stages
+    ]
     return sorted({name for path in files if path.is_file() for name in json.loads(path.read_text())})
 
 

@@ -106,9 +106,9 @@ def training(
     def score() -> list[Levels]:
         return calibration(gates.folded(), criterion, own).levels
 
-    def allocate(levels: list[Levels], budget_ms: float) -> Plan:
+    def allocate(levels: list[Levels], budget_ms: float, bounds: Shape = ((3, 24),) * 3) -> Plan:
         found = replace(calibration(gates.folded(), criterion, own), levels=levels)
-        made = allocators.task(found, TABLE, ((3, 24),) * 3, gates.folded(), teacher, 0.0, 0, SILENT)
+        made = allocators.task(found, TABLE, bounds, gates.folded(), teacher, 0.0, 0, SILENT)
         return made.plan(allocators.get(allocator).prepare(made)(budget_ms - TABLE.base_ms))
 
     return Training(

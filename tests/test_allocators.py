@@ -149,8 +149,9 @@ def test_the_lowest_goes_first_but_none_before_those_ahead_of_it() -> None:
     assert path.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [2, 1, 0], [3, 1, 0], [3, 2, 0], [3, 2, 1]]
 
 
+@pytest.mark.parametrize(("name", "weights"), [("unit-ranking", (1, 1)), ("ranking", (4 * 16 * 48, 2 * 48))])
 @pytest.mark.parametrize("seed", range(4))
-def test_ranking_removes_unit_after_unit(task: Task, seed: int) -> None:
+def test_rankings_remove_unit_after_unit(task: Task, seed: int, name: str, weights: tuple[int, int]) -> None:
     task = with_errors(task, seed)
     floors = [1, 8] * 3  # a tenth, in options of the table
     left = [own[-1] for own in task.counts]
@@ -158,15 +159,26 @@ def test_ranking_removes_unit_after_unit(task: Task, seed: int) -> None:
     for phase in (floors, [0] * 6):
         while any(count > least for count, least in zip(left, phase, strict=True)):
             next_ones = [
-                own.errors[len(own.order) - n + 1] - own.errors[len(own.order) - n] if n > least else math.inf
+                (own.errors[len(own.order) - n + 1] - own.errors[len(own.order) - n]) / weights[own.kind == "mlp"]
+                if n > least
+                else math.inf
                 for own, n, least in zip(task.levels, left, phase, strict=True)
             ]
             left[int(np.argmin(next_ones))] -= 1
             way.append(list(left))
-    choose = allocators.get("ranking").prepare(task)
+    choose = allocators.get(name).prepare(task)
     for room in ROOMS:
         want = next(own for stop in way if task.cost(own := task.nearest(stop)) <= room)
         assert choose(room) == want
+
+
+def test_ranking_takes_heads_and_neurons(tiny_vit: Any) -> None:
+    """A head's sum over weights is far above a neuron's; worth per weight mixes them."""
+    task = parts.task(tiny_vit, "l2")
+    shares = np.array(kept(task, allocators.get("ranking").prepare(task)(4.5))) / [3, 24, 3, 24, 3, 24]
+    assert shares[::2].min() < 1 and shares[1::2].min() < 1
+    whole = np.array(kept(task, allocators.get("unit-ranking").prepare(task)(4.5))) / [3, 24, 3, 24, 3, 24]
+    assert whole[::2].sum() > shares[::2].sum() and whole[1::2].sum() < shares[1::2].sum()
 
 
 def test_a_floor_stops_sub_blocks_from_collapsing(task: Task) -> None:

@@ -217,7 +217,17 @@ def test_methods_quick(tmp_path: Path) -> None:
         pytest.importorskip(package)
     accuracy, bench = script("accuracy"), script("methods")
     rows = tmp_path / "rows.jsonl"
-    options = ["--quick", "--methods", "knapsack,gradual", "--tune-steps", "8", "--label", "test", "--results", str(rows)]
+    options = [
+        "--quick",
+        "--methods",
+        "knapsack,gradual",
+        "--tune-steps",
+        "8",
+        "--label",
+        "test",
+        "--results",
+        str(rows),
+    ]
     bench.main(options)
     made = accuracy.read(rows)
     assert [(row["method"], row["tune_steps"]) for row in made] == [

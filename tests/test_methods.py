@@ -1,6 +1,7 @@
 """python -m pytest tests/test_methods.py
 
-The contract of every part of every method, on a tiny ViT. `tests/criteria`, `tests/allocators`, ... hold each to its formula.
+The contract of every part of every method, on a tiny ViT. `test_saliency.py`, `test_allocators.py`, `test_schedules.py` and
+`test_recoveries.py` hold each to its formula.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Ranking: of all units of all sub-blocks the one with the lowest score goes first (Global MP, arXiv 2209.14624).
+"""Ranking: of all units of all sub-blocks the one that is worth least per weight goes first (Global MP, arXiv 2209.14624).
 
-    removed = the k units of lowest score, over all sub-blocks,   k as small as the budget allows
+    worth = score / number of weights,   removed = the k units worth least, over all sub-blocks, k as small as the budget allows
 
-Global magnitude pruning ranks single weights; here whole units go, which makes a model faster, by what the criterion
-says of each. A unit never goes before those that the criterion has ahead of it in its own sub-block. As in the paper a
-floor stops layers from collapsing: the last tenth of a sub-block (at least one option of the table) is ranked behind
-everything else. It is touched only when the budget cannot be met otherwise, and then in the same ranking, until
-sub-blocks are gone entirely. Heads and neurons are ranked alike: where a criterion adds up weights, a head has more of
-them and stays longer. Needs scores on one scale for all sub-blocks, and nothing else. Cost: a sort.
+Global magnitude pruning ranks single weights; here whole units go, which makes a model faster, by the mean over their
+weights, or a head, which has 2 head_dim times the weights of a neuron, would outlast every neuron. A unit never goes
+before those that the criterion has ahead of it in its own sub-block. As in the paper a floor stops layers from
+collapsing: the last tenth of a sub-block (at least one option of the table) is ranked behind everything else. It is
+touched only when the budget cannot be met otherwise, and then in the same ranking, until sub-blocks are gone entirely.
+Scores that are no sums over weights belong to `unit-ranking`. Needs scores on one scale for all sub-blocks, and nothing
+else. Cost: a sort.
 """
 
 from __future__ import annotations
@@ -25,9 +26,16 @@ FLOOR = 0.1  # share of a sub-block that stays as long as anything else can go
 
 
 def prepare(task: Task) -> Choose:
-    sub_blocks = enumerate(zip(task.levels, task.counts, strict=True))
-    worth = [task.scores(i)[len(level.order) - own[-1] :] for i, (level, own) in sub_blocks]
-    lost = removals(worth, [floor(own) for own in task.counts])
+    sizes = task.sizes
+    matrices = {"attn": 4, "mlp": 2}  # of a unit: queries, keys, values, output; into and out of a neuron
+    weights = [matrices[level.kind] * sizes.unit_size(level.kind) * sizes.width for level in task.levels]
+    return ranked(task, [task.scores(i) / count for i, count in enumerate(weights)])
+
+
+def ranked(task: Task, worth: Sequence[FloatArray]) -> Choose:
+    """By what each unit is worth, `[units]` per sub-block in the order in which they go."""
+    left = [own[len(own) - counts[-1] :] for own, counts in zip(worth, task.counts, strict=True)]
+    lost = removals(left, [floor(own) for own in task.counts])
     there = np.array([own[-1] for own in task.counts])
     return lambda room_ms: slowest_within(task, lambda knob: task.nearest((there - at(lost, knob)).tolist()), room_ms)
 

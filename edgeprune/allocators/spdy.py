@@ -6,20 +6,21 @@ c starts at 1; 50 draws from U(0, 1) follow, then 50 steps of a local search tha
 far. It is the allocator of ZipLM too (arXiv 2302.04089). Deviates: candidates are scored by the KL divergence from
 the teacher on calibration images, without labels, not by their loss; the errors are the criterion's (SPDY assumes
 quadratic ones, ZipLM measures them); SPDY draws 100 times and searches until 100 steps in a row failed, ZipLM tries
-some thousand, here 101 candidates or `--search-seconds` are the limit, with 0 the plain knapsack. Coefficients serve
-budgets within a tenth of the dense cost of theirs. Needs activations. Cost: a forward pass over 256 images per
-candidate.
+some thousand, here 101, or with `--search-seconds 0` the plain knapsack. They are re-fitted as the recovery `obs` does.
+Coefficients serve budgets within a tenth of the dense cost of theirs. Needs activations. Cost: a forward pass per
+candidate, over 256 images or, where that would take longer than `--search-seconds`, fewer, but no fewer than 32.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from edgeprune.allocators import Choose, Task, knapsack, nearby
+from edgeprune.allocators.search import seconds_per_image
+from edgeprune.calibration import uncentred
 from edgeprune.solve import solve
 from edgeprune.stitch import Choice, Database, Judge
 from edgeprune.types import FloatArray
@@ -27,14 +28,17 @@ from edgeprune.types import FloatArray
 NEEDS = ("activations",)
 RANDOM, LOCAL = 50, 50  # candidates
 REDRAWN = 0.1  # share of the coefficients that a local step draws again
-IMAGES = 256  # that score a candidate
+IMAGES, LEAST = 256, 32  # that score a candidate, at most and at least
 
 
 def prepare(task: Task) -> Choose:
     if task.seconds <= 0:
         return knapsack.prepare(task)
-    database = Database(task.model, task.levels, task.counts, task.found.moments)
-    judge = Judge(database, torch.cat(task.found.batches)[:IMAGES], task.teacher)
+    database = Database(task.model, task.levels, task.counts, uncentred(task.found.moments))
+    images = torch.cat(task.found.batches)
+    affordable = int(task.seconds / ((1 + RANDOM + LOCAL) * seconds_per_image(task.teacher, images)))
+    judge = Judge(database, images[: min(max(affordable, LEAST), IMAGES)], task.teacher)
+    task.console.say(f"SPDY: {1 + RANDOM + LOCAL} candidates, each judged on {len(judge.wanted)} images")
 
     def search(room_ms: float) -> FloatArray:
         with task.console.progress("SPDY", RANDOM + LOCAL, "candidates") as advance:
@@ -55,13 +59,10 @@ def coefficients(
     advance: Callable[[float, str], None] = lambda amount, note: None,
 ) -> FloatArray:
     """Those found whose choice has the least loss; ones if nothing is better."""
-    began = time.monotonic()
     rng = np.random.default_rng(task.seed)
     best = np.ones(len(task.errors))
     least = loss(weighed(task, best, room_ms))
     for step in range(RANDOM + LOCAL):
-        if time.monotonic() - began > task.seconds:
-            break
         trial = rng.random(len(best))
         if step >= RANDOM:
             redrawn = rng.permutation(len(best)) < max(1, round(REDRAWN * len(best)))

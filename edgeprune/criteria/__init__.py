@@ -53,15 +53,6 @@ class Evidence:
         layer = vit.output_layer(self.model.blocks[at[0]], at[1])
         return layer.weight.detach(), layer.bias.detach()
 
-    def first(self, count: int) -> Tensor:
-        """The first so many calibration images, `[n, channels, height, width]`."""
-        found: list[Tensor] = []
-        for pixels, _ in self.batches():
-            found.append(pixels[: count - sum(map(len, found))])
-            if sum(map(len, found)) == count:
-                break
-        return torch.cat(found)
-
     def grid(self, kind: SubBlockKind) -> tuple[int, ...]:
         """How many units may be kept, ascending."""
         return tuple(range(self.sizes.heads + 1)) if kind == "attn" else self.neuron_grid

@@ -8,8 +8,9 @@ residual streams before are kept). The errors need no gradients, the OBS order d
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from edgeprune import obs
+from edgeprune import obs, saliency
 from edgeprune.criteria import SCORED, Evidence, grid_levels, obs_orders
 from edgeprune.stitch import Database, Judge
 from edgeprune.types import Levels
@@ -23,7 +24,8 @@ def score(evidence: Evidence) -> list[Levels]:
     counts = [evidence.grid(kind) for _, kind in places]
     unjudged = [Levels(*at, np.array(orders[at]), np.zeros(len(orders[at]) + 1)) for at in places]
     moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in evidence.moments.items()}
-    judge = Judge(Database(evidence.model, unjudged, counts, moments), evidence.first(SCORED))
+    pixels = torch.cat([pixels for pixels, _ in saliency.first(evidence, SCORED)])
+    judge = Judge(Database(evidence.model, unjudged, counts, moments), pixels)
     dense = tuple(len(count) - 1 for count in counts)
     judge.keep(dense)
     levels = []

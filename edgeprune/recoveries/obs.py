@@ -6,9 +6,8 @@ kept columns, X not centred, biases untouched. Needs activations. Cost: one Chol
 
 from __future__ import annotations
 
-import torch
-
 from edgeprune import recovery
+from edgeprune.calibration import uncentred
 from edgeprune.compat import VisionTransformer
 from edgeprune.recoveries import Damage
 
@@ -17,8 +16,4 @@ TUNES = "weights"
 
 
 def recover(damage: Damage) -> VisionTransformer:
-    second = {
-        at: (torch.zeros_like(mean), covariance + torch.outer(mean, mean))
-        for at, (mean, covariance) in damage.found.moments.items()
-    }
-    return recovery.survivors(damage.model, damage.plan, second)
+    return recovery.survivors(damage.model, damage.plan, uncentred(damage.found.moments))

@@ -54,7 +54,7 @@ def markdown(manifest: dict[str, Any]) -> str:
         "",
         f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
         f"{manifest['environment']['device']['cpu']}; {interval(pruned)}. "
-        f"Accuracy: {manifest['data']['evaluation']} images of {manifest['data']['source']}.",
+        f"Accuracy: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
         "",
         *domains(manifest),
         "| block | heads | neurons |",
@@ -83,6 +83,13 @@ def domains(manifest: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def method(manifest: dict[str, Any]) -> str:
+    """The method, and its parts, in words."""
+    kinds = [kind for kind in ("criterion", "allocator", "schedule", "recovery") if kind in manifest]
+    parts = ", ".join(f"{kind} {manifest[kind]}" for kind in kinds)
+    return f"method {manifest['method']} ({parts})" if "method" in manifest else parts
+
+
 def interval(pruned: dict[str, Any]) -> str:
     """How the artifact's latency is known, in words."""
     if pruned["latency_ci_ms"] is None:
@@ -97,14 +104,14 @@ def interval(pruned: dict[str, Any]) -> str:
 def comparison(manifests: list[dict[str, Any]]) -> str:
     """Several artifacts side by side, as Markdown."""
     lines = [
-        "| artifact | verdict | limit | p50 | 95 % interval | speed-up | accuracy | drop | parameters |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| artifact | method | verdict | limit | p50 | 95 % interval | speed-up | accuracy | drop | parameters |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for m in manifests:
         low, high = m["pruned"]["latency_ci_ms"] or (None, None)
         measured = f"{ms(m['pruned']['latency_ms']['p50'])} | {ms(low)} to {ms(high)}"
         lines.append(
-            f"| {m['model']} {m['target']} {m['request']['latency']} | {verdict_line(m).split(':')[0]} | {m['request']['latency_ms']:.2f} ms "
+            f"| {m['model']} {m['target']} {m['request']['latency']} | {m.get('method', m['criterion'])} | {verdict_line(m).split(':')[0]} | {m['request']['latency_ms']:.2f} ms "
             f"| {measured} | {1 / m['pruned']['ratio']:.2f} x "
             f"| {m['pruned']['accuracy']:.2f} % | {m['dense']['accuracy'] - m['pruned']['accuracy']:.2f} | {m['pruned']['params'] / 1e6:.2f} M |"
         )

@@ -23,7 +23,7 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe
 from edgeprune.console import Console
 from edgeprune.data import Batch
-from edgeprune.errors import Infeasible, UsageError
+from edgeprune.errors import Infeasible
 from edgeprune.gates import Gates, SubBlock, plan_of, units_of
 from edgeprune.tuning.coach import Coach
 from edgeprune.types import LatencyTable, Levels, Plan
@@ -42,9 +42,8 @@ class Training:
     table: LatencyTable
     target_ms: float  # what the table shall predict of the plan at the end
     score: Callable[[], list[Levels]]  # the criterion, of the model as it now is; shut units are worth nothing
-    allocate: Callable[
-        [list[Levels], float], Plan
-    ]  # the allocator's plan from these levels within so many milliseconds
+    #: The allocator's plan from these levels within so many milliseconds, with no more per block than the bounds, if any.
+    allocate: Callable[..., Plan]
     batches: Callable[[], Iterator[Batch]]  # calibration images with labels
     seed: int
     console: Console
@@ -176,10 +175,6 @@ def fold(gates: Gates, plan: Plan) -> None:
     gates.keep(plan)
 
 
-def share(recipe: Recipe, part: float, schedule: str) -> Recipe:
-    """The recipe with a part of its epochs. Raises UsageError when there are none to share."""
-    if sum(recipe.epochs) <= 0:
-        raise UsageError(
-            f"the schedule '{schedule}' trains, but 0 epochs were asked for; give --epochs, or --schedule one-shot"
-        )
+def share(recipe: Recipe, part: float) -> Recipe:
+    """The recipe with a part of its epochs."""
     return replace(recipe, epochs=tuple(part * epochs for epochs in recipe.epochs))

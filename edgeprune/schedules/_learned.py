@@ -13,7 +13,7 @@ class Learned(Planned):
     """Trains `numbers[block, kind]` `[units]` by an Adam of its own.
 
     Adam moves a number by about its rate in every step. Gates must get from open to shut within the steps there are,
-    so the rate is a distance divided by the steps; `Coach.parameters` would have the weights' learning rate instead.
+    so the rate is a distance divided by the steps, not the weights' learning rate.
     """
 
     def begin(self, value: float, distance: float, steps: int) -> None:

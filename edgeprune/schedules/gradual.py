@@ -10,17 +10,19 @@ from __future__ import annotations
 from edgeprune.schedules import Planned, Training, due
 from edgeprune.types import Plan
 
-NEEDS = ("gradients", "labels")
+NEEDS = ()
 UPDATES = 12
 RAMP = 2 / 3  # of the steps; the rest is for the final plan
 
 
 class Gradual(Planned):
+    kept: Plan
+
     def before(self, step: int, steps: int) -> None:
         progress = due(step, steps, UPDATES, RAMP)
         if progress is not None:
-            levels = self.training.score()
-            self.kept = self.training.allocate(levels, self.training.cubic_ms(progress))
+            levels, bounds = self.training.score(), (self.kept.shape,) if step else ()
+            self.kept = self.training.allocate(levels, self.training.cubic_ms(progress), *bounds)
             self.training.gates.keep(self.kept)
 
     def plan(self) -> Plan:

@@ -2,7 +2,7 @@
 
 At every update the criterion's lowest go until the latency is target + (dense - target)(1 - t)^3. Then, in every
 sub-block, the lowest share r = .5 (1 + cos(pi t)) / 2 of what is kept goes as well, and as many units come back:
-those of all that are shut there with the largest |dL/dgate|, summed over the steps since the last update. A shut gate
+those of all that are shut there with the largest |sum of dL/dgate| over the steps since the last update. A shut gate
 collects that gradient at no cost, so that regrowth is free. Each sub-block keeps its width and with it the budget. At
 the last update r is 0: the last third of the steps has the final plan, as a swap costs recovery. Needs what the
 criterion needs, and the training's gradients. Cost: 12 times criterion and allocator.

@@ -30,7 +30,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     student = artifact.rebuild(planned, read["prune"] / "pruned.safetensors")
     recipe = request.card.finetune
     if request.schedule != schedules.DEFAULT:
-        recipe = schedules.share(recipe, 1 - schedules.SHARE, request.schedule)
+        recipe = schedules.share(recipe, 1 - schedules.SHARE)
     shutil.copyfile(read["prune"] / "plan.json", out / "plan.json")
     check, _ = divide(dense.splits.train)
     adapted = recoveries.get(request.recovery).TUNES == "adapters"

@@ -135,7 +135,7 @@ def search(
                     break
                 high = budget = predicted * (1 - 1e-9)  # the table's steps are coarse: the next cheaper plan
                 continue
-            measured, ci = measure(clock, dense, plan, request, quiet)
+            measured, ci, calm = measure(clock, dense, plan, request, quiet)
             seen[plan.shape] = measured
             tries.append(
                 {
@@ -143,6 +143,7 @@ def search(
                     "predicted_ms": predicted,
                     "measured_ms": measured,
                     "ci_ms": ci,
+                    "calm": calm,
                     "shape": plan.shape,
                 }
             )
@@ -165,8 +166,8 @@ def search(
 
 def measure(
     clock: Clock, dense: baseline.Dense, plan: Plan, request: Request, quiet: Quiet
-) -> tuple[float, tuple[float, float]]:
-    """The plan's latency in ms at the gated quantile, with its interval, relative to the loaded `dense`."""
+) -> tuple[float, tuple[float, float], bool]:
+    """The plan's latency in ms at the gated quantile, its interval, and whether the machine was calm; relative to `dense`."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         exported, path = Path(folder) / "exported.onnx", Path(folder) / "candidate.onnx"
         export.to_onnx(vit.slice_model(dense.model, plan), dense.sizes.image, exported)
@@ -183,4 +184,4 @@ def measure(
         raise Infeasible(
             f"{request.quantile} needs more samples than {MEASURE_SECONDS:.0f} s give for this model; gate on p50"
         )
-    return value, interval
+    return value, interval, measured.calm

@@ -20,11 +20,13 @@ from edgeprune.calibration import Calibration
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.gates import Gates
+from edgeprune.latency import device
 from edgeprune.schedules import SHARE, Training
 from edgeprune.stages import baseline, calibrate, profile, prune
+from edgeprune.tuning import launch
 from edgeprune.tuning.judge import divide
-from edgeprune.tuning.loop import fit
-from edgeprune.types import LatencyTable, Levels, Plan, to_json
+from edgeprune.tuning.loop import History, fit
+from edgeprune.types import LatencyTable, Levels, Plan, Shape, to_json
 
 IMAGES = 128  # calibration images that the criterion sees at each update
 
@@ -33,18 +35,23 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense = baseline.load(request, read["baseline"])
     document, table = profile.read_profile(read["profile"])
     limit = request.latency.limit_ms(table.dense_ms)
-    plan, history = vit.dense_plan(dense.sizes), None
+    plan, history = vit.dense_plan(dense.sizes), History()
     model = baseline.load(request, read["baseline"]).model
     if prune.dense_meets(request, document, limit):
         console.say("the dense model already meets the latency: nothing is trained")
     else:
-        prune.refuse_unreachable(request, table, limit, prune.AIM)
+        aim = prune.AIM if device.same(document) else prune.AIM_UNMEASURED
+        prune.refuse_unreachable(request, table, limit, aim)
+        # the table is of medians: where another quantile is gated, the dense model's own tells how much less is left
+        target = aim * limit * document["anchor"]["p50"] / document["anchor"][request.quantile]
+        if launch.wanted(request):
+            console.say(
+                f"the schedule '{request.schedule}' trains in this process alone; the others join for the tuning after it"
+            )
         gates = Gates(model)
-        coach = schedules.get(request.schedule).coach(
-            training(request, dense, gates, table, prune.AIM * limit, console)
-        )
+        coach = schedules.get(request.schedule).coach(training(request, dense, gates, table, target, console))
         _, images = divide(dense.splits.train)
-        recipe = schedules.share(request.card.finetune, SHARE, request.schedule)
+        recipe = schedules.share(request.card.finetune, SHARE)
         recipe = replace(recipe, epochs=(sum(recipe.epochs),), sizes=())  # a schedule runs once, from start to end
         history = fit(
             model,
@@ -72,6 +79,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         limit,
     )
     write_plan(planned, out / "plan.json")
+    dense.splits.report(out, console)
     (out / "sparsify.json").write_text(json.dumps(to_json(history)))
 
 
@@ -94,11 +102,11 @@ def training(
         found[:] = [Calibration(levels, moments, pixels, statistics.weights or None, evidence.batches)]
         return levels
 
-    def allocate(levels: list[Levels], budget_ms: float) -> Plan:
+    def allocate(levels: list[Levels], budget_ms: float, bounds: Shape = dense.sizes.shape) -> Plan:
         if not found:
             score()
         task = allocators.task(
-            replace(found[0], levels=levels), table, dense.sizes.shape, gates.folded(), teacher,
+            replace(found[0], levels=levels), table, bounds, gates.folded(), teacher,
             0.0, request.seed, SILENT,
         )  # fmt: skip
         return task.plan(allocator.prepare(task)(budget_ms - table.base_ms))

@@ -1,20 +1,12 @@
-"""What a training can be told beside its loss: a coach sees every step, and may add parameters and a penalty."""
+"""What a training can be told beside its loss: a coach sees every step, and may add a penalty."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Coach:
     """Does nothing; what a schedule overrides."""
-
-    def parameters(self) -> Sequence[nn.Parameter]:
-        """Trained beside the model's own, at `rate` times its learning rate, without weight decay."""
-        return ()
-
-    rate = 1.0
 
     def before(self, step: int, steps: int) -> None:
         """Before step `step` of `steps`, counted from 0."""

@@ -221,8 +221,6 @@ class Phase:
         """Gradients of the mean loss over the whole batch; returns that loss."""
         pixels, labels, targets = lesson
         self.student.zero_grad(set_to_none=True)
-        for parameter in self.coach.parameters():
-            parameter.grad = None
         total: Tensor | None = None
         with self.precision.run(len(labels)):
             if len(labels):
@@ -238,8 +236,7 @@ class Phase:
                     )
                     penalty = self.coach.penalty()
                 (total if penalty is None else total + len(labels) * penalty).backward()
-        trained = [*self.student.parameters(), *self.coach.parameters()]
-        return self.group.average_gradients(trained, len(labels), total)
+        return self.group.average_gradients(self.student.parameters(), len(labels), total)
 
     def _ask(self, pixels: Tensor) -> losses.Targets:
         assert self.teacher is not None
@@ -253,8 +250,6 @@ class Phase:
             [{"params": decay, "weight_decay": self.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
             lr=rate,
         )
-        if extra := list(self.coach.parameters()):
-            optimizer.add_param_group({"params": extra, "weight_decay": 0.0, "lr": rate * self.coach.rate})
         warmup = max(1, round(self.recipe.warmup * steps))
 
         def factor(step: int) -> float:
