@@ -296,6 +296,14 @@ def test_pq_looks_at_the_norms_of_units_that_are_there(smaller: Task) -> None:
     assert [len(own) for own in norms] == [n for pair in GONE for n in pair]
 
 
+def test_the_gauge_is_the_index_of_every_sub_block(tiny_vit: Any) -> None:
+    found = pq.gauge(tiny_vit)
+    assert list(found) == [(i, kind) for i in range(3) for kind in vit.KINDS]
+    mlp = tiny_vit.blocks[1].mlp
+    squares = mlp.fc1.weight.square().sum(1) + mlp.fc1.bias.square() + mlp.fc2.weight.square().sum(0)
+    assert found[1, "mlp"] == pytest.approx(pq.pq_index(squares.sqrt().detach().double().numpy()), rel=1e-5)
+
+
 def test_pq_prunes_where_units_are_unequal(tiny_vit: Any) -> None:
     with torch.no_grad():
         tiny_vit.blocks[2].mlp.fc1.weight[:20].mul_(1e-3)

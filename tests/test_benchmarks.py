@@ -211,6 +211,7 @@ def test_every_method_can_be_asked_for() -> None:
         bench.chosen("flop")
 
 
+@pytest.mark.slow
 def test_methods_quick(tmp_path: Path) -> None:
     """Two methods, one of which trains before the cut, at one speed-up; a second run finds nothing to do."""
     for package in ("torch", "openvino", "onnxsim", "matplotlib"):

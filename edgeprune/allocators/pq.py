@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgeprune import saliency
+from edgeprune import saliency, vit
 from edgeprune.allocators import Choose, Task, by_ratios, spread
+from edgeprune.compat import VisionTransformer
+from edgeprune.criteria import SubBlock
 from edgeprune.types import FloatArray
 
 NEEDS = ("weights",)
@@ -41,11 +43,22 @@ def bound(norms: FloatArray, p: float = P, q: float = Q, eta: float = ETA) -> fl
     return float((1 + eta) ** (q / (p - q)) * (1 - pq_index(norms, p, q)) ** (p * q / (q - p)))
 
 
+def gauge(model: VisionTransformer) -> dict[SubBlock, float]:
+    """The PQ index of every sub-block of a dense model: how much of it could go, before anything is measured."""
+    places = [(i, kind) for i in range(len(model.blocks)) for kind in vit.KINDS]
+    return {at: pq_index(norms_of(model, at)) for at in places}
+
+
+def norms_of(model: VisionTransformer, at: SubBlock) -> FloatArray:
+    """Of all weights of each unit, `[units]`."""
+    squares = [w.detach().square() for w in saliency.group(model, at)]
+    norms: FloatArray = saliency.unit_sums(squares, at[1], vit.anatomy(model).unit_size(at[1])).sqrt().numpy()
+    return norms
+
+
 def unit_norms(task: Task) -> list[FloatArray]:
     """Of every sub-block, the norms of the units that are still there."""
     found = []
     for level, own in zip(task.levels, task.counts, strict=True):
-        squares = [w.detach().square() for w in saliency.group(task.model, (level.block, level.kind))]
-        norms = saliency.unit_sums(squares, level.kind, task.sizes.unit_size(level.kind)).sqrt().numpy()
-        found.append(norms[list(level.kept(own[-1]))])
+        found.append(norms_of(task.model, (level.block, level.kind))[list(level.kept(own[-1]))])
     return found

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgeprune import criteria, obs, vit
+from edgeprune.allocators import pq
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
@@ -36,6 +37,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     levels = criteria.score(criterion, evidence)
     labelled = "labelled" if "labels" in criterion.NEEDS else "unlabelled"
     console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} {labelled} images")
+    indices = ", ".join(f"{kind} {i} {index:.3f}" for (i, kind), index in pq.gauge(model).items())
+    console.detail(f"PQ index of unit norms (0: all alike, 1: one has everything): {indices}")
     arrays: dict[str, Any] = {}
     for level in levels:
         arrays[f"{level.block}.{level.kind}.order"] = level.order
