@@ -94,17 +94,12 @@ def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: floa
     return Check(name, value, limit_ms, decided, reason)
 
 
-def accuracy(clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Accuracy:
-    """Of both loaded models on every image: pixels `[n, channels, height, width]`, labels `[n]` per batch."""
-    return summary(answers(clock, dense, pruned, batches))
-
-
 #: For each image `[n]`: whether the dense model is right, whether the pruned one is, whether they say the same.
 Answers = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def answers(clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Answers:
-    """Run both loaded models on every image."""
+    """Of both loaded models on every image: pixels `[n, channels, height, width]`, labels `[n]` per batch."""
     dense_right, pruned_right, same = [], [], []
     for pixels, labels in batches:
         wanted, got = clock.predict(dense, pixels).argmax(-1), clock.predict(pruned, pixels).argmax(-1)

@@ -241,10 +241,10 @@ def mildest_first(families: Sequence[Request], profile_folder: Path) -> list[int
 def run_stages(
     stages: Sequence[Stage], request: Request, cache_dir: Path, *, rebuild: bool = False, console: Console = SILENT
 ) -> dict[str, Done]:
-    """Run the stages in order for one latency; returns their results by name."""
+    """Run those of the stages that the request needs, in order, for one latency; returns their results by name."""
     preflight(request, cache_dir, cache_dir)
     finished: dict[str, Done] = {}
-    for stage in stages:
+    for stage in (stage for stage in stages if stage.when(request)):
         key = stage_key(stage, request, {name: entry.digest for name, entry in finished.items()})
         finished[stage.name] = run_stage(stage, request, key, finished, cache_dir, rebuild, "", console)
     return finished

@@ -172,7 +172,7 @@ def test_the_parts_make_the_whole() -> None:
     rng = np.random.default_rng(0)
     batches = [(rng.integers(0, 3, (n, 2)), rng.integers(0, 3, n)) for n in (7, 5, 9)]
     clock: Any = Oracle()
-    whole = checks.accuracy(clock, "dense", "pruned", batches)
+    whole = checks.summary(checks.answers(clock, "dense", "pruned", batches))
     parts = [checks.answers(clock, "dense", "pruned", [batch]) for batch in batches]
     assert checks.summary(*parts) == whole
     said, truth = np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
@@ -307,7 +307,7 @@ def test_a_build_with_a_held_out_domain_and_a_selection(
     out = tmp_path / "artifacts"
     built = space.build(
         "--data", "folder", "--data-dir", where, "--held-out-domain", "sketch", "--selection", "density",
-        "--tune-on", "0.5", "--method", "magnitude", "--latency", "70%", "--max-drop", "100", "--format", "json",
+        "--tune-on", "0.5", "--method", "global-magnitude", "--latency", "70%", "--max-drop", "100", "--format", "json",
         card=card, out=out, cache=tmp_path / "cache",
     )  # fmt: skip
     assert built.code in (0, 1, 6), built.err

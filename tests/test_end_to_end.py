@@ -250,7 +250,7 @@ def test_the_same_command_again_does_no_work(space: Workspace, family: Result, a
     assert (again.code, again.out) == (family.code, family.out)
     assert done(space.cache) == before
     assert [snapshot(folder) for folder in artifacts] == files
-    assert again.err.count("done before") == sum(2 if stage.per_latency else 1 for stage in pipeline.PIPELINE)
+    assert again.err.count("done before") == len(SHARED) + 2 * len(OWN)
     assert seconds < 10
 
 
@@ -349,11 +349,11 @@ def test_the_same_latency_table_gives_the_same_plan(space: Workspace, cache_copy
 
         def predicted(clock: Any, dense: Any, plan: Any, request: Any, quiet: Any, table: Any = table) -> Any:
             ms = table.predict_ms(plan.shape) * 1.03  # so that the search goes on for a round or two
-            return ms, (ms, ms)
+            return ms, (ms, ms), True
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(prune, "measure", predicted)
-            folder = pipeline.run_stages(pipeline.PIPELINE[:4], request, cache)["prune"].folder
+            folder = pipeline.run_stages(pipeline.PIPELINE[:5], request, cache)["prune"].folder
         plans.append((folder / "plan.json").read_bytes())
         weights.append((folder / "pruned.safetensors").read_bytes())
     assert plans[0] == plans[1]
@@ -374,10 +374,10 @@ def test_the_search_goes_on_below_a_plan_that_just_misses(
         shapes.append(plan.shape)
         limit = request.latency.limit_ms(quiet.ms)
         ms = 0.995 * limit if plan.shape == shapes[0] else table.predict_ms(plan.shape)
-        return ms, (0.99 * ms, 1.01 * ms)
+        return ms, (0.99 * ms, 1.01 * ms), True
 
     monkeypatch.setattr(prune, "measure", first_misses)
-    folder = pipeline.run_stages(pipeline.PIPELINE[:4], request, cache)["prune"].folder
+    folder = pipeline.run_stages(pipeline.PIPELINE[:5], request, cache)["prune"].folder
     kept = json.loads((folder / "plan.json").read_text())["shape"]
     assert kept != [list(block) for block in shapes[0]]
 
@@ -417,13 +417,13 @@ def test_max_drop_is_a_second_gate(space: Workspace, artifacts: list[Path], cach
 def test_a_failed_gate_ends_with_1_and_keeps_the_artifact(
     space: Workspace, artifacts: list[Path], cache_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = validate.checks.accuracy
+    real = validate.checks.summary
 
     def worse(*arguments: Any) -> Any:
         found = real(*arguments)
         return type(found)(**{**vars(found), "pruned": found.dense - 5.0})
 
-    monkeypatch.setattr(validate.checks, "accuracy", worse)
+    monkeypatch.setattr(validate.checks, "summary", worse)
     built = space.build("--latency", "2x", "--max-drop", "4", cache=cache_copy, out=tmp_path)
     assert built.code == errors.GATE_FAILED
     assert "FAIL: accuracy drop" in built.out
