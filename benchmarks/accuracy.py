@@ -316,11 +316,9 @@ class Bench:
         dense = baseline.load(request, done["baseline"].folder)
         return Task(request, dense.model, dense.sizes, dense.splits, self.table, self.options.cache_dir)
 
-    @torch.inference_mode()
     def judge(self, model: VisionTransformer, every: int = 1) -> NDArray[np.bool_]:
         """Which test images, or every so manieth of them, the model names rightly `[n]`."""
-        batches = zip(self.pixels[::every].split(BATCH), self.labels[::every].split(BATCH), strict=True)
-        return torch.cat([model(pixels).argmax(-1) == labels for pixels, labels in batches]).numpy()
+        return judge(model, self.pixels[::every], self.labels[::every])
 
     def time(self, model: VisionTransformer) -> Timing:
         """Export, check against torch, and time turn by turn with the dense model; once per shape."""
@@ -370,6 +368,13 @@ def spaced(images: Images, count: int) -> Images:
     if not 0 < count < len(images):
         return images
     return Images(images.source, images.indices[:: -(-len(images) // count)], images.transform, images.what)
+
+
+@torch.inference_mode()
+def judge(model: VisionTransformer, pixels: torch.Tensor, labels: torch.Tensor) -> NDArray[np.bool_]:
+    """Which images `[n, channels, height, width]` the model names rightly `[n]`."""
+    batches = zip(pixels.split(BATCH), labels.split(BATCH), strict=True)
+    return torch.cat([model(x).argmax(-1) == y for x, y in batches]).numpy()
 
 
 # A row --------------------------------------------------------------------------------------

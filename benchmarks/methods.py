@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
-import numpy as np
 import tables
 import torch
-from numpy.typing import NDArray
 
 from edgeprune import artifact, checks, config, methods, pipeline, schedules, vit
 from edgeprune.compat import VisionTransformer
@@ -123,18 +121,12 @@ class Bench:
         self.weights = artifact.sha256(folder / "dense.safetensors")
         images = accuracy.spaced(dense.splits.evaluation, options.images)
         self.pixels, self.labels = (torch.cat(part) for part in zip(*images.batches(accuracy.BATCH), strict=True))
-        self.right = self.judge(dense.model)
+        self.right = accuracy.judge(dense.model, self.pixels, self.labels)
         recipe = request.card.finetune
         epochs = options.tune_steps / math.ceil(len(divide(dense.splits.train)[1]) / recipe.batch_size)
         self.request = replace(
             request, card=replace(request.card, finetune=replace(recipe, epochs=(epochs,), sizes=()))
         )
-
-    @torch.inference_mode()
-    def judge(self, model: VisionTransformer) -> NDArray[np.bool_]:
-        """Which test images the model names rightly `[n]`."""
-        parts = zip(self.pixels.split(accuracy.BATCH), self.labels.split(accuracy.BATCH), strict=True)
-        return torch.cat([model(pixels).argmax(-1) == labels for pixels, labels in parts]).numpy()
 
     def key(self, method: methods.Method, speed_up: float, steps: int) -> accuracy.Key:
         return self.weights, method.name, speed_up, self.request.seed, steps, self.options.label
@@ -179,7 +171,7 @@ class Bench:
         plan = artifact.read_plan(folder / "plan.json").plan
         tries = artifact.read_json(folder / "search.json")["tries"]
         [tried] = [one for one in tries if tuple(map(tuple, one["shape"])) == plan.shape]
-        right = self.judge(model)
+        right = accuracy.judge(model, self.pixels, self.labels)
         drop, drop_ci = accuracy.paired(self.right, right)
         return {
             "plan": plan.shape, "params": vit.parameters(model), "latency_ms": tried["measured_ms"],

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from edgeprune.data import Batch
-from edgeprune.types import Levels, SubBlockKind
+from edgeprune.types import Levels, SubBlock
 
 #: (mean, damped covariance) of a layer's inputs.
 LayerMoments = tuple[Tensor, Tensor]
 
 
-def uncentred(moments: Mapping[tuple[int, SubBlockKind], LayerMoments]) -> dict[tuple[int, SubBlockKind], LayerMoments]:
+def uncentred(moments: Mapping[SubBlock, LayerMoments]) -> dict[SubBlock, LayerMoments]:
     """The same with no mean taken off: zero, and the mean of x x^T; solved with them, biases stay as they are."""
     return {at: (torch.zeros_like(mean), second + torch.outer(mean, mean)) for at, (mean, second) in moments.items()}
 
@@ -25,8 +25,8 @@ class Calibration:
     """What the calibrate stage found, with the images it looked at. Sub-blocks are in the order attn 0, mlp 0, attn 1, ..."""
 
     levels: list[Levels]
-    moments: dict[tuple[int, SubBlockKind], LayerMoments]  # of the inputs of every prunable layer
+    moments: dict[SubBlock, LayerMoments]  # of the inputs of every prunable layer
     batches: list[Tensor]  # `[n, channels, height, width]`
     #: How much each token counts, per sub-block and batch `[n, tokens]`; None if all count alike.
-    weights: dict[tuple[int, SubBlockKind], list[Tensor]] | None
+    weights: dict[SubBlock, list[Tensor]] | None
     labelled: Callable[[], Iterator[Batch]]  # the same images with their labels

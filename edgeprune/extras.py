@@ -10,7 +10,7 @@ from edgeprune.errors import UsageError
 #: What a build imports besides the runtime it measures: module -> package.
 BUILD = {
     "torch": "torch", "timm": "timm", "onnx": "onnx", "onnxscript": "onnxscript", "onnxsim": "onnxsim",
-    "safetensors": "safetensors", "PIL": "pillow",
+    "safetensors": "safetensors", "PIL": "pillow", "sklearn": "scikit-learn",
 }  # fmt: skip
 IMAGES = {"PIL": "pillow"}
 ACCELERATE = {"accelerate": "accelerate"}

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from edgeprune import vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.types import BlockPlan, Plan, SubBlockKind
-
-#: A sub-block: block index and kind.
-SubBlock = tuple[int, SubBlockKind]
+from edgeprune.types import BlockPlan, Plan, SubBlock, SubBlockKind
 
 
 class Gates:

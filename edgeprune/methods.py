@@ -84,7 +84,7 @@ ABSENT = {
     "fastervlm": "drops visual tokens before a language model, which is not there; its class-token score survives",
     "aptp": "routes each prompt of a diffusion model to a sub-network; a family of artifacts (`--latency` repeated) survives",
     "ld-pruner": "scores operators of a diffusion U-Net by their latents; scoring by what the output changes is `kl`",
-    "sd2-study": "prunes Stable Diffusion 2: another domain; magnitude, which it favours, is `magnitude`",
+    "sd2-study": "prunes Stable Diffusion 2: another domain; magnitude, which it favours, is `global-magnitude`",
     "fedtiny": "chooses masks across federated clients, by batch norms that a ViT has not; regrowth by gradient is `granet`",
     "hollownerf": "prunes the hash grid of a radiance field: another domain, nothing survives",
     "mesh-refinement": "prunes faces of meshes: another domain, nothing survives",

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, extras, modules, publish, recoveries, runtimes, schedules
+from edgeprune import artifact, modules, publish, recoveries, runtimes, schedules
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
@@ -330,8 +330,6 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"the schedule '{request.schedule}' trains, but 0 epochs were asked for; give --epochs, or --schedule one-shot"
         )
-    if request.allocator == "sls":
-        extras.need("the allocator 'sls'", extras.DIGITS, "pip install scikit-learn")
     if request.gradual and request.schedule != schedules.DEFAULT:
         raise UsageError(
             f"--gradual prunes from tuned models, the schedule '{request.schedule}' from the dense one; give one of the two"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgeprune import recovery, vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.types import SubBlockKind
+from edgeprune.types import SubBlock
 
 LEARNING_RATE = 3e-4  # of Adam; falls to 0 along a cosine
 
@@ -25,7 +25,7 @@ def polish(
     dense: VisionTransformer,
     pruned: VisionTransformer,
     batches: Sequence[Tensor],
-    weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None,
+    weights: Mapping[SubBlock, Sequence[Tensor]] | None,
     passes: int,
     advance: Callable[[float, str], None] = lambda amount, note: None,
 ) -> tuple[int, int]:

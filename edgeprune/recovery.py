@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from edgeprune import obs, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
-from edgeprune.types import Plan, SubBlockKind
+from edgeprune.types import Plan, SubBlock, SubBlockKind
 
 RIDGE = 1e-2  # of the mean diagonal; the pull towards the weights that are already there
 HELD_OUT = 0.25  # share of the images that only decide whether a re-fit is accepted
@@ -41,7 +41,7 @@ def fitted(batches: Sequence[Tensor]) -> int:
 
 @torch.no_grad()
 def survivors(
-    dense: VisionTransformer, plan: Plan, moments: Mapping[tuple[int, SubBlockKind], tuple[Tensor, Tensor]]
+    dense: VisionTransformer, plan: Plan, moments: Mapping[SubBlock, tuple[Tensor, Tensor]]
 ) -> VisionTransformer:
     """The sliced model with every pruned layer re-fitted; moments hold (mean, damped covariance) per layer."""
     sizes = vit.anatomy(dense)
@@ -64,7 +64,7 @@ def sequential(
     dense: VisionTransformer,
     pruned: VisionTransformer,
     batches: Sequence[Tensor],
-    weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None = None,
+    weights: Mapping[SubBlock, Sequence[Tensor]] | None = None,
     plan: Plan | None = None,
 ) -> tuple[int, int]:
     """Re-fit `pruned` in place, block by block, on images `[n, channels, height, width]` per batch.

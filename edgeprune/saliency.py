@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from edgeprune import vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.criteria import SCORED, Evidence, SubBlock, make_levels
+from edgeprune.criteria import SCORED, Evidence, make_levels
 from edgeprune.data import Batch
-from edgeprune.types import Levels, SubBlockKind
+from edgeprune.types import Levels, SubBlock, SubBlockKind
 
 
 def levels(evidence: Evidence, scores: Mapping[SubBlock, Tensor]) -> list[Levels]:
@@ -93,6 +93,26 @@ def mean_gradients(evidence: Evidence, images: int = SCORED) -> dict[SubBlock, l
             before = totals.get(at) or [torch.zeros_like(g) for g in tensors]
             totals[at] = [total + size * g for total, g in zip(before, tensors, strict=True)]
     return {at: [total / count for total in tensors] for at, tensors in totals.items()}
+
+
+def gradient_moments(
+    evidence: Evidence, images: int = SCORED, *, drawn: bool = False
+) -> tuple[dict[SubBlock, list[Tensor]], dict[SubBlock, list[Tensor]]]:
+    """Means of single images' gradients, and of their squares, shaped like `group`; `drawn` as in `gradients`."""
+    first, second = (
+        {at: [torch.zeros_like(w) for w in group(evidence.model, at)] for at in evidence.moments} for _ in range(2)
+    )
+    count = 0  # of those that could be read
+    for found, size in gradients(evidence, images, each=True, drawn=drawn):
+        count += size
+        for at, tensors in found.items():
+            for total, squares, g in zip(first[at], second[at], tensors, strict=True):
+                total.add_(g)
+                squares.addcmul_(g, g)
+    for tensors in (*first.values(), *second.values()):
+        for total in tensors:
+            total.div_(count)
+    return first, second
 
 
 def gradients(

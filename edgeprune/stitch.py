@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from edgeprune import obs, recovery, vit
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
-from edgeprune.types import Levels, SubBlockKind
+from edgeprune.types import Levels, SubBlock
 
 STREAM_BYTES = 1 << 30  # residual streams that a judge may hold
 
@@ -34,7 +34,7 @@ class Database:
         dense: VisionTransformer,
         levels: Sequence[Levels],
         counts: Sequence[Sequence[int]],
-        moments: Mapping[tuple[int, SubBlockKind], LayerMoments],
+        moments: Mapping[SubBlock, LayerMoments],
     ) -> None:
         """counts: how many units each option of each sub-block keeps, in the order of `levels`."""
         self.dense, self.levels, self.counts, self.moments = dense, levels, counts, moments
@@ -148,7 +148,7 @@ class RefitJudge(Judge):
         database: Database,
         first: Tensor,
         second: Tensor,
-        weights: Mapping[tuple[int, SubBlockKind], Sequence[Tensor]] | None = None,
+        weights: Mapping[SubBlock, Sequence[Tensor]] | None = None,
         teacher: VisionTransformer | None = None,
     ) -> None:
         """weights: how much each token of the first and of the second images counts, per sub-block `[n, tokens]`."""

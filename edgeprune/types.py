@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 SubBlockKind = Literal["attn", "mlp"]
+#: A sub-block: block index and kind.
+SubBlock = tuple[int, SubBlockKind]
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 

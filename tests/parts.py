@@ -19,7 +19,7 @@ from edgeprune.gates import Gates
 from edgeprune.recoveries import Damage
 from edgeprune.schedules import Planned, Training
 from edgeprune.tuning.loop import fit
-from edgeprune.types import LatencyTable, Levels, Plan, Shape
+from edgeprune.types import LatencyTable, Levels, Plan, Shape, SubBlock
 
 CLASSES = 5
 CONFIG: dict[str, Any] = {
@@ -71,6 +71,19 @@ def evidence(
         images=len(own), neuron_grid=TABLE.mlp_widths, seed=0, console=SILENT,
     )  # fmt: skip
     return made, found
+
+
+def inputs_of(evidence: Evidence, at: SubBlock) -> Any:
+    """What the last layer of a sub-block sees of all images `[tokens, inputs]`, float64, numpy."""
+    seen: list[torch.Tensor] = []
+    hook = vit.output_layer(evidence.model.blocks[at[0]], at[1]).register_forward_pre_hook(
+        lambda _, x: seen.append(x[0])
+    )
+    with torch.no_grad():
+        for pixels, _ in evidence.batches():
+            evidence.model(pixels)
+    hook.remove()
+    return torch.cat([part.flatten(0, 1) for part in seen]).double().numpy()
 
 
 def calibration(model: Any, criterion: str = "magnitude", of: data.Images | None = None) -> Calibration:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import parts
 import pytest
 import torch
 from torch.nn import functional as F
@@ -50,14 +51,7 @@ def test_an_unknown_criterion_gets_a_suggestion() -> None:
 
 def weights_of(evidence: Evidence, at: tuple[int, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Weight and damped covariance of a sub-block's last layer, the covariance by numpy."""
-    inputs: list[torch.Tensor] = []
-    layer = vit.output_layer(evidence.model.blocks[at[0]], at[1])
-    hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
-    with torch.no_grad():
-        for pixels, _ in evidence.batches():
-            evidence.model(pixels)
-    hook.remove()
-    x = torch.cat([part.flatten(0, 1) for part in inputs]).double().numpy()
+    layer, x = vit.output_layer(evidence.model.blocks[at[0]], at[1]), parts.inputs_of(evidence, at)
     covariance = np.cov(x.T, bias=True)
     h = covariance + obs.DAMPING * np.diag(covariance).mean() * np.eye(len(covariance))
     return layer.weight.detach().double().numpy(), h

@@ -201,6 +201,16 @@ def test_names_are_not_used_twice() -> None:
     assert not set(names) & set(methods.ABSENT)
 
 
+def test_artifacts_of_methods_do_not_replace_each_other() -> None:
+    from edgeprune import api, publish
+
+    names = [
+        publish.artifact_name(api.request("digits", target="cpu-avx2", latency="2x", method=name)[0])
+        for name in ("edgeprune", "flap", "ziplm")
+    ]
+    assert names == ["digits-cpu-avx2-2x", "digits-cpu-avx2-2x-flap", "digits-cpu-avx2-2x-ziplm"]
+
+
 def test_an_unknown_method_gets_a_suggestion() -> None:
     with pytest.raises(UsageError, match="unknown method 'edgprune'; did you mean 'edgeprune'"):
         methods.get("edgprune")

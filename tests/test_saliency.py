@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from edgeprune import criteria, saliency, vit
-from edgeprune.criteria import Evidence, SubBlock
+from edgeprune.criteria import Evidence
+from edgeprune.types import SubBlock
 
 IMAGES = 20  # in batches of 8, 8 and 4
 SUB_BLOCKS: list[SubBlock] = [(i, kind) for i in range(3) for kind in vit.KINDS]
@@ -64,18 +65,6 @@ def gradient_of(model: Any, pixels: torch.Tensor, labels: torch.Tensor) -> Calla
 def by_unit(value: Callable[[SubBlock, int], float]) -> dict[SubBlock, np.ndarray]:
     units = {at: HEADS if at[1] == "attn" else NEURONS for at in SUB_BLOCKS}
     return {at: np.array([value(at, unit) for unit in range(units[at])]) for at in SUB_BLOCKS}
-
-
-def inputs_of(evidence: Evidence, at: SubBlock) -> np.ndarray:
-    """What the last layer sees of all images `[tokens, inputs]`."""
-    seen: list[torch.Tensor] = []
-    layer = vit.output_layer(evidence.model.blocks[at[0]], at[1])
-    hook = layer.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    with torch.no_grad():
-        for pixels, _ in evidence.batches():
-            evidence.model(pixels)
-    hook.remove()
-    return number(torch.cat(seen).flatten(0, 1))
 
 
 def columns_of(at: SubBlock, unit: int) -> list[int]:
@@ -215,7 +204,7 @@ def z_scores(values: np.ndarray) -> np.ndarray:
 
 def fluctuations(evidence: Evidence, at: SubBlock) -> np.ndarray:
     """Of every column; of `proj`, squared."""
-    x, w = inputs_of(evidence, at), last_weight(evidence, at)
+    x, w = parts.inputs_of(evidence, at), last_weight(evidence, at)
     found = np.array([x[:, j].var() * sum(w[:, j] ** 2) for j in range(w.shape[1])])
     return found**2 if at[1] == "attn" else found
 
@@ -242,14 +231,14 @@ def test_flap_standardises_what_is_left(tiny_vit: Any) -> None:
 
 
 def test_vbp_is_the_share_of_the_variance_of_a_kind(evidence: Evidence) -> None:
-    x = {at: inputs_of(evidence, at) for at in SUB_BLOCKS}
+    x = {at: parts.inputs_of(evidence, at) for at in SUB_BLOCKS}
     scores = by_unit(lambda at, u: float(sum(x[at][:, j].var() for j in columns_of(at, u))))
     totals = {kind: sum(own.sum() for at, own in scores.items() if at[1] == kind) for kind in vit.KINDS}
     check("vbp", evidence, {at: own / totals[at[1]] for at, own in scores.items()})
 
 
 def test_wanda_adds_up_sizes_of_weights_times_norms_of_inputs(evidence: Evidence) -> None:
-    x = {at: inputs_of(evidence, at) for at in SUB_BLOCKS}
+    x = {at: parts.inputs_of(evidence, at) for at in SUB_BLOCKS}
 
     def slow(at: SubBlock, u: int) -> float:
         norms, w = np.sqrt((x[at] ** 2).mean(0)), last_weight(evidence, at)
@@ -259,7 +248,7 @@ def test_wanda_adds_up_sizes_of_weights_times_norms_of_inputs(evidence: Evidence
 
 
 def test_cfsp_is_the_mean_part_in_every_row_times_the_norm(evidence: Evidence) -> None:
-    x = {at: inputs_of(evidence, at) for at in SUB_BLOCKS}
+    x = {at: parts.inputs_of(evidence, at) for at in SUB_BLOCKS}
 
     def column(at: SubBlock, j: int) -> float:
         block: Any = evidence.model.blocks[at[0]]

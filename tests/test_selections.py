@@ -250,14 +250,6 @@ def test_density_of_images_that_are_all_alike() -> None:
     assert density.choose(Clusters(np.ones((1, 4))), np.arange(1), 1).tolist() == [0]  # type: ignore[arg-type]
 
 
-def test_density_without_scikit_learn(monkeypatch: pytest.MonkeyPatch, clusters: Clusters) -> None:
-    from edgeprune import extras
-
-    monkeypatch.setattr(extras, "missing", lambda packages: list(packages.values()))
-    with pytest.raises(UsageError, match=r"the selection 'density' needs scikit-learn \(not installed\)"):
-        density.choose(clusters, np.arange(90), 5)  # type: ignore[arg-type]
-
-
 def test_features_are_what_the_classifier_reads_and_unreadable_images_are_left_out(tiny_vit: Any) -> None:
     source = Hidden(parts.images(40).source)
     source.broken = {11}

@@ -15,6 +15,7 @@ import torch
 
 from edgeprune import api, artifact, pipeline, schedules, vit
 from edgeprune.config import Request
+from edgeprune.errors import Infeasible, UsageError
 from edgeprune.stages import baseline, profile, prune
 from edgeprune.types import Latency
 
@@ -72,7 +73,6 @@ def test_a_latency_that_the_dense_model_meets_trains_nothing(request_: Request, 
 
 
 def test_what_cannot_be_reached_is_said_before_training(request_: Request, cache: Path, monkeypatch: Any) -> None:
-    from edgeprune.errors import Infeasible
     from edgeprune.stages import sparsify
 
     monkeypatch.setattr(sparsify, "fit", lambda *_, **__: pytest.fail("it trained"))
@@ -82,5 +82,7 @@ def test_what_cannot_be_reached_is_said_before_training(request_: Request, cache
 
 def test_a_schedule_needs_epochs(request_: Request) -> None:
     none = replace(request_.card, finetune=replace(request_.card.finetune, epochs=(0.0,)))
-    with pytest.raises(Exception, match="the schedule 'granet' trains, but 0 epochs were asked for; give --epochs, or"):
+    with pytest.raises(
+        UsageError, match="the schedule 'granet' trains, but 0 epochs were asked for; give --epochs, or"
+    ):
         pipeline.check_request(replace(request_, schedule="granet", card=none))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
+from torch import Tensor
 
 from edgeprune import modules, vit
 from edgeprune.calibration import Calibration
@@ -175,6 +176,13 @@ def spread(weights: FloatArray, amount: float) -> FloatArray:
         return np.ones(len(weights))
     weights = weights if weights.any() else np.ones(len(weights))
     return np.minimum(1.0, amount / (1 - amount) * weights / weights.mean())
+
+
+def between(widths: Sequence[int], costs: FloatArray, kept: Tensor) -> Tensor:
+    """The cost of so many units (a scalar), in proportion between the neighbouring widths, with a gradient."""
+    i = int(np.clip(np.searchsorted(widths, float(kept.detach()), side="right"), 1, len(widths) - 1))
+    slope = float(costs[i] - costs[i - 1]) / (widths[i] - widths[i - 1])
+    return float(costs[i - 1]) + slope * (kept - widths[i - 1])
 
 
 def nearby(task: Task, find: Callable[[float], T]) -> Callable[[float], T]:

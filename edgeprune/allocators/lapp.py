@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeprune.allocators import Choose, Task, by_ratios
+from edgeprune.allocators import Choose, Task, between, by_ratios
 from edgeprune.allocators._gated import Gated
 from edgeprune.types import FloatArray
 
@@ -69,10 +69,5 @@ def mask(units: int, threshold: Tensor) -> Tensor:
 
 def expected_ms(task: Task, kept: Sequence[Tensor]) -> Tensor:
     """What the table has for these numbers of units, between its options in proportion."""
-    total = torch.zeros(())
-    for count, grid, costs in zip(kept, task.counts, task.costs, strict=True):
-        if len(grid) > 1:
-            j = int(np.clip(np.searchsorted(grid, float(count.detach())), 1, len(grid) - 1))
-            slope = float(costs[j] - costs[j - 1]) / (grid[j] - grid[j - 1])
-            total = total + float(costs[j - 1]) + slope * (count - grid[j - 1])
-    return total
+    there = (own for own in zip(task.counts, task.costs, kept, strict=True) if len(own[0]) > 1)
+    return torch.stack([between(*own) for own in there] or [torch.zeros(())]).sum()

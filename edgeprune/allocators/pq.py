@@ -18,8 +18,7 @@ import numpy as np
 from edgeprune import saliency, vit
 from edgeprune.allocators import Choose, Task, by_ratios, spread
 from edgeprune.compat import VisionTransformer
-from edgeprune.criteria import SubBlock
-from edgeprune.types import FloatArray
+from edgeprune.types import FloatArray, SubBlock
 
 NEEDS = ("weights",)
 P, Q, ETA = 0.5, 1.0, 0.0

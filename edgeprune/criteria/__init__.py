@@ -23,10 +23,7 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.data import Batch
 from edgeprune.obs import Moments
-from edgeprune.types import Levels, SubBlockKind
-
-#: A sub-block: block index and kind.
-SubBlock = tuple[int, SubBlockKind]
+from edgeprune.types import Levels, SubBlock, SubBlockKind
 
 DEFAULT = "fisher"
 

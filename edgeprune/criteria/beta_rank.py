@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from edgeprune import saliency, vit
-from edgeprune.criteria import Evidence, SubBlock
-from edgeprune.types import Levels
+from edgeprune.criteria import Evidence
+from edgeprune.types import Levels, SubBlock
 
 NEEDS = ("weights", "activations", "labels")
 

@@ -22,19 +22,18 @@ weight is removed. Left out: the fine-tuning meanwhile, and a third-order term w
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from edgeprune import saliency
-from edgeprune.criteria import SCORED, Evidence, SubBlock
+from edgeprune.criteria import Evidence
 from edgeprune.types import Levels
 
 NEEDS = ("weights", "gradients", "labels")
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    slope, curvature = _moments(evidence, drawn=False)
-    _, general = _moments(evidence, drawn=True)
+    slope, curvature = saliency.gradient_moments(evidence)
+    _, general = saliency.gradient_moments(evidence, drawn=True)
     scores = {}
     for at in evidence.moments:
         parts = zip(saliency.group(evidence.model, at), slope[at], curvature[at], general[at], strict=True)
@@ -46,18 +45,3 @@ def score(evidence: Evidence) -> list[Levels]:
 def importances(w: Tensor, slope: Tensor, curvature: Tensor, general: Tensor) -> Tensor:
     """Of single weights: sizes of what the refined loss changes by."""
     return (-w * slope + 0.5 * w.square() * (curvature + general)).abs()
-
-
-def _moments(evidence: Evidence, *, drawn: bool) -> tuple[dict[SubBlock, list[Tensor]], dict[SubBlock, list[Tensor]]]:
-    """Means of single images' gradients and of their squares, shaped like `saliency.group`."""
-    first, second = (
-        {at: [torch.zeros_like(w) for w in saliency.group(evidence.model, at)] for at in evidence.moments}
-        for _ in range(2)
-    )
-    count = min(SCORED, evidence.images)
-    for found, _ in saliency.gradients(evidence, each=True, drawn=drawn):
-        for at, gradients in found.items():
-            for i, g in enumerate(gradients):
-                first[at][i].add_(g, alpha=1 / count)
-                second[at][i].addcmul_(g, g, value=1 / count)
-    return first, second

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from edgeprune import obs, vit
-from edgeprune.criteria import SCORED, Evidence, SubBlock, grid_levels, obs_orders, observe
-from edgeprune.types import Levels
+from edgeprune.criteria import SCORED, Evidence, grid_levels, obs_orders, observe
+from edgeprune.types import Levels, SubBlock
 
 NEEDS = ("weights", "activations", "gradients", "loss")
 CHANGES_BYTES = 1 << 30  # weight changes held at once; more sub-blocks than fit take another backward pass

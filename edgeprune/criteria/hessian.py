@@ -9,8 +9,6 @@ gradients and labels. Cost: one backward pass per image, one image at a time.
 
 from __future__ import annotations
 
-import torch
-
 from edgeprune import saliency
 from edgeprune.criteria import Evidence
 from edgeprune.types import Levels
@@ -19,11 +17,5 @@ NEEDS = ("weights", "gradients", "labels")
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    fisher = {at: [torch.zeros_like(w) for w in saliency.group(evidence.model, at)] for at in evidence.moments}
-    images = 0
-    for found, count in saliency.gradients(evidence, each=True):
-        images += count
-        for at, gradients in found.items():
-            for total, g in zip(fisher[at], gradients, strict=True):
-                total.addcmul_(g, g)
-    return saliency.levels(evidence, saliency.of_pairs(evidence, fisher, lambda w, h: 0.5 * w.square() * h / images))
+    _, fisher = saliency.gradient_moments(evidence)
+    return saliency.levels(evidence, saliency.of_pairs(evidence, fisher, lambda w, h: 0.5 * w.square() * h))

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from edgeprune import adapters, saliency, vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.criteria import SCORED, Evidence, SubBlock
-from edgeprune.types import Levels
+from edgeprune.criteria import SCORED, Evidence
+from edgeprune.types import Levels, SubBlock
 
 NEEDS = ("weights", "gradients", "labels")
 

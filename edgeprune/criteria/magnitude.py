@@ -6,20 +6,19 @@ that every other criterion must beat.
 
 from __future__ import annotations
 
-import numpy as np
+from torch import Tensor
 
-from edgeprune.criteria import Evidence, make_levels
-from edgeprune.types import Levels
+from edgeprune import saliency
+from edgeprune.criteria import Evidence
+from edgeprune.types import Levels, SubBlock
 
 NEEDS = ("weights",)
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    levels = []
-    for at in evidence.moments:
-        weight, _ = evidence.layer(at)
-        norms = weight.square().sum(0).reshape(-1, evidence.sizes.unit_size(at[1])).sum(1).double().numpy()
-        order = np.argsort(norms, kind="stable")
-        errors = np.concatenate([[0.0], np.cumsum(norms[order])]) / max(norms.sum(), 1e-300)
-        levels.append(make_levels(at, [int(u) for u in order], errors))
-    return levels
+    return saliency.levels(evidence, {at: _shares(evidence, at) for at in evidence.moments})
+
+
+def _shares(evidence: Evidence, at: SubBlock) -> Tensor:
+    norms = saliency.of_columns(evidence, at, evidence.layer(at)[0].double().square().sum(0))
+    return norms / norms.sum().clamp_min(1e-300)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeprune import saliency
-from edgeprune.criteria import SCORED, Evidence, SubBlock
-from edgeprune.types import Levels
+from edgeprune.criteria import SCORED, Evidence
+from edgeprune.types import Levels, SubBlock
 
 NEEDS = ("activations", "gradients", "labels")
 

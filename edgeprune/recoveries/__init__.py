@@ -16,8 +16,8 @@ from edgeprune import modules, vit
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
-from edgeprune.gates import SubBlock, units_of
-from edgeprune.types import Plan
+from edgeprune.gates import units_of
+from edgeprune.types import Plan, SubBlock
 
 DEFAULT = "refit"
 
@@ -40,7 +40,7 @@ class Recovery(Protocol):
     NEEDS: tuple[str, ...]
     TUNES: Literal["weights", "adapters"]
 
-    def recover(self, loss: Damage) -> VisionTransformer: ...
+    def recover(self, damage: Damage) -> VisionTransformer: ...
 
 
 def names() -> list[str]:

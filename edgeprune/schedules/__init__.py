@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from edgeprune import modules, saliency, vit
+from edgeprune.allocators import between
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe
 from edgeprune.console import Console
 from edgeprune.data import Batch
 from edgeprune.errors import Infeasible
-from edgeprune.gates import Gates, SubBlock, plan_of, units_of
+from edgeprune.gates import Gates, plan_of, units_of
 from edgeprune.tuning.coach import Coach
-from edgeprune.types import LatencyTable, Levels, Plan
+from edgeprune.types import LatencyTable, Levels, Plan, SubBlock
 
 DEFAULT = "one-shot"
 SHARE = 0.5  # of the epochs of fine-tuning
@@ -141,14 +142,9 @@ def widest(training: Training, worth: Mapping[SubBlock, Tensor]) -> Plan:
 
 def milliseconds(table: LatencyTable, units: Mapping[SubBlock, Tensor]) -> Tensor:
     """What the table says of so many units per sub-block (scalars), linear between its entries, with gradients."""
-    total = torch.tensor(table.base_ms)
-    for (_, kind), count in units.items():
-        widths = tuple(range(len(table.attn_ms))) if kind == "attn" else table.mlp_widths
-        prices = table.attn_ms if kind == "attn" else table.mlp_ms
-        i = min(bisect.bisect_right(widths, float(count.detach())), len(widths) - 1)
-        slope = (prices[i] - prices[i - 1]) / (widths[i] - widths[i - 1])
-        total = total + float(prices[i - 1]) + float(slope) * (count - widths[i - 1])
-    return total
+    entries = {"attn": (range(len(table.attn_ms)), table.attn_ms), "mlp": (table.mlp_widths, table.mlp_ms)}
+    parts = [between(*entries[kind], count) for (_, kind), count in units.items()]
+    return torch.stack(parts).sum() + table.base_ms
 
 
 def squares(model: VisionTransformer, at: SubBlock) -> Tensor:

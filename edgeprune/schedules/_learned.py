@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgeprune.gates import SubBlock
 from edgeprune.schedules import Planned
+from edgeprune.types import SubBlock
 
 
 class Learned(Planned):

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from edgeprune import saliency, vit
-from edgeprune.gates import SubBlock
 from edgeprune.schedules import Planned, Training, allocate_open, best, due, over, squares
-from edgeprune.types import Plan
+from edgeprune.types import Plan, SubBlock
 
 NEEDS = ("weights", "gradients")
 UPDATES, RAMP = 12, 2 / 3  # masks are chosen so often, in this share of the steps

@@ -24,10 +24,9 @@ import math
 import torch
 from torch import Tensor
 
-from edgeprune.gates import SubBlock
 from edgeprune.schedules import Planned, Training, fold, milliseconds, over, widest
 from edgeprune.schedules._learned import Learned
-from edgeprune.types import Plan
+from edgeprune.types import Plan, SubBlock
 
 NEEDS = ("gradients",)
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # the temperature, and what the concrete distribution is stretched to

@@ -18,9 +18,9 @@ import math
 import numpy as np
 import torch
 
-from edgeprune.gates import SubBlock, units_of
+from edgeprune.gates import units_of
 from edgeprune.schedules import Planned, Training, scale_columns
-from edgeprune.types import Levels, Plan
+from edgeprune.types import Levels, Plan, SubBlock
 
 NEEDS = ()
 WARM_UP, END = 0.1, 2 / 3  # shares of the steps

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune.gates import SubBlock, plan_of, units_of
+from edgeprune.gates import plan_of, units_of
 from edgeprune.schedules import Planned, Training
 from edgeprune.schedules.hesso import Hesso, Unit
+from edgeprune.types import SubBlock
 
 NEEDS = ("gradients",)
 TRIALS = (0.25, 0.5, 0.75)  # of the way to zero

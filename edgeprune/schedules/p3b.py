@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 
 from edgeprune.allocators import p3b
-from edgeprune.gates import SubBlock
 from edgeprune.schedules import Planned, Training, due, fold, over, widest
-from edgeprune.types import FloatArray, Plan
+from edgeprune.types import FloatArray, Plan, SubBlock
 
 NEEDS = ("activations", "gradients", "labels")
 UPDATES = 12

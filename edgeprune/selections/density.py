@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import extras
 from edgeprune.selections import Counts, Pool, quotas
 from edgeprune.types import FloatArray
 
@@ -65,7 +64,6 @@ def shares(features: Vectors, groups: list[Counts], centroids: Vectors) -> Float
 
 def clusters(features: Vectors, seed: int) -> Counts:
     """The cluster of each image `[n]`."""
-    extras.need("the selection 'density'", extras.DIGITS, "pip install scikit-learn")
     from sklearn.cluster import KMeans
 
     wanted = min(CLUSTERS, round(len(features) ** 0.5))

@@ -8,7 +8,7 @@ asked for, unless models are pruned one from the other: then the model is the on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.data import Images
+from edgeprune.data import Batch
 from edgeprune.stages import baseline
 from edgeprune.types import Levels
 
@@ -31,9 +31,13 @@ from edgeprune.types import Levels
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
     model, _ = baseline.parent(dense, read)
-    images = dense.splits.calibration
+    images, size = dense.splits.calibration, request.card.calibration.batch_size
+
+    def batches() -> Iterator[Batch]:
+        return images.batches(size)
+
     criterion = criteria.get(request.criterion)
-    evidence, found = gather(request, model, dense.sizes, images, console)
+    evidence, found = gather(request, model, dense.sizes, batches, len(images), console)
     levels = criteria.score(criterion, evidence)
     labelled = "labelled" if "labels" in criterion.NEEDS else "unlabelled"
     console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} {labelled} images")
@@ -55,21 +59,24 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 
 def gather(
-    request: Request, model: VisionTransformer, sizes: vit.Anatomy, images: Images, console: Console
+    request: Request,
+    model: VisionTransformer,
+    sizes: vit.Anatomy,
+    batches: Callable[[], Iterator[Batch]],
+    count: int,
+    console: Console,
 ) -> tuple[criteria.Evidence, criteria.Statistics]:
-    """Statistics of the model's layers on these images, and all that the request's criterion may look at."""
-    criterion, batch_size = criteria.get(request.criterion), request.card.calibration.batch_size
-    with console.progress("layer statistics", len(images), "images") as advance:
-        found = criteria.collect(
-            model, images.batches(batch_size), request.seed, advance, uses_loss=criteria.uses_loss(criterion)
-        )
+    """Statistics of the model's layers on these `count` images, and all that the request's criterion may look at."""
+    criterion = criteria.get(request.criterion)
+    with console.progress("layer statistics", count, "images") as advance:
+        found = criteria.collect(model, batches(), request.seed, advance, uses_loss=criteria.uses_loss(criterion))
     evidence = criteria.Evidence(
         model=model,
         sizes=sizes,
         moments=found.moments,
         gradients=found.gradients,
-        batches=lambda: images.batches(batch_size),
-        images=len(images),
+        batches=batches,
+        images=count,
         neuron_grid=vit.neuron_grid(sizes.neurons, request.target.neuron_step),
         seed=request.seed,
         console=console,

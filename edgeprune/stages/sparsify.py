@@ -36,7 +36,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     document, table = profile.read_profile(read["profile"])
     limit = request.latency.limit_ms(table.dense_ms)
     plan, history = vit.dense_plan(dense.sizes), History()
-    model = baseline.load(request, read["baseline"]).model
+    model = copy.deepcopy(dense.model)
     if prune.dense_meets(request, document, limit):
         console.say("the dense model already meets the latency: nothing is trained")
     else:
@@ -88,23 +88,25 @@ def training(
 ) -> Training:
     """What the schedule's coach is given; the criterion sees at most `IMAGES` calibration images."""
     criterion, allocator = criteria.get(request.criterion), allocators.get(request.allocator)
-    batch_size = request.card.calibration.batch_size
-    images = dense.splits.calibration.take(IMAGES)
+    batches = list(dense.splits.calibration.take(IMAGES).batches(request.card.calibration.batch_size))
     teacher = copy.deepcopy(dense.model)  # training may move its own to another device
     found: list[Calibration] = []  # of the last scores
 
     def score() -> list[Levels]:
         model = gates.folded()
-        evidence, statistics = calibrate.gather(request, model, dense.sizes, images, SILENT)
+        evidence, statistics = calibrate.gather(
+            request, model, dense.sizes, lambda: iter(batches), sum(len(y) for _, y in batches), SILENT
+        )
         levels = criteria.score(criterion, evidence)
         moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in statistics.moments.items()}
-        pixels = [x for x, _ in images.batches(batch_size)]
+        pixels = [x for x, _ in batches]
         found[:] = [Calibration(levels, moments, pixels, statistics.weights or None, evidence.batches)]
         return levels
 
     def allocate(levels: list[Levels], budget_ms: float, bounds: Shape = dense.sizes.shape) -> Plan:
         if not found:
             score()
+        # an update has no time to search
         task = allocators.task(
             replace(found[0], levels=levels), table, bounds, gates.folded(), teacher,
             0.0, request.seed, SILENT,
@@ -113,5 +115,5 @@ def training(
 
     return Training(
         model=gates.model, gates=gates, teacher=dense.model, table=table, target_ms=target_ms, score=score, allocate=allocate,
-        batches=lambda: images.batches(batch_size), seed=request.seed, console=console,
+        batches=lambda: iter(batches), seed=request.seed, console=console,
     )  # fmt: skip
