@@ -1,18 +1,16 @@
 """P3B: a sub-block keeps as much as it helps a linear probe to classify (Glandorf et al., arXiv 2506.23675).
 
-One linear probe per sub-block reads the class token before and after it, trained on both with labelled images; nothing
-flows back into the model.
+Two linear probes per sub-block, one for the class token and one for the mean of the patches, read the stream before
+and after it, trained on both with labelled images; nothing flows back into the model.
 
-    benefit_b = CE(probe_b(before)) - CE(probe_b(after))
+    benefit_b = mean over its probes of CE(probe(before)) - CE(probe(after))
     scaled    = softplus(1.4 x) - softplus(1.4 x - 10),  x = 10 benefit / max benefit
     imp_b     = (scaled_b / milliseconds_b) / mean        keep_b = min(1, s imp_b),  s solved for the budget
 
-Adapted: the paper divides by parameters, here by a sub-block's latency; its second probe, of convolutions over the
-patches, is left out, because it takes as long to train as the model; benefits are taken once, on the quarter of the
-images that the probes are not trained on, where the paper averages them over a training; where no benefit is above 0
-the largest size scales them, as the paper's maximum would turn their signs. What patches alone gain, as in the first
-MLPs, the class token does not show, and without the paper's training of soft masks nothing makes up for it: one-shot
-this costs much accuracy. Needs activations and labels, several images per class. Cost: one pass over the calibration
+Adapted: the paper divides by parameters, here by a sub-block's latency; its probe of the patches is a small convolutional
+network, which takes as long to train as the model; benefits are taken once, on the quarter of the images that the
+probes are not trained on, where the paper averages them over a training; where no benefit is above 0 the largest size
+scales them, as the paper's maximum would turn their signs. Needs activations and labels, several images per class. Cost: one pass over the calibration
 images and seconds for the probes.
 """
 
@@ -46,18 +44,18 @@ def prepare(task: Task) -> Choose:
 
 def benefits(model: VisionTransformer, batches: Iterable[Batch], seed: int) -> FloatArray:
     """`[sub-blocks]` in the order attn 0, mlp 0, ...: by how many nats each sub-block lowers its probe's loss."""
-    tokens, labels = class_tokens(model, batches)
-    pairs = torch.stack([tokens[:-1], tokens[1:]], 1)  # [sub-blocks, 2, n, width]
+    places, labels = read(model, batches)
+    pairs = torch.stack([places[:, :-1], places[:, 1:]], 2).flatten(0, 1)  # [probes, 2, n, width]
     pairs = pairs / pairs.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
     fit = len(labels) - max(1, round(HELD_OUT * len(labels)))
     weight, bias = train(pairs[:, :, :fit], labels[:fit], model.num_classes, seed)
     with torch.no_grad():
         before, after = losses(pairs[:, :, fit:], labels[fit:], weight, bias).unbind(1)
-    return (before - after).double().numpy()
+    return (before - after).double().reshape(len(places), -1).mean(0).numpy()
 
 
 def train(pairs: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Probes, all at once: weight `[sub-blocks, width, classes]`, bias `[sub-blocks, classes]`; from zero, by Adam."""
+    """Probes, all at once: weight `[probes, width, classes]`, bias `[probes, classes]`; from zero, by Adam."""
     weight = torch.zeros(len(pairs), pairs.shape[-1], classes, requires_grad=True)
     bias = torch.zeros(len(pairs), classes, requires_grad=True)
     optimizer = torch.optim.Adam([weight, bias], RATE)
@@ -72,8 +70,8 @@ def train(pairs: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tenso
 
 
 def losses(pairs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Cross entropy `[sub-blocks, 2]` of each probe before and after its sub-block."""
-    logits = pairs @ weight[:, None] + bias[:, None, None]  # [sub-blocks, 2, n, classes]
+    """Cross entropy `[probes, 2]` of each probe before and after its sub-block."""
+    logits = pairs @ weight[:, None] + bias[:, None, None]  # [probes, 2, n, classes]
     wanted = labels.expand(logits.shape[:3])
     return F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), reduction="none").reshape(wanted.shape).mean(2)
 
@@ -98,8 +96,11 @@ def keep_ratios(found: FloatArray, ms: FloatArray, room_ms: float) -> FloatArray
 
 
 @torch.no_grad()
-def class_tokens(model: VisionTransformer, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Class tokens `[sub-blocks + 1, n, width]` before, between and after all sub-blocks, and labels `[n]`."""
+def read(model: VisionTransformer, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """What probes read before, between and after all sub-blocks, `[2, sub-blocks + 1, n, width]`, and labels `[n]`.
+
+    First the class token, then the mean of the patches; in a model that has no class token only that, `[1, ...]`.
+    """
     found, labels = [], []
     for pixels, own in batches:
         stream = vit.embed(model, pixels)
@@ -107,6 +108,8 @@ def class_tokens(model: VisionTransformer, batches: Iterable[Batch]) -> tuple[Te
         for block in model.blocks:
             for kind in vit.KINDS:
                 places.append(vit.step(block, kind, places[-1]))
-        found.append(torch.stack([vit.summary(model, place) for place in places]))
+        stacked = torch.stack(places)  # [places, n, tokens, width]
+        patches = stacked[:, :, model.num_prefix_tokens :].mean(2)
+        found.append(torch.stack([stacked[:, :, 0], patches] if model.has_class_token else [patches]))
         labels.append(own)
-    return torch.cat(found, 1), torch.cat(labels)
+    return torch.cat(found, 2), torch.cat(labels)
