@@ -126,7 +126,7 @@ def training(
 
     return Training(
         model=model, gates=gates, teacher=teacher, table=TABLE, target_ms=target_ms, score=score, allocate=allocate,
-        batches=lambda: own.batches(8), seed=0, console=SILENT,
+        batches=lambda: own.batches(8), labelled=lambda: own.batches(8), seed=0, console=SILENT,
     )  # fmt: skip
 
 

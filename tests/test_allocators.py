@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from edgeprune import allocators, solve, vit
 from edgeprune.allocators import Task, _gated, cfsp, erk, lapp, latency_ranking, nvit, p3b, pq, ranking, sls, spdy, tas
+from edgeprune.console import Console
 from edgeprune.errors import Infeasible, UsageError
 
 ROOMS = [7.1, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.6, 0.2, 0.0]
@@ -499,6 +500,12 @@ def test_p3b_probes_are_trained_on_both_sides_of_their_sub_block(task: Task) -> 
             before, after = (float(F.cross_entropy(probe(side[18:]), labels[18:])) for side in pair)
         want[i] += (before - after) / 2
     np.testing.assert_allclose(p3b.benefits(task.model, task.found.labelled(), 3), want, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("images, warned", [(49, True), (50, False)])
+def test_few_images_per_class_are_warned_of(capsys: pytest.CaptureFixture[str], images: int, warned: bool) -> None:
+    allocators.warn_of_few("SLS", torch.zeros(images), 5, Console())
+    assert ("SLS: 49 labelled calibration images of 5 classes" in capsys.readouterr().err) == warned
 
 
 def test_a_sub_block_that_does_nothing_is_of_no_benefit(tiny_vit: Any) -> None:

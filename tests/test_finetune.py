@@ -311,12 +311,12 @@ def test_the_best_check_is_what_is_returned(tiny_vit: Any, images: data.Images, 
 
 def test_the_search_finds_a_rate_within_the_steps(tiny_vit: Any, images: data.Images) -> None:
     """From a recipe whose rate is too low, upwards; what it costs is part of the epochs."""
-    recipe = replace(RECIPE, epochs=(40.0,), learning_rate=3e-5, learning_rate_search=True)
+    recipe = replace(RECIPE, epochs=(80.0,), learning_rate=3e-5, learning_rate_search=True)
     history = fit(
         vit.slice_model(tiny_vit, HARSH), images.drop(8), recipe, CONFIG, teacher=tiny_vit, check=images.take(8)
     )
-    assert history.learning_rates == [pytest.approx(9e-5)] and len(history.losses) == 160
-    assert history.checks[-1][0] == 160
+    assert history.learning_rates == [pytest.approx(9e-5)] and len(history.losses) == 320
+    assert history.checks[-1][0] == 320
 
 
 def test_a_moving_average_follows_the_weights() -> None:

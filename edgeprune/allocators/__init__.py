@@ -25,6 +25,7 @@ from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, S
 
 DEFAULT = "search"
 HALVINGS = 30  # of a knob's interval: finer than any table's steps
+PER_CLASS = 10  # labelled images, for methods that tell classes apart
 NEARBY = 0.1  # share of the dense cost within which budgets share what was searched or trained for one of them
 
 Choose = Callable[[float], Choice]
@@ -176,6 +177,13 @@ def spread(weights: FloatArray, amount: float) -> FloatArray:
         return np.ones(len(weights))
     weights = weights if weights.any() else np.ones(len(weights))
     return np.minimum(1.0, amount / (1 - amount) * weights / weights.mean())
+
+
+def warn_of_few(who: str, labels: Tensor, classes: int, console: Console) -> None:
+    """Warn where labelled images are too few to say anything about their classes."""
+    if len(labels) < PER_CLASS * classes:
+        console.warn(f"{who}: {len(labels)} labelled calibration images of {classes} classes are few, {PER_CLASS} per class or more say something; "
+                     f"raise [calibration] images")  # fmt: skip
 
 
 def between(widths: Sequence[int], costs: FloatArray, kept: Tensor) -> Tensor:

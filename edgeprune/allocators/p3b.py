@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeprune import vit
-from edgeprune.allocators import Choose, Task, by_ratios, spread
+from edgeprune.allocators import Choose, Task, by_ratios, spread, warn_of_few
 from edgeprune.compat import VisionTransformer
+from edgeprune.console import Console
 from edgeprune.data import Batch
 from edgeprune.types import FloatArray
 
@@ -37,14 +38,18 @@ HALVINGS = 60
 
 
 def prepare(task: Task) -> Choose:
-    found = benefits(task.model, task.found.labelled(), task.seed)
+    found = benefits(task.model, task.found.labelled(), task.seed, task.console)
     weights = importance(found, np.array([own[-1] for own in task.costs]))
     return lambda room_ms: by_ratios(task, lambda knob: spread(weights, 1 - knob), room_ms)
 
 
-def benefits(model: VisionTransformer, batches: Iterable[Batch], seed: int) -> FloatArray:
+def benefits(
+    model: VisionTransformer, batches: Iterable[Batch], seed: int, console: Console | None = None
+) -> FloatArray:
     """`[sub-blocks]` in the order attn 0, mlp 0, ...: by how many nats each sub-block lowers its probe's loss."""
     places, labels = read(model, batches)
+    if console:
+        warn_of_few("P3B's probes", labels, model.num_classes, console)
     pairs = torch.stack([places[:, :-1], places[:, 1:]], 2).flatten(0, 1)  # [probes, 2, n, width]
     pairs = pairs / pairs.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
     fit = len(labels) - max(1, round(HELD_OUT * len(labels)))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from edgeprune import vit
-from edgeprune.allocators import Choose, Task, slowest_within
+from edgeprune.allocators import Choose, Task, slowest_within, warn_of_few
 from edgeprune.errors import UsageError
 from edgeprune.stitch import Choice
 from edgeprune.types import FloatArray
@@ -89,4 +89,5 @@ def class_features(task: Task) -> tuple[FloatArray, FloatArray]:
             f"SLS needs calibration images of at least two classes, and more images than classes; got {count} images "
             f"of {len(np.unique(joined))} classes"
         )
+    warn_of_few("SLS", torch.as_tensor(joined), task.model.num_classes, task.console)
     return torch.cat(found, 1).double().numpy(), joined

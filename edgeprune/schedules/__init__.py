@@ -45,7 +45,8 @@ class Training:
     score: Callable[[], list[Levels]]  # the criterion, of the model as it now is; shut units are worth nothing
     #: The allocator's plan from these levels within so many milliseconds, with no more per block than the bounds, if any.
     allocate: Callable[..., Plan]
-    batches: Callable[[], Iterator[Batch]]  # calibration images with labels
+    batches: Callable[[], Iterator[Batch]]  # the calibration images that the criterion sees, with labels
+    labelled: Callable[[], Iterator[Batch]]  # all calibration images, with labels; read anew each time
     seed: int
     console: Console
 

@@ -11,7 +11,7 @@ They are ranked by Taylor scores, the sum of (m dL/dm)^2 over the steps since th
 the steps and then falls to 0: what is just below the line still gets gradients, and a sub-block whose benefit grows
 takes units back. Before the last tenth, min(1, s importance) of each sub-block is kept with the largest s within the
 target, and gates are multiplied into the weights. Needs activations, labels and the training's gradients; criterion
-and chosen allocator are not asked. Cost: 12 times the probes.
+and chosen allocator are not asked. Cost: 12 times the probes, which look at all calibration images.
 Adapted: latency for parameters (a dense sub-block's, where the paper divides by what is left of it); heads and
 neurons are all there is to mask; benefits are smoothed before they are scaled, not after; the paper updates some
 three times per epoch, and its probes train along with the model.
@@ -49,20 +49,25 @@ def mask(score: Tensor, kept: float, tau: float) -> Tensor:
 
 class P3b(Planned):
     def before(self, step: int, steps: int) -> None:
-        training, gates, table = self.training, self.training.gates, self.training.table
+        gates, table = self.training.gates, self.training.table
         start, end = math.floor(START * steps), math.floor(HARD * steps)
         if step == 0:
             self.benefits: FloatArray | None = None
             self.ms = np.array([(table.attn_ms if kind == "attn" else table.mlp_ms)[-1] for _, kind in gates.values])
             self.watch({at: torch.ones(len(gate)) for at, gate in gates.values.items()})
         if step >= start and due(step - start, end - start, UPDATES) is not None:
-            found, old = p3b.benefits(gates.folded(), training.batches(), training.seed), self.benefits
+            found, old = self.probe(), self.benefits
             self.benefits = found if old is None else SMOOTH * found + (1 - SMOOTH) * old
             self.watch(self.masks(step / steps))
         self.done = over(step, steps, HARD)
         if self.done and (not step or not over(step - 1, steps, HARD)):
             self.kept = self.widest()
             fold(gates, self.kept)
+
+    def probe(self) -> FloatArray:
+        """Benefits of the sub-blocks as they now are."""
+        console = self.training.console if self.benefits is None else None
+        return p3b.benefits(self.training.gates.folded(), self.training.labelled(), self.training.seed, console)
 
     def masks(self, way: float) -> dict[SubBlock, Tensor]:
         """By what was learnt since the last ones, at this share of the steps."""

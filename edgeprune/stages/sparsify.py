@@ -88,7 +88,8 @@ def training(
 ) -> Training:
     """What the schedule's coach is given; the criterion sees at most `IMAGES` calibration images."""
     criterion, allocator = criteria.get(request.criterion), allocators.get(request.allocator)
-    batches = list(dense.splits.calibration.take(IMAGES).batches(request.card.calibration.batch_size))
+    size = request.card.calibration.batch_size
+    batches = list(dense.splits.calibration.take(IMAGES).batches(size))
     teacher = copy.deepcopy(dense.model)  # training may move its own to another device
     found: list[Calibration] = []  # of the last scores
 
@@ -115,5 +116,6 @@ def training(
 
     return Training(
         model=gates.model, gates=gates, teacher=dense.model, table=table, target_ms=target_ms, score=score, allocate=allocate,
-        batches=lambda: iter(batches), seed=request.seed, console=console,
+        batches=lambda: iter(batches), labelled=lambda: dense.splits.calibration.batches(size), seed=request.seed,
+        console=console,
     )  # fmt: skip
