@@ -36,7 +36,11 @@ class PlannedModel:
 
 
 def write_plan(planned: PlannedModel, path: Path) -> None:
-    blocks = [{"heads": list(b.heads), "neurons": list(b.neurons)} for b in planned.plan.blocks]
+    reduces = any(b.patches is not None for b in planned.plan.blocks)
+    blocks = [
+        {**({} if b.patches is None else {"patches": b.patches}), "heads": list(b.heads), "neurons": list(b.neurons)}
+        for b in planned.plan.blocks
+    ]
     document = {
         "schema": PLAN_SCHEMA,
         "architecture": planned.architecture,
@@ -44,7 +48,8 @@ def write_plan(planned: PlannedModel, path: Path) -> None:
         "num_classes": planned.num_classes,
         "limit_ms": planned.limit_ms,
         "predicted_ms": planned.predicted_ms,
-        "shape": [[len(b.heads), len(b.neurons)] for b in planned.plan.blocks],
+        **({"reducer": planned.plan.reducer} if reduces else {}),
+        "shape": [list(row) for row in planned.plan.shape],
         "blocks": blocks,
     }
     lines = json.dumps({k: v for k, v in document.items() if k != "blocks"}, indent=1)[:-2]
@@ -58,9 +63,12 @@ def read_plan(path: Path) -> PlannedModel:
     if document.get("schema") != PLAN_SCHEMA:
         raise UsageError(f"{path} is not a plan of schema {PLAN_SCHEMA} (it says {document.get('schema')!r})")
     try:
-        blocks = tuple(BlockPlan(_units(b["heads"]), _units(b["neurons"])) for b in document["blocks"])
+        blocks = tuple(
+            BlockPlan(_units(b["heads"]), _units(b["neurons"]), _count(b.get("patches"))) for b in document["blocks"]
+        )
         return PlannedModel(
-            str(document["architecture"]), dict(document["kwargs"]), int(document["num_classes"]), Plan(blocks),
+            str(document["architecture"]), dict(document["kwargs"]), int(document["num_classes"]),
+            Plan(blocks, str(document.get("reducer", "cls"))),
             float(document["predicted_ms"]), float(document["limit_ms"]),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
@@ -71,6 +79,12 @@ def _units(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(v) is int for v in values):
         raise ValueError("heads and neurons must be lists of whole numbers")
     return tuple(values)
+
+
+def _count(value: Any) -> int | None:
+    if value is not None and type(value) is not int:
+        raise ValueError("patches must be a whole number")
+    return value
 
 
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:

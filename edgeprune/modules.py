@@ -1,4 +1,4 @@
-"""Modules that are found by their file names: criteria, allocators, schedules, recoveries, selections. Imports nothing heavy.
+"""Modules that are found by their file names: criteria, allocators, schedules, recoveries, selections, reducers. Imports nothing heavy.
 
 A name on the command line is the file's, with - for _. Files that begin with _ are not listed.
 """
@@ -17,8 +17,8 @@ from edgeprune.errors import unknown
 #: Kinds of parts that a method is made of, and the packages in which they are found.
 KINDS = {"criterion": "criteria", "allocator": "allocators", "schedule": "schedules", "recovery": "recoveries"}
 
-#: All kinds of modules: how training images are selected is no part of a method.
-PACKAGES = {**KINDS, "selection": "selections"}
+#: All kinds of modules: how training images are selected and tokens reduced is no part of a method.
+PACKAGES = {**KINDS, "selection": "selections", "reducer": "reducers"}
 
 
 def names(kind: str) -> list[str]:

@@ -39,10 +39,14 @@ class Target:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What one block keeps: indices into the dense block's heads and MLP neurons, ascending."""
+    """What one block keeps: indices into the dense block's heads and MLP neurons, ascending, and how many patch tokens.
+
+    Tokens go after the attention, before the MLP. Prefix tokens (class, distillation, registers) always stay.
+    """
 
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
+    patches: int | None = None  # None: all that came in
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,18 @@ class Plan:
     """What is kept, block by block. `()` for heads or neurons removes the sub-block but its bias."""
 
     blocks: tuple[BlockPlan, ...]
+    reducer: str = "cls"  # which patches those are, see `edgeprune.reducers`
 
     @property
     def shape(self) -> Shape:
-        return tuple((len(block.heads), len(block.neurons)) for block in self.blocks)
+        return tuple(
+            (len(block.heads), len(block.neurons), *(() if block.patches is None else (block.patches,)))
+            for block in self.blocks
+        )
 
 
-#: (heads, neurons) of every block: all that latency depends on.
-Shape = tuple[tuple[int, int], ...]
+#: (heads, neurons) of every block, and (heads, neurons, patches) where tokens go: all that latency depends on.
+Shape = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ class LatencyTable:
 
     A pruned model's latency is `base_ms` plus, per block, `attn_ms[heads]` plus `mlp_ms[i]` where
     `mlp_widths[i]` is its number of neurons. Entry 0 of both is 0.0: a removed sub-block. The dense and
-    the empty model are not predicted: they were measured.
+    the empty model are not predicted: they were measured. With fewer patch tokens, a sub-block costs a share of
+    that, and where they go another `reduce_ms`.
     """
 
     runtime: str
@@ -120,15 +129,26 @@ class LatencyTable:
     samples: int  # rounds behind each entry
     repaired: tuple[str, ...] = ()  # entries made monotone by isotonic regression, in words
     fit: Mapping[str, float] = field(default_factory=dict)  # how sums of prices became latencies of whole plans
+    patches: tuple[int, ...] = ()  # ascending to all there are; () = tokens were not measured
+    attn_share: FloatArray = field(default_factory=lambda: np.ones(1))  # [len(patches)] of attn_ms, the last 1
+    mlp_share: FloatArray = field(default_factory=lambda: np.ones(1))  # [len(patches)] of mlp_ms, the last 1
+    reduce_ms: float = 0.0
 
     def predict_ms(self, shape: Shape) -> float:
-        """Latency in milliseconds of a model whose blocks have these (heads, neurons)."""
+        """Latency in milliseconds of a model of this shape."""
         if set(shape) == {(len(self.attn_ms) - 1, self.mlp_widths[-1])}:
             return self.dense_ms
         if set(shape) == {(0, 0)}:
             return self.empty_ms
         mlp = dict(zip(self.mlp_widths, self.mlp_ms, strict=True))
-        return float(self.base_ms + sum(self.attn_ms[heads] + mlp[neurons] for heads, neurons in shape))
+        total, level = self.base_ms, -1
+        for heads, neurons, *patches in shape:
+            total += self.attn_ms[heads] * self.attn_share[level]
+            if patches:
+                level = self.patches.index(patches[0])
+                total += self.reduce_ms
+            total += mlp[neurons] * self.mlp_share[level]
+        return float(total)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgeprune import modules, reducers
 from edgeprune.compat import Attention, Block, Mlp, VisionTransformer, VisionTransformerDistilled, timm
 from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
@@ -41,6 +43,11 @@ class Anatomy:
     tokens: int
     image: tuple[int, int, int]  # channels, height, width
     num_classes: int
+    prefix: int = 1  # tokens that are no patches: class, distillation, registers
+
+    @property
+    def patches(self) -> int:
+        return self.tokens - self.prefix
 
     @property
     def shape(self) -> Shape:
@@ -64,6 +71,54 @@ class RemovedSubBlock(nn.Module):
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return self.bias
+
+
+class ReducingBlock(nn.Module):
+    """A block after whose attention only so many patch tokens go on; the parts and their names are the block's own."""
+
+    attn: Any
+    norm1: nn.Module
+    ls1: nn.Module
+
+    def __init__(self, block: nn.Module, prefix: int, patches: int, reducer: str) -> None:
+        super().__init__()
+        self._modules.update(block._modules)
+        self.prefix, self.patches, self.reducer = prefix, patches, reducer
+
+    def forward(self, stream: Tensor) -> Tensor:
+        return self.run(stream)[0]
+
+    def run(self, stream: Tensor) -> tuple[Tensor, Reduction]:
+        """The residual stream after the block, and what became of its tokens."""
+        written, queries, keys = attend(self.attn, self.norm1(stream))
+        stream = stream + self.ls1(written)
+        seen = Seen(stream, queries, keys, self.prefix)
+        reduction = reducers.get(self.reducer).reduce(seen, self.patches)
+        return step(self, "mlp", reduction(stream)), reduction
+
+    def reduction(self, before: Tensor, after: Tensor) -> Reduction:
+        """What becomes of the tokens, from the residual stream `[n, tokens, width]` before and after the attention."""
+        return reduction(self.attn, self.norm1(before), after, self.prefix, self.patches, self.reducer)
+
+
+def reduction(attn: Any, normed: Tensor, after: Tensor, prefix: int, patches: int, reducer: str) -> Reduction:
+    """What becomes of the tokens after an attention that read `normed` and led to the residual stream `after`."""
+    queries, keys, _ = _heads(attn, normed)
+    return reducers.get(reducer).reduce(Seen(after, queries * attn.scale, keys, prefix), patches)
+
+
+def attend(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """timm's `Attention.forward`, and the scaled queries and the keys `[n, heads, tokens, head_dim]` on the way."""
+    queries, keys, values = _heads(attn, x)
+    mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
+    return attn.proj(mixed.transpose(1, 2).flatten(2)), queries * attn.scale, keys
+
+
+def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[n, heads, tokens, head_dim]`."""
+    split = attn.qkv(x).reshape(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
+    queries, keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
+    return attn.q_norm(queries), attn.k_norm(keys), values
 
 
 def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
@@ -148,6 +203,7 @@ def anatomy(model: VisionTransformer) -> Anatomy:
         tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
         image=(model.patch_embed.proj.in_channels, height, width),
         num_classes=model.num_classes,
+        prefix=model.num_prefix_tokens,
     )
 
 
@@ -270,7 +326,7 @@ def dense_plan(sizes: Anatomy) -> Plan:
 
 def plan_of_shape(shape: Shape) -> Plan:
     """A plan with this shape that keeps the first units; for models whose speed is all that matters."""
-    return Plan(tuple(BlockPlan(tuple(range(heads)), tuple(range(neurons))) for heads, neurons in shape))
+    return Plan(tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), *row[2:]) for row in shape))
 
 
 def columns(units: tuple[int, ...], unit_size: int) -> Tensor:
@@ -280,16 +336,16 @@ def columns(units: tuple[int, ...], unit_size: int) -> Tensor:
 
 
 def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
-    """A copy of a dense model that keeps only the plan's heads and neurons; plain modules, static shapes.
+    """A copy of a dense model that keeps only the plan's heads, neurons and tokens; plain modules, static shapes.
 
-    Its output equals the dense model's with the removed columns of `proj` and `fc2` set to zero.
+    Where all tokens stay, its output is the dense model's with the removed columns of `proj` and `fc2` set to zero.
     Raises UsageError when the plan does not fit the model.
     """
     sizes = anatomy(model)
     check_plan(plan, sizes)
     model = copy.deepcopy(model)
     block: Any
-    for block, keep in zip(model.blocks, plan.blocks, strict=True):
+    for i, (block, keep) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
         if len(keep.heads) < sizes.heads:
             block.attn = slice_sub_block(block, "attn", keep.heads, sizes)
         if len(keep.neurons) < sizes.neurons:
@@ -298,6 +354,8 @@ def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
             block.norm1 = nn.Identity()
         if not keep.neurons:
             block.norm2 = nn.Identity()
+        if keep.patches is not None:
+            model.blocks[i] = ReducingBlock(block, sizes.prefix, keep.patches, plan.reducer)
     return model
 
 
@@ -357,6 +415,18 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
         for what, units, count in (("heads", block.heads, sizes.heads), ("neurons", block.neurons, sizes.neurons)):
             if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < count):
                 raise UsageError(f"block {i} of the plan: {what} must be ascending numbers from 0 to {count - 1}")
+    left = sizes.patches
+    for i, block in enumerate(plan.blocks):
+        if block.patches is not None:
+            if not 1 <= block.patches <= left:
+                raise UsageError(
+                    f"block {i} of the plan: patches must be a number from 1 to {left}, those that came in"
+                )
+            if not block.heads:
+                raise UsageError(f"block {i} of the plan drops tokens, but has no attention to choose them by")
+            left = block.patches
+    if left < sizes.patches:
+        modules.check("reducer", plan.reducer)
 
 
 def _linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None = None) -> nn.Linear:
@@ -417,11 +487,30 @@ def summary(model: VisionTransformer, stream: Tensor) -> Tensor:
 
 def streams(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:
     """The residual stream after each block, `[n, tokens, width]`, then the logits `[n, classes]`."""
+    yield from (stream for stream, _ in reduced_streams(model, images))
+
+
+def reduced_streams(model: VisionTransformer, images: Tensor) -> Iterator[tuple[Tensor, Reduction]]:
+    """The same, each with what became of the tokens so far: applied to a dense model's stream, it can be compared."""
     x = embed(model, images)
+    so_far: Reduction = _as_it_is
     for block in model.blocks:
-        x = block(x)
-        yield x
-    yield classify(model, x)
+        if isinstance(block, ReducingBlock):
+            x, own = block.run(x)
+            so_far = chained(so_far, own)
+        else:
+            x = block(x)
+        yield x, so_far
+    yield classify(model, x), so_far
+
+
+def chained(first: Reduction, second: Reduction) -> Reduction:
+    """One reduction after the other."""
+    return lambda stream: second(first(stream))
+
+
+def _as_it_is(stream: Tensor) -> Tensor:
+    return stream
 
 
 # Size ---------------------------------------------------------------------------------------
@@ -436,7 +525,8 @@ def macs(sizes: Anatomy, shape: Shape) -> int:
     n, c, d = sizes.tokens, sizes.width, sizes.head_dim
     channels, height, width = sizes.image
     total = channels * height * width * c + c * sizes.num_classes
-    for heads, neurons in shape:
+    for heads, neurons, *patches in shape:
         total += n * c * heads * d * 4 + 2 * n * n * heads * d
+        n = sizes.prefix + patches[0] if patches else n
         total += 2 * n * c * neurons
     return total

@@ -55,7 +55,7 @@ def width_models(model: VisionTransformer, widths: Sequence[int], folder: Path) 
 def random_shapes(count: int, sizes: vit.Anatomy, widths: Sequence[int], seed: Sequence[int]) -> list[Shape]:
     """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own."""
     rng = np.random.default_rng(seed)
-    plans = []
+    plans: list[Shape] = []
     for level in rng.permutation(np.linspace(0.15, 0.95, count)):  # what a plan keeps, on average
         kept_heads = rng.binomial(sizes.heads, level, size=sizes.blocks)
         share = np.clip(rng.normal(level, 0.25, size=sizes.blocks), 0, 1)

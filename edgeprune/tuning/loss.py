@@ -73,7 +73,8 @@ def total_loss(
     student: VisionTransformer, pixels: Tensor, labels: Tensor, targets: Targets | None, recipe: Recipe, read: Tensor
 ) -> Tensor:
     """The loss summed over the images of the batch, in float32."""
-    *hidden, logits = vit.streams(student, pixels)
+    streams, reductions = zip(*vit.reduced_streams(student, pixels), strict=True)
+    *hidden, logits = streams
     logits = logits.float()
     loss = logits.new_zeros(())
     if recipe.label_weight:
@@ -86,13 +87,23 @@ def total_loss(
         own, wanted = F.log_softmax(logits / t, -1), F.log_softmax(targets.logits / t, -1)
         loss = loss + recipe.logit_weight * t * t * F.kl_div(own, wanted, log_target=True, reduction="sum")
     if recipe.token_weight and targets.tokens:
-        weights = token_weights(read, recipe.cls_share)
+        chosen = feature_layers(len(hidden), recipe.token_layers)
         distances = [
-            _distance(have, wanted.float(), weights if have.shape[1] == len(weights) else weights[read])
-            for have, wanted in zip(features(hidden, recipe.token_layers, read), targets.tokens, strict=True)
-        ]
+            _last_distance(hidden[i], wanted.float(), read, recipe.cls_share)
+            if i == len(hidden) - 1
+            else _distance(hidden[i], reductions[i](wanted.float()), token_weights(read[: hidden[i].shape[1]], recipe.cls_share))
+            for i, wanted in zip(chosen, targets.tokens, strict=True)
+        ]  # fmt: skip
         loss = loss + recipe.token_weight * torch.stack(distances).mean()
     return loss
+
+
+def _last_distance(have: Tensor, wanted: Tensor, read: Tensor, share: float) -> Tensor:
+    """Of the tokens that the head reads; of their means where some of them are gone."""
+    own = read[: have.shape[1]]
+    if int(own.sum()) == wanted.shape[1]:
+        return _distance(have[:, own], wanted, token_weights(read, share)[read])
+    return _distance(have[:, own].mean(1, keepdim=True), wanted.mean(1, keepdim=True), wanted.new_ones(1))
 
 
 def token_weights(read: Tensor, share: float) -> Tensor:
