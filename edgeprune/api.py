@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import config, methods
+from edgeprune import config, methods, modules
 from edgeprune.config import ModelSpec, Request
 from edgeprune.console import SILENT, Console
-from edgeprune.errors import StorageError, UsageError
+from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.extras import need_build_packages
 from edgeprune.tuning import launch
 from edgeprune.types import Latency
@@ -30,6 +30,8 @@ def request(
     data: str = "",
     data_dir: str | Path = "",
     held_out_domain: str = "",
+    dims: str = "",
+    reducer: str = "cls",
     selection: str = "random",
     tune_on: float = 1.0,
     epochs: float | None = None,
@@ -56,7 +58,8 @@ def request(
 
     criterion, allocator, schedule, recovery: "" = the method's. held_out_domain: of the folder's domains, the one that
     is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
-    chosen by the same selection.
+    chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
+    tokens stay where some go.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
@@ -81,16 +84,34 @@ def request(
     known = methods.get(method)
     given = {"criterion": criterion, "allocator": allocator, "schedule": schedule, "recovery": recovery}
     parts: Any = {kind: name or getattr(known, kind) for kind, name in given.items()}
+    chosen = dims_of(dims, parts["allocator"])
+    modules.check("reducer", reducer)
     group = Path(accelerate_config) if accelerate_config else None
     launch.check_request(processes, group)
     made = Request(
         card=card, target=spec, latency=latencies[0], weights=Path(weights) if weights else None,
         quantile=quantile or spec.quantile, max_drop=max_drop, method=method, **parts,
-        search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
+        dims=chosen, reducer=reducer, search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group,
     )  # fmt: skip
     return made, latencies
+
+
+def dims_of(text: str, allocator: str) -> tuple[str, ...]:
+    """What a plan may choose: `heads,mlp`; "" = all that the allocator knows. UsageError for what it does not."""
+    known = modules.constant("allocator", allocator, "DIMS")
+    if not text:
+        return known or config.WIDTHS
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in chosen:
+        if name not in config.DIMS:
+            raise unknown("dimension", name, list(config.DIMS))
+    if not known and chosen != config.WIDTHS:
+        raise UsageError(
+            f"the allocator '{allocator}' always chooses {', '.join(config.WIDTHS)}; leave out --dims, or add --allocator search"
+        )
+    return chosen
 
 
 def with_data(card: ModelSpec, data: str, data_dir: str | Path, held_out_domain: str = "") -> ModelSpec:

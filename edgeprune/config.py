@@ -24,6 +24,8 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+WIDTHS = ("heads", "mlp", "depth")  # what every allocator chooses
+DIMS = (*WIDTHS, "tokens")  # what a plan can have less of
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ class Request:
     recovery: str = "refit"
     polish: int = 0  # passes over the calibration images in which each block is trained to meet the dense one
     search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
+    dims: tuple[str, ...] = DIMS  # what a plan may choose
+    reducer: str = "cls"  # which tokens stay where some go
     selection: str = "random"  # which training images calibrate, and are tuned on where that is not all
     tune_on: float = 1.0  # share of the other training images that are tuned on
     gradual: bool = False  # prune each model from the tuned one of the milder latency before, not from the dense one

@@ -55,9 +55,14 @@ def summary(kind: str, name: str) -> str:
 
 
 def needs(kind: str, name: str) -> tuple[str, ...]:
-    """What it looks at (weights, activations, gradients, labels): its constant NEEDS, read, not imported."""
+    """What it looks at (weights, activations, gradients, labels): its constant NEEDS."""
+    return constant(kind, name, "NEEDS")
+
+
+def constant(kind: str, name: str, what: str) -> tuple[str, ...]:
+    """A constant of names, () where there is none; the file is read, not imported."""
     for node in _source(kind, name).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NEEDS":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == what:
             return tuple(ast.literal_eval(node.value))
     return ()
 

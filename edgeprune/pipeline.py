@@ -73,7 +73,7 @@ PIPELINE = (
         "profile",
         profile.run,
         ("baseline",),
-        ("target", "runtime", "precision", "threads", "device", "recorded", "seed"),
+        ("target", "runtime", "precision", "threads", "device", "recorded", "tokens", "seed"),
     ),
     # train under gates that a schedule shuts; cut what is shut
     Stage(
@@ -91,7 +91,7 @@ PIPELINE = (
         "prune",
         prune.run,
         ("baseline", "profile", "calibrate", *INSTEAD),
-        ("latency", "quantile", "calibration", "allocator", "search_seconds", "recovery", "polish", "seed"),
+        ("latency", "quantile", "calibration", "allocator", "dims", "search_seconds", "recovery", "polish", "seed"),
         per_latency=True,
     ),
     # distillation from the dense model
@@ -145,6 +145,8 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "allocator": lambda r: r.allocator,
     "schedule": lambda r: r.schedule,
     "recovery": lambda r: r.recovery,
+    "dims": lambda r: (r.dims, r.reducer),
+    "tokens": lambda r: "tokens" in r.dims and r.reducer,
     "search_seconds": lambda r: r.search_seconds,
     "polish": lambda r: r.polish,
     "selection": lambda r: r.selection,

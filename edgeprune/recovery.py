@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from edgeprune import obs, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
+from edgeprune.reducers import Reduction
 from edgeprune.types import Plan, SubBlock, SubBlockKind
 
 RIDGE = 1e-2  # of the mean diagonal; the pull towards the weights that are already there
@@ -79,18 +80,31 @@ def sequential(
     sizes = vit.anatomy(dense)
     wanted = [vit.embed(dense, images) for images in batches]
     have = [x.clone() for x in wanted]
+    so_far: list[Reduction] = [
+        vit.as_it_is for _ in have
+    ]  # what became of the tokens of each batch; the dense model keeps all
     fit = fitted(batches)
     accepted = tried = 0
     for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         for kind in vit.KINDS:
             units = () if plan is None else plan.blocks[i].heads if kind == "attn" else plan.blocks[i].neurons
-            counted = [torch.ones(x.shape[:2]) for x in have] if weights is None else weights[i, kind]
+            counted = [torch.ones(x.shape[:2]) for x in have]
+            if weights is not None:
+                counted = [vit.reduced_rows(own, r) for own, r in zip(weights[i, kind], so_far, strict=True)]
             place = Place(small, kind, vit.sub_block(small, kind))
             if units:
                 rows = vit.first_rows(kind, units, sizes)
-                refit_first(place, have, [vit.hidden(full, kind, x, rows) for x in wanted], counted, fit)
+                hidden = [r(vit.hidden(full, kind, x, rows)) for x, r in zip(wanted, so_far, strict=True)]
+                refit_first(place, have, hidden, counted, fit)
             wanted = [vit.step(full, kind, x) for x in wanted]
-            better, have = refit_sub_block(place, have, wanted, counted, fit)
+            before = have
+            better, have = refit_sub_block(
+                place, have, [r(x) for x, r in zip(wanted, so_far, strict=True)], counted, fit
+            )
+            if kind == "attn" and isinstance(small, vit.ReducingBlock):
+                own = [small.reduction(x, after) for x, after in zip(before, have, strict=True)]
+                have = [r(x) for r, x in zip(own, have, strict=True)]
+                so_far = [vit.chained(first, second) for first, second in zip(so_far, own, strict=True)]
             accepted += better
             tried += 1
     if has_plain_head(pruned):

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgeprune.solve import solve
+from edgeprune.solve import BUCKETS as FULL
+from edgeprune.solve import Tokens, solve, solve_jointly, taken
 from edgeprune.stitch import Choice, Judge
 from edgeprune.types import FloatArray
 
@@ -48,9 +50,51 @@ class Space:
     errors: Sequence[FloatArray]
     costs: Sequence[FloatArray]
     budget_ms: float
+    tokens: Tokens | None = None  # where tokens are chosen too; costs are then those with all of them
 
     def cost(self, choice: Sequence[int]) -> float:
-        return float(sum(cost[option] for cost, option in zip(self.costs, choice, strict=True)))
+        return float(sum(cost[option] for cost, option in zip(self.contexts(choice), choice, strict=True)))
+
+    def contexts(self, choice: Sequence[int]) -> list[FloatArray]:
+        """What the options of each sub-block would cost with the tokens that this choice leaves to it, `[options]`."""
+        if self.tokens is None:
+            return list(self.costs)
+        pairs = zip(self.costs, self._levels(choice), strict=True)
+        return [taken(cost, self.tokens, at, level) for at, (cost, level) in enumerate(pairs)]
+
+    def _levels(self, choice: Sequence[int]) -> list[int]:
+        """At which level tokens come in, per sub-block."""
+        assert self.tokens is not None
+        found = [self.tokens.top]
+        for drops, option in zip(self.tokens.drops, choice, strict=True):
+            found.append(drops[option] if drops[option] >= 0 else found[-1])
+        return found[:-1]
+
+    def legal(self, choice: Sequence[int]) -> Choice:
+        """The same without drops to a level that is not below the one before."""
+        if self.tokens is None:
+            return tuple(choice)
+        made, level = [], self.tokens.top
+        for drops, plain, option in zip(self.tokens.drops, self.tokens.plain, choice, strict=True):
+            option = plain[option] if drops[option] >= level else option
+            level = drops[option] if drops[option] >= 0 else level
+            made.append(option)
+        return tuple(made)
+
+    def alike(self, at: int, option: int) -> NDArray[np.bool_]:
+        """Which options of sub-block `at` leave as many tokens as this one, `[options]`."""
+        if self.tokens is None:
+            return np.ones(len(self.costs[at]), dtype=bool)
+        return np.asarray(self.tokens.drops[at]) == self.tokens.drops[at][option]
+
+    def solve(self, coefficients: FloatArray | None = None, buckets: int = FULL) -> Choice:
+        """The least sum of errors, each times its sub-block's coefficient, those of dropping tokens times the last."""
+        weights = np.ones(len(self.errors) + 1) if coefficients is None else coefficients
+        weighed = [c * e for c, e in zip(weights[:-1], self.errors, strict=True)]
+        if self.tokens is None:
+            return solve(weighed, self.costs, self.budget_ms, buckets=buckets)
+        tokens = replace(self.tokens, errors=[weights[-1] * own for own in self.tokens.errors])
+        return solve_jointly(weighed, self.costs, tokens, self.budget_ms, buckets=buckets)
 
 
 def improve(
@@ -70,7 +114,7 @@ def improve(
     """
     began = time.monotonic()
     rng = np.random.default_rng(seed)
-    additive = solve(space.errors, space.costs, space.budget_ms)
+    additive = space.solve()
     starts = [additive, *(choice for choice in known if space.cost(choice) <= space.budget_ms)]
     quick = climb(space, starts, stitched, began, STITCHED * seconds, rng, advance)
     finalists = sorted(quick, key=quick.__getitem__)[:FINALISTS]
@@ -95,14 +139,13 @@ def climb(
     found = {choice: judge.divergence(choice) for choice in starts}
     best = min(found, key=found.__getitem__)
     judge.keep(best)
-    coefficients = np.ones(len(space.errors))
+    coefficients = np.ones(len(space.errors) + 1)
     stale, last = 0, time.monotonic()
     while stale < STALE and found[best] > NEGLIGIBLE and time.monotonic() - began < seconds:
         mutated = coefficients
         if rng.random() < 0.5:
             mutated = _mutate(coefficients, rng)
-            weighed = [c * e for c, e in zip(mutated, space.errors, strict=True)]
-            choice = solve(weighed, space.costs, space.budget_ms, buckets=BUCKETS)
+            choice = space.solve(mutated, BUCKETS)
         else:
             choice = exchange(space, best, rng)
         stale = stale + 1 if choice in found else 0
@@ -122,11 +165,13 @@ def exchange(space: Space, choice: Choice, rng: np.random.Generator) -> Choice:
 
     After the two, whatever latency is left goes where it lowers the summed errors most.
     """
-    new = list(choice)
-    first, second = rng.choice(len(new), size=2, replace=False)
-    new[first] = _other(len(space.errors[first]), new[first], rng)
-    room = space.budget_ms - (space.cost(new) - space.costs[second][new[second]])
-    fitting = np.flatnonzero(space.costs[second] <= room)
+    first, second = rng.choice(len(choice), size=2, replace=False)
+    changed = list(choice)
+    changed[first] = _other(space, first, choice[first], rng)
+    new = list(space.legal(changed))
+    costs = space.contexts(new)[second]
+    room = space.budget_ms - (space.cost(new) - costs[new[second]])
+    fitting = np.flatnonzero((costs <= room) & space.alike(second, new[second]))
     if not len(fitting):
         return choice
     new[second] = int(fitting[space.errors[second][fitting].argmin()])
@@ -135,11 +180,12 @@ def exchange(space: Space, choice: Choice, rng: np.random.Generator) -> Choice:
 
 def _fill(space: Space, choice: Sequence[int]) -> Choice:
     new = list(choice)
+    costs = space.contexts(new)
     while True:
         room = space.budget_ms - space.cost(new)
         gains = []
         for i, at in enumerate(new):
-            fitting = np.flatnonzero(space.costs[i] <= space.costs[i][at] + room)
+            fitting = np.flatnonzero((costs[i] <= costs[i][at] + room) & space.alike(i, at))
             option = int(fitting[space.errors[i][fitting].argmin()])
             gains.append((float(space.errors[i][at] - space.errors[i][option]), i, option))
         gain, i, option = max(gains)
@@ -148,12 +194,20 @@ def _fill(space: Space, choice: Sequence[int]) -> Choice:
         new[i] = option
 
 
-def _other(options: int, at: int, rng: np.random.Generator) -> int:
-    """Another option, near ones more often; the same if there is no other."""
-    others = np.array([option for option in range(options) if option != at])
+def _other(space: Space, at: int, option: int, rng: np.random.Generator) -> int:
+    """Another option of sub-block `at`: other units, near ones more often, or another number of tokens that stay.
+
+    The same if there is no other.
+    """
+    alike = space.alike(at, option)
+    if space.tokens is not None and not alike.all() and rng.random() < 0.5:
+        plain = np.asarray(space.tokens.plain[at])
+        others = np.flatnonzero(~alike & (plain == plain[option]))
+        return int(rng.choice(others)) if len(others) else option
+    others = np.array([other for other in np.flatnonzero(alike) if other != option])
     if not len(others):
-        return at
-    weights = 1.0 / np.abs(others - at)
+        return option
+    weights = 1.0 / np.abs(others - option)
     return int(rng.choice(others, p=weights / weights.sum()))
 
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune import obs, recovery, vit
+from edgeprune import obs, recovery, reducers, vit
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
+from edgeprune.reducers import Reduction
 from edgeprune.types import Levels, SubBlock
 
 STREAM_BYTES = 1 << 30  # residual streams that a judge may hold
+
+#: A residual stream `[n, tokens, width]`, and what became of the tokens up to there.
+State = tuple[Tensor, Reduction]
 
 #: Which option of every sub-block, in the order attn 0, mlp 0, attn 1, ...
 Choice = tuple[int, ...]
@@ -35,9 +39,14 @@ class Database:
         levels: Sequence[Levels],
         counts: Sequence[Sequence[int]],
         moments: Mapping[SubBlock, LayerMoments],
+        patches: Sequence[Sequence[int | None]] | None = None,
+        reducer: str = reducers.DEFAULT,
     ) -> None:
-        """counts: how many units each option of each sub-block keeps, in the order of `levels`."""
+        """counts: how many units each option of each sub-block keeps, in the order of `levels`; patches: and how many
+        patch tokens then stay, None for all that come in.
+        """
         self.dense, self.levels, self.counts, self.moments = dense, levels, counts, moments
+        self.patches, self.reducer = patches or [[None] * len(own) for own in counts], reducer
         self.sizes = vit.anatomy(dense)
         self._made: dict[tuple[int, int], nn.Module] = {}
 
@@ -59,6 +68,14 @@ class Database:
             self._made[at, option] = made
         return self._made[at, option]
 
+    def reduction(self, at: int, option: int, before: Tensor, after: Tensor, sub: Any) -> Reduction | None:
+        """What becomes of the tokens after sub-block `at`, from the residual streams around it; None if all stay."""
+        patches = self.patches[at][option]
+        if patches is None:
+            return None
+        normed = cast(Any, self.dense.blocks[self.levels[at].block]).norm1(before)
+        return vit.reduction(sub, normed, after, self.sizes.prefix, patches, self.reducer)
+
 
 class Judge:
     """KL divergence from the dense model on fixed images; each choice is computed once, from where it is new.
@@ -76,11 +93,11 @@ class Judge:
         self.database = database
         self.judged = 0  # the first image that is judged
         with torch.no_grad():
-            self.start = vit.embed(database.dense, images)
+            self.start: State = (vit.embed(database.dense, images), vit.as_it_is)
             self.wanted = self._ask(teacher or database.dense, images)
         self.known: dict[Choice, float] = {}
         self.kept: Choice = ()
-        self.streams: list[Tensor] = [self.start]
+        self.streams: list[State] = [self.start]
 
     def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
         """What the models shall answer: logits."""
@@ -103,20 +120,20 @@ class Judge:
     def keep(self, choice: Choice) -> None:
         """Hold this choice's residual streams for its neighbours."""
         if choice != self.kept:
-            streams: list[Tensor] = []
+            streams: list[State] = []
             self.known[choice] = self._run(choice, streams)
             self.kept, self.streams = choice, streams
 
-    def _run(self, choice: Choice, streams: list[Tensor] | None) -> float:
+    def _run(self, choice: Choice, streams: list[State] | None) -> float:
         shared = self._shared(choice)
-        x = self.streams[shared]
+        state = self.streams[shared]
         if streams is not None:
             streams += self.streams[: shared + 1]
         for at in range(shared, len(choice)):
-            x = self._step(at, choice, x)
+            state = self._step(at, choice, *state)
             if streams is not None:
-                streams.append(x)
-        own = self._classify(x)[self.judged :].log_softmax(-1)
+                streams.append(state)
+        own = self._classify(state[0])[self.judged :].log_softmax(-1)
         wanted = self.wanted[self.judged :].log_softmax(-1)
         return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
 
@@ -130,10 +147,15 @@ class Judge:
             shared += 1
         return shared
 
-    def _step(self, at: int, choice: Choice, x: Tensor) -> Tensor:
+    def _step(self, at: int, choice: Choice, x: Tensor, so_far: Reduction) -> State:
         level = self.database.levels[at]
         sub = self.database.sub_block(at, choice[at])
-        return vit.step(self.database.dense.blocks[level.block], level.kind, x, sub)
+        after = vit.step(self.database.dense.blocks[level.block], level.kind, x, sub)
+        return self._reduce(at, choice, x, after, sub, so_far)
+
+    def _reduce(self, at: int, choice: Choice, x: Tensor, after: Tensor, sub: Any, so_far: Reduction) -> State:
+        own = self.database.reduction(at, choice[at], x, after, sub)
+        return (after, so_far) if own is None else (own(after), vit.chained(so_far, own))
 
 
 class RefitJudge(Judge):
@@ -185,13 +207,14 @@ class RefitJudge(Judge):
     def _removed(self, at: int, choice: Choice) -> bool:
         return not self.database.counts[at][choice[at]]
 
-    def _step(self, at: int, choice: Choice, x: Tensor) -> Tensor:
+    def _step(self, at: int, choice: Choice, x: Tensor, so_far: Reduction) -> State:
         if self._removed(at, choice) and at + 1 < len(choice) and self._removed(at + 1, choice):
-            return x  # of biases in a row, the last makes up for all
+            return x, so_far  # of biases in a row, the last makes up for all
         level = self.database.levels[at]
         block, kind = self.database.dense.blocks[level.block], level.kind
         sub = copy.deepcopy(self.database.sub_block(at, choice[at]))
-        counts = self.weights[level.block, kind] if self.weights else torch.ones(x.shape[:2])
-        have, wanted, counted = (self._split(part) for part in (x, self.targets[at], counts))
+        counts = vit.reduced_rows(self.weights[level.block, kind], so_far) if self.weights else torch.ones(x.shape[:2])
+        have, wanted, counted = (self._split(part) for part in (x, so_far(self.targets[at]), counts))
         place = recovery.Place(block, kind, sub)
-        return torch.cat(recovery.refit_sub_block(place, have, wanted, counted, 1, False)[1])
+        after = torch.cat(recovery.refit_sub_block(place, have, wanted, counted, 1, False)[1])
+        return self._reduce(at, choice, x, after, sub, so_far)

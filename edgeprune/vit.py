@@ -493,7 +493,7 @@ def streams(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:
 def reduced_streams(model: VisionTransformer, images: Tensor) -> Iterator[tuple[Tensor, Reduction]]:
     """The same, each with what became of the tokens so far: applied to a dense model's stream, it can be compared."""
     x = embed(model, images)
-    so_far: Reduction = _as_it_is
+    so_far: Reduction = as_it_is
     for block in model.blocks:
         if isinstance(block, ReducingBlock):
             x, own = block.run(x)
@@ -509,8 +509,14 @@ def chained(first: Reduction, second: Reduction) -> Reduction:
     return lambda stream: second(first(stream))
 
 
-def _as_it_is(stream: Tensor) -> Tensor:
+def as_it_is(stream: Tensor) -> Tensor:
+    """The reduction that keeps every token."""
     return stream
+
+
+def reduced_rows(values: Tensor, reduction: Reduction) -> Tensor:
+    """The same for a number per token, `[n, tokens]`."""
+    return reduction(values[..., None])[..., 0]
 
 
 # Size ---------------------------------------------------------------------------------------

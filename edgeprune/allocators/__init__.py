@@ -3,21 +3,23 @@
 An allocator is a module with one function, `prepare(task)`, which returns `choose(room_ms) -> Choice`: for every
 sub-block which of its options is taken, with a summed cost in the measured latency table of at most `room_ms`
 milliseconds. What all budgets share is done in `prepare`. Raises Infeasible when nothing is cheap enough. Which units
-stay is the criterion's order; `NEEDS` names what else is looked at.
+stay is the criterion's order; `NEEDS` names what else is looked at. Heads, neurons and whole sub-blocks are chosen by all; one
+that can leave some of these alone, or chooses more, says so in `DIMS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
 
-from edgeprune import modules, vit
+from edgeprune import modules, reducers, vit
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
+from edgeprune.config import WIDTHS
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.stitch import Choice
@@ -47,6 +49,11 @@ class Task:
     seconds: float  # for those that search; 0 = not at all
     seed: int
     console: Console
+    dims: tuple[str, ...] = WIDTHS  # what may be chosen
+    reducer: str = reducers.DEFAULT
+    drops: list[tuple[int, ...]] = field(
+        default_factory=list
+    )  # per sub-block `[options]`, see `solve.Tokens`; [] = none
 
     @property
     def sizes(self) -> vit.Anatomy:
@@ -55,7 +62,7 @@ class Task:
     @property
     def dense(self) -> Choice:
         """The choice that keeps all that is there."""
-        return tuple(len(own) - 1 for own in self.counts)
+        return tuple(own.index(max(own)) for own in self.counts)
 
     def cost(self, choice: Sequence[int]) -> float:
         """In milliseconds."""
@@ -73,7 +80,17 @@ class Task:
     def plan(self, choice: Sequence[int]) -> Plan:
         parts = zip(self.levels, self.counts, choice, strict=True)
         kept = [level.kept(own[option]) for level, own, option in parts]
-        return Plan(tuple(BlockPlan(kept[i], kept[i + 1]) for i in range(0, len(kept), 2)))
+        left = [own[option] for own, option in zip(self.patches, choice, strict=True)]
+        return Plan(
+            tuple(BlockPlan(kept[i], kept[i + 1], left[i]) for i in range(0, len(kept), 2)), reducer=self.reducer
+        )
+
+    @property
+    def patches(self) -> list[list[int | None]]:
+        """Per sub-block `[options]`: how many patches stay, None = all that come in."""
+        if not self.drops:
+            return [[None] * len(own) for own in self.counts]
+        return [[None if drop < 0 else self.table.patches[drop] for drop in own] for own in self.drops]
 
 
 class Allocator(Protocol):
@@ -102,25 +119,51 @@ def task(
     seconds: float,
     seed: int,
     console: Console,
+    dims: tuple[str, ...] = WIDTHS,
+    reducer: str = reducers.DEFAULT,
 ) -> Task:
     """bounds: the (heads, neurons) that each block still has; nothing above them is an option. Else as in `Task`."""
-    errors, costs, counts = options(found.levels, table, bounds)
-    return Task(found.levels, errors, costs, counts, table, model, teacher, found, seconds, seed, console)
+    errors, costs, counts = options(found.levels, table, bounds, dims)
+    made = Task(
+        found.levels, errors, costs, counts, table, model, teacher, found, seconds, seed, console, dims, reducer
+    )
+    return with_drops(made) if "tokens" in dims and len(table.patches) > 1 else made
+
+
+def with_drops(task: Task) -> Task:
+    """The same where every attention that stays may also drop tokens, down to any number that the table has."""
+    errors, costs, counts, drops = [], [], [], []
+    for level, error, cost, count in zip(task.levels, task.errors, task.costs, task.counts, strict=True):
+        some = [i for i, units in enumerate(count) if units] if level.kind == "attn" else []
+        below = range(len(task.table.patches) - 1)
+        pairs = [(i, -1) for i in range(len(count))] + [(i, drop) for drop in below for i in some]
+        kept = [i for i, _ in pairs]
+        errors.append(error[kept])
+        costs.append(cost[kept])
+        counts.append(tuple(count[i] for i in kept))
+        drops.append(tuple(drop for _, drop in pairs))
+    return replace(task, errors=errors, costs=costs, counts=counts, drops=drops)
 
 
 def options(
-    levels: list[Levels], table: LatencyTable, bounds: Shape
+    levels: list[Levels], table: LatencyTable, bounds: Shape, dims: tuple[str, ...] = WIDTHS
 ) -> tuple[list[FloatArray], list[FloatArray], list[tuple[int, ...]]]:
     """Per sub-block: errors and costs `[options]` in milliseconds, and how many units each option keeps."""
     errors, costs, counts = [], [], []
     for level in levels:
         attn = level.kind == "attn"
-        grid = tuple(range(len(table.attn_ms))) if attn else table.mlp_widths
-        grid = tuple(kept for kept in grid if kept <= bounds[level.block][0 if attn else 1])
+        every = tuple(range(len(table.attn_ms))) if attn else table.mlp_widths
+        bound = bounds[level.block][0 if attn else 1]
+        grid = tuple(kept for kept in every if kept <= bound and (kept == bound or _may_keep(kept, attn, dims)))
         errors.append(np.array([level.errors[len(level.order) - kept] for kept in grid]))
-        costs.append(np.asarray(table.attn_ms if attn else table.mlp_ms)[: len(grid)])
+        costs.append(np.array([(table.attn_ms if attn else table.mlp_ms)[every.index(kept)] for kept in grid]))
         counts.append(grid)
     return errors, costs, counts
+
+
+def _may_keep(kept: int, attn: bool, dims: tuple[str, ...]) -> bool:
+    """Whether a sub-block may be left with so many of its units, fewer than it has."""
+    return ("heads" if attn else "mlp") in dims if kept else "depth" in dims
 
 
 def slowest_within(task: Task, family: Callable[[float], Choice], room_ms: float) -> Choice:

@@ -1,7 +1,8 @@
 """Search: the choice that diverges least when all sub-blocks are changed at once, looked for around the knapsack's.
 
 KL(dense || pruned) on calibration images, of stitched and then of re-fitted models (`edgeprune.search`, which has the
-papers). Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
+papers). Where tokens may go, too, the knapsack has their number as a second state, and the error of every drop is
+measured. Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
 The first choice has all of that time, later ones, for budgets nearby, a quarter of it and what was found before.
 The last quarter of the calibration images only judges re-fitted models.
 """
@@ -13,7 +14,7 @@ import time
 import torch
 from torch import Tensor
 
-from edgeprune.allocators import Choose, Task, knapsack
+from edgeprune.allocators import Choose, Task, _tokens, knapsack
 from edgeprune.compat import VisionTransformer
 from edgeprune.search import Space, improve
 from edgeprune.stitch import Choice, Database, Judge, RefitJudge
@@ -25,15 +26,21 @@ PLANS = 40  # re-fitted plans that the search should have time for; it looks at 
 PROBED = 8  # images that tell how long one takes
 
 
+DIMS = ("heads", "mlp", "depth", "tokens")
+
+
 def prepare(task: Task) -> Choose:
-    if task.seconds <= 0:
+    if task.seconds <= 0 and not task.drops:
         return knapsack.prepare(task)
     judging = judges(task)
+    tokens = _tokens.tokens(task, judging[0])
     known: list[Choice] = []
 
     def choose(room_ms: float) -> Choice:
         seconds = task.seconds / 4 if known else task.seconds
-        space = Space(task.errors, task.costs, room_ms)
+        space = Space(task.errors, task.costs, room_ms, tokens)
+        if task.seconds <= 0:
+            return space.solve()
         with task.console.progress("search", seconds, "seconds") as advance:
             found = improve(space, *judging, seconds, task.seed, known=known, advance=advance)
         known.append(found.choice)
@@ -51,7 +58,7 @@ def judges(task: Task) -> tuple[Judge, RefitJudge]:
 
     The more a model costs, the fewer images each plan is judged on.
     """
-    database = Database(task.model, task.levels, task.counts, task.found.moments)
+    database = Database(task.model, task.levels, task.counts, task.found.moments, task.patches, task.reducer)
     images = torch.cat(task.found.batches)
     fit = len(images) - max(1, len(images) // 4)
     most = min(JUDGED, Judge.most_images(database) // 2)

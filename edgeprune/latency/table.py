@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike
 from edgeprune import errors
 from edgeprune.types import FloatArray, LatencyTable, Measurement, Shape, to_json
 
+TOKENS = {"patches", "attn_share", "mlp_share", "reduce_ms"}  # fields that a table without tokens may leave out
+
 
 def build_table(
     attn: Mapping[int, Measurement],
@@ -33,6 +35,9 @@ def build_table(
     runtime: str,
     precision: str,
     threads: int,
+    fewer: Mapping[int, tuple[Measurement, Measurement]] | None = None,
+    reducing: tuple[Shape, Measurement] | None = None,
+    patches: int = 0,
 ) -> LatencyTable:
     """Turn measurements of uniform models into a table.
 
@@ -41,6 +46,8 @@ def build_table(
     empty: every sub-block removed. plans: by shape, some whose blocks differ; {} = sums of prices are taken as they are.
     The anchor of every measurement is the dense model; it need not be among them: its ratio is 1.
     dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
+    fewer: by patch tokens, fewer than the `patches` of the model: all attention and no MLP, and the other way round.
+    reducing: a shape that drops tokens in every block, from which the price of dropping is taken.
     Raises UsageError when an entry is missing.
     """
     missing = [h for h in range(heads) if h not in attn]
@@ -66,7 +73,31 @@ def build_table(
         samples=min(len(m.samples_ms) for m in [*attn.values(), *mlp.values(), *plans.values()]),
         repaired=tuple(repaired),
     )
+    if fewer:
+        prices = _with_tokens(prices, fewer, attn[0], mlp[0], empty, patches)
+    if fewer and reducing:
+        shape, measurement = reducing
+        extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(len(row) > 2 for row in shape)
+        prices = replace(prices, reduce_ms=max(float(extra), 0.0))
     return fitted(prices, {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()})
+
+
+def _with_tokens(
+    prices: LatencyTable,
+    fewer: Mapping[int, tuple[Measurement, Measurement]],
+    no_attn: Measurement,
+    no_mlp: Measurement,
+    empty: Measurement,
+    patches: int,
+) -> LatencyTable:
+    """Shares of what a sub-block costs with all tokens, by what all attention alone, or all MLPs, cost with fewer."""
+    counts = sorted(fewer)
+
+    def shares(which: int, whole: Measurement) -> FloatArray:
+        raw = [(fewer[count][which].ratio - empty.ratio) / (whole.ratio - empty.ratio) for count in counts]
+        return isotonic(np.clip([*raw, 1.0], 0.0, 1.0))
+
+    return replace(prices, patches=(*counts, patches), attn_share=shares(0, no_mlp), mlp_share=shares(1, no_attn))
 
 
 def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
@@ -89,6 +120,7 @@ def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
         base_ms=shift + scale * prices.base_ms,
         attn_ms=scale * prices.attn_ms,
         mlp_ms=scale * prices.mlp_ms,
+        reduce_ms=scale * prices.reduce_ms,
         fit={
             "plans": len(plans), "shift_ms": shift, "scale": scale,
             "median_error_before": float(np.median(np.abs(before))), "median_error": float(np.median(np.abs(after))),
@@ -132,6 +164,20 @@ def isotonic(values: ArrayLike) -> FloatArray:
     return np.repeat(means, counts)
 
 
+def _check_tokens(table: LatencyTable) -> None:
+    if not all(type(count) is int and count > 0 for count in table.patches):
+        raise ValueError("numbers of patches must be whole and above zero")
+    if list(table.patches) != sorted(set(table.patches)):
+        raise ValueError("numbers of patches must ascend")
+    for name, shares in (("attn_share", table.attn_share), ("mlp_share", table.mlp_share)):
+        if shares.shape != (len(table.patches),) or not ((shares >= 0) & (shares <= 1)).all() or shares[-1] != 1:
+            raise ValueError(f"{name} must have a share from 0 to 1 for every number of patches, and end with 1")
+        if (np.diff(shares) < 0).any():
+            raise ValueError(f"{name} must ascend")
+    if not 0 <= float(table.reduce_ms) < float("inf"):
+        raise ValueError("reduce_ms must not be below zero")
+
+
 def table_to_json(table: LatencyTable) -> dict[str, Any]:
     """The table as what `json` can write."""
     document: dict[str, Any] = to_json(table)
@@ -141,9 +187,8 @@ def table_to_json(table: LatencyTable) -> dict[str, Any]:
 def table_from_json(document: Mapping[str, Any]) -> LatencyTable:
     """The table that `table_to_json` wrote. Raises UsageError for a document that is not one."""
     fields = set(LatencyTable.__dataclass_fields__)
-    if set(document) != fields:
-        wrong = ", ".join(sorted(fields ^ set(document)))
-        raise errors.UsageError(f"this is not a latency table (missing or unknown: {wrong}); profile again")
+    if wrong := sorted((fields ^ set(document)) - TOKENS):
+        raise errors.UsageError(f"this is not a latency table (missing or unknown: {', '.join(wrong)}); profile again")
     try:
         table = _read(document)
     except (TypeError, ValueError) as error:
@@ -160,8 +205,14 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
             "mlp_ms": np.array(document["mlp_ms"], dtype=np.float64),
             "mlp_widths": tuple(document["mlp_widths"]),
             "repaired": tuple(document["repaired"]),
+            **{
+                key: np.array(document[key], dtype=np.float64) for key in ("attn_share", "mlp_share") if key in document
+            },
+            "patches": tuple(document.get("patches", ())),
         }
     )
+    if table.patches or len(table.attn_share) != 1 or len(table.mlp_share) != 1:
+        _check_tokens(table)
     if len(table.mlp_widths) != len(table.mlp_ms):
         raise ValueError("more or fewer MLP prices than widths")
     if not all(type(width) is int for width in table.mlp_widths) or table.mlp_widths[:1] != (0,):

@@ -43,6 +43,7 @@ def verdict_line(manifest: dict[str, Any]) -> str:
 def markdown(manifest: dict[str, Any]) -> str:
     """`report.md`: the short form."""
     request, pruned = manifest["request"], manifest["pruned"]
+    reduces = any(len(row) > 2 for row in manifest["shape"])
     lines = [
         f"# {manifest['model']} on {manifest['target']} at {request['latency']}",
         "",
@@ -57,9 +58,12 @@ def markdown(manifest: dict[str, Any]) -> str:
         f"Accuracy: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
         "",
         *domains(manifest),
-        "| block | heads | neurons |",
-        "|---|---|---|",
-        *(f"| {i} | {heads} | {neurons} |" for i, (heads, neurons) in enumerate(manifest["shape"])),
+        *(
+            ["| block | heads | neurons | patches |", "|---|---|---|---|"]
+            if reduces
+            else ["| block | heads | neurons |", "|---|---|---|"]
+        ),
+        *(_plan_row(i, row, reduces) for i, row in enumerate(manifest["shape"])),
         "",
         "| stage | seconds | |",
         "|---|---|---|",
@@ -67,6 +71,12 @@ def markdown(manifest: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _plan_row(block: int, row: list[int], reduces: bool) -> str:
+    """Heads and neurons of a block, and, in a plan that drops tokens anywhere, how many patches go on from here."""
+    patches = f" {row[2] if len(row) > 2 else ''} |" if reduces else ""
+    return f"| {block} | {row[0]} | {row[1]} |{patches}"
 
 
 def domains(manifest: dict[str, Any]) -> list[str]:

@@ -231,7 +231,7 @@ def _noise(survey: dict[str, Any]) -> Section:
 def _check(check: dict[str, Any]) -> Section:
     rows = [
         (
-            f"{sum(h for h, _ in plan['shape'])} heads, {sum(n for _, n in plan['shape'])} neurons",
+            f"{sum(row[0] for row in plan['shape'])} heads, {sum(row[1] for row in plan['shape'])} neurons",
             _ms(plan["predicted_ms"]),
             _ms(plan["measured_ms"]),
             f"{plan['ci_ms'][0]:.3f} to {plan['ci_ms'][1]:.3f}",

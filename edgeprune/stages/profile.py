@@ -49,7 +49,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         f"(SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
     )
     models = shapes.shape_models(dense.model, grid, out, console)
-    plans = {f"plan{i}": shape for i, shape in enumerate(fitting_shapes(dense.sizes, grid, request.seed))}
+    patches = shapes.patch_counts(dense.sizes) if "tokens" in request.dims else ()
+    reducing: Shape = ()
+    if len(patches) > 1:
+        token_models, reducing = shapes.token_models(dense.model, out, console)
+        models |= token_models
+        console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
+    fitting = fitting_shapes(dense.sizes, grid, request.seed, patches)
+    plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
         shapes.export_shape(dense.model, shape, dense.sizes, models[name])
@@ -73,6 +80,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         measured["empty"], {shape: measured[name] for name, shape in plans.items()},
         heads=dense.sizes.heads, width=dense.sizes.neurons, blocks=dense.sizes.blocks, dense_ms=dense_ms,
         runtime=runtime, precision=request.precision, threads=threads,
+        fewer={count: (measured[f"tokens{count}.attn"], measured[f"tokens{count}.mlp"]) for count in patches[:-1]},
+        reducing=(reducing, measured["reducing"]) if reducing else None, patches=dense.sizes.patches,
     )  # fmt: skip
     tell(built, measured, worker, request, dense.sizes, console)
     console.say(f"the dense model's {dense_ms:.2f} ms are {how}")
@@ -104,9 +113,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     np.savez_compressed(out / "samples.npz", **samples)
 
 
-def fitting_shapes(sizes: vit.Anatomy, grid: tuple[int, ...], seed: int) -> list[Shape]:
+def fitting_shapes(sizes: vit.Anatomy, grid: tuple[int, ...], seed: int, patches: tuple[int, ...] = ()) -> list[Shape]:
     """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
-    return shapes.random_shapes(FITTING_PLANS, sizes, grid, (seed, 0)) if sizes.blocks > 1 else []
+    return shapes.random_shapes(FITTING_PLANS, sizes, grid, (seed, 0), patches) if sizes.blocks > 1 else []
 
 
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:

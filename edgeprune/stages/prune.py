@@ -53,7 +53,18 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size)
         model, bounds = baseline.parent(dense, read)
         seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
-        task = allocators.task(found, table, bounds.shape, model, dense.model, seconds, request.seed, console)
+        task = allocators.task(
+            found,
+            table,
+            bounds.shape,
+            model,
+            dense.model,
+            seconds,
+            request.seed,
+            console,
+            request.dims,
+            request.reducer,
+        )
         choose = allocators.get(request.allocator).prepare(task)
 
         def plans(budget_ms: float) -> Plan:
@@ -75,15 +86,21 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
                 polished = polish.polish(dense.model, pruned, found.batches, found.weights, request.polish, advance)
             console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
     kept = plan.shape
-    console.say(f"plan: {sum(h for h, _ in kept)} of {sum(h for h, _ in dense.sizes.shape)} heads and "
-                f"{sum(n for _, n in kept)} of {sum(n for _, n in dense.sizes.shape)} neurons kept")  # fmt: skip
-    console.detail(" ".join(f"{h}h/{n}n" for h, n in kept))
+    console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
+                f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip
+    console.detail(" ".join(f"{h}h/{n}n" + "".join(f"/{p}p" for p in patches) for h, n, *patches in kept))
     save_file({k: v.contiguous() for k, v in pruned.state_dict().items()}, out / "pruned.safetensors")
     planned = PlannedModel(
         request.card.architecture, request.card.kwargs, dense.sizes.num_classes, plan, predicted, limit
     )
     write_plan(planned, out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))
+
+
+def tokens_kept(shape: Shape) -> str:
+    """Where the plan drops tokens, in words; "" where it does not."""
+    drops = [f"{row[2]} patches after the attention of block {i}" for i, row in enumerate(shape) if len(row) > 2]
+    return f"; {', '.join(drops)}" if drops else ""
 
 
 def dense_meets(request: Request, document: dict[str, dict[str, float]], limit: float) -> bool:

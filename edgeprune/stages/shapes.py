@@ -6,12 +6,15 @@ marker width, a number that is no other size in the graph, is cut to every width
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
+from torch import Tensor, nn
 
 from edgeprune import vit
 from edgeprune.compat import VisionTransformer
@@ -52,8 +55,53 @@ def width_models(model: VisionTransformer, widths: Sequence[int], folder: Path) 
     return paths
 
 
-def random_shapes(count: int, sizes: vit.Anatomy, widths: Sequence[int], seed: Sequence[int]) -> list[Shape]:
-    """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own."""
+TOKEN_SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of all tokens, about; in the last block few are needed
+
+
+def patch_counts(sizes: vit.Anatomy) -> tuple[int, ...]:
+    """How many patches a plan may leave, ascending, all of them last; with the prefix they are multiples of 8."""
+    counts = {max(8 * round(share * sizes.tokens / 8), 8) - sizes.prefix for share in TOKEN_SHARES}
+    return (*sorted(count for count in counts if 0 < count < sizes.patches), sizes.patches)
+
+
+class FirstTokens(nn.Module):
+    """In the place of timm's patch dropout: a model that never had more tokens than these."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.count]
+
+
+def token_models(model: VisionTransformer, folder: Path, console: Console) -> tuple[dict[str, Path], Shape]:
+    """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.mlp` without attention,
+    and `reducing`, whose shape, also returned, drops tokens in every block.
+    """
+    sizes = vit.anatomy(model)
+    *fewer, _ = patch_counts(sizes)
+    reducing: Shape = ((sizes.heads, sizes.neurons, fewer[-1] if fewer else sizes.patches),) * sizes.blocks
+    paths = {"reducing": folder / "reducing.onnx"}
+    export_shape(model, reducing, sizes, paths["reducing"])
+    with console.progress("token models", 2 * len(fewer), "exports") as advance:
+        for patches in fewer:
+            short: Any = copy.deepcopy(model)
+            short.patch_drop = FirstTokens(sizes.prefix + patches)
+            for kind, row in (("attn", (sizes.heads, 0)), ("mlp", (0, sizes.neurons))):
+                paths[f"tokens{patches}.{kind}"] = folder / f"tokens{patches}.{kind}.onnx"
+                export_shape(short, (row,) * sizes.blocks, sizes, paths[f"tokens{patches}.{kind}"])
+                advance(1, "")
+    return paths, reducing
+
+
+def random_shapes(
+    count: int, sizes: vit.Anatomy, widths: Sequence[int], seed: Sequence[int], patches: Sequence[int] = ()
+) -> list[Shape]:
+    """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own.
+
+    With numbers of patches, ascending, every other plan drops tokens at one or two blocks.
+    """
     rng = np.random.default_rng(seed)
     plans: list[Shape] = []
     for level in rng.permutation(np.linspace(0.15, 0.95, count)):  # what a plan keeps, on average
@@ -62,7 +110,15 @@ def random_shapes(count: int, sizes: vit.Anatomy, widths: Sequence[int], seed: S
         kept_widths = np.asarray(widths)[np.round(share * (len(widths) - 1)).astype(int)]
         kept_heads[rng.random(sizes.blocks) < REMOVED] = 0
         kept_widths[rng.random(sizes.blocks) < REMOVED] = 0
-        plans.append(tuple(zip(kept_heads.tolist(), kept_widths.tolist(), strict=True)))
+        rows: list[tuple[int, ...]] = list(zip(kept_heads.tolist(), kept_widths.tolist(), strict=True))
+        with_attention = np.flatnonzero(kept_heads)
+        if len(patches) > 1 and len(plans) % 2 and len(with_attention):
+            drops = min(int(rng.integers(1, 3)), len(patches) - 1, len(with_attention))
+            where = np.sort(rng.choice(with_attention, drops, replace=False))
+            left = np.sort(rng.choice(np.asarray(patches[:-1]), drops, replace=False))[::-1]
+            for i, kept in zip(where.tolist(), left.tolist(), strict=True):
+                rows[i] = (*rows[i], kept)
+        plans.append(tuple(rows))
     return plans
 
 

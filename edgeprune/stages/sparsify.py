@@ -65,7 +65,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
         plan = coach.plan()
         gates.remove()
-        kept = sum(h for h, _ in plan.shape), sum(n for _, n in plan.shape)
+        kept = sum(row[0] for row in plan.shape), sum(row[1] for row in plan.shape)
         console.say(f"schedule '{request.schedule}': {kept[0]} heads and {kept[1]} neurons are left after {len(history.losses)} steps, "
                     f"{table.predict_ms(plan.shape):.2f} ms by the table")  # fmt: skip
     cut = vit.slice_model(model, plan)
