@@ -15,7 +15,7 @@ import argparse
 import fnmatch
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,26 @@ STAGES = ("baseline", "profile", "sparsify", "calibrate", "prune", "finetune")
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     with accuracy.quick(options) if options.quick else accuracy.full(options) as request:
-        run(request, options)
+        run(request, options, {m.name: {"method": m.name, **m.parts} for m in chosen(options.methods)})
     tables.main(["--results", str(options.results), "--label", options.label, "--out", str(options.results.parent)])
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", help="names or patterns, comma-separated (default: all)")
+    options = arguments(parser, argv, "methods")
+    options.methods = options.methods or (QUICK_METHODS if options.quick else "*")
+    return options
+
+
+def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, name: str) -> argparse.Namespace:
+    """What benchmarks by the product's own stages have in common; `name` is that of the results file."""
     parser.add_argument("--model", default="digits", help="card (default: digits)")
     parser.add_argument("--weights", default="", help="of the dense model, instead of the card's")
     parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
     parser.add_argument("--target", default="", help="(default: the shipped one that fits this machine)")
     parser.add_argument("--runtime", default="openvino")
     parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
-    parser.add_argument("--methods", help="names or patterns, comma-separated (default: all)")
     parser.add_argument("--speed-ups", help="(default: 1.5,2,3; quick: 1.5)")
     parser.add_argument("--seeds", help="(default: 0,1; quick: 0)")
     parser.add_argument("--tune-steps", type=int, default=100, help="of fine-tuning, for every method (default: 100)")
@@ -61,17 +68,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
     parser.add_argument(
-        "--results", type=Path, help="JSON lines (default: results/methods.jsonl; quick: quick-methods.jsonl)"
+        "--results", type=Path, help=f"JSON lines (default: results/{name}.jsonl; quick: quick-{name}.jsonl)"
     )
     parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
     parser.add_argument("--quick", action="store_true", help="a tiny model, one speed-up, short measurements; for CI")
     options = parser.parse_args(argv)
-    name = "quick-methods" if options.quick else "methods"
-    options.results = options.results or accuracy.HERE / "results" / f"{name}.jsonl"
+    file = f"quick-{name}.jsonl" if options.quick else f"{name}.jsonl"
+    options.results = options.results or accuracy.HERE / "results" / file
     if not options.target:
         found, _ = device.detect(config.load_target(name) for name in config.names("targets"))
         options.target = found.name
-    options.methods = options.methods or (QUICK_METHODS if options.quick else "*")
     options.speed_ups = [float(s) for s in (options.speed_ups or ("1.5" if options.quick else "1.5,2,3")).split(",")]
     options.seeds = [int(s) for s in (options.seeds or ("0" if options.quick else "0,1")).split(",")]
     options.label = options.label or accuracy.commit()
@@ -79,8 +85,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def run(request: Request, options: argparse.Namespace) -> None:
-    """Every row that the results file does not have yet."""
+def run(request: Request, options: argparse.Namespace, variants: Mapping[str, dict[str, Any]]) -> None:
+    """Every row that the results file does not have yet. variants: by name, what of the request they change."""
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     book = accuracy.Book(options.results)
     request = replace(request, search_seconds=options.search_seconds, seed=0)
@@ -88,11 +94,11 @@ def run(request: Request, options: argparse.Namespace) -> None:
     recorded = done["profile"].folder / "profile.json"  # one latency table for all seeds
     for seed in options.seeds:
         bench = Bench(replace(request, seed=seed, profile=recorded), options)
-        for method in chosen(options.methods):
+        for name, changes in variants.items():
             for speed_up in options.speed_ups:
-                if all(bench.key(method, speed_up, steps) in book.rows for steps in bench.steps):
+                if all(bench.key(name, speed_up, steps) in book.rows for steps in bench.steps):
                     continue
-                for row in bench.rows(method, speed_up):
+                for row in bench.rows(name, changes, speed_up):
                     if accuracy.key_of(row) not in book.rows:
                         book.add(row)
                         accuracy.show(row)
@@ -128,18 +134,18 @@ class Bench:
             request, card=replace(request.card, finetune=replace(recipe, epochs=(epochs,), sizes=()))
         )
 
-    def key(self, method: methods.Method, speed_up: float, steps: int) -> accuracy.Key:
-        return self.weights, method.name, speed_up, self.request.seed, steps, self.options.label
+    def key(self, name: str, speed_up: float, steps: int) -> accuracy.Key:
+        return self.weights, name, speed_up, self.request.seed, steps, self.options.label
 
-    def rows(self, method: methods.Method, speed_up: float) -> Iterator[dict[str, Any]]:
-        """What the product makes of the method: one-shot, then tuned."""
-        one_shot, tuned = (self.key(method, speed_up, steps) for steps in self.steps)
+    def rows(self, name: str, changes: dict[str, Any], speed_up: float) -> Iterator[dict[str, Any]]:
+        """What the product makes of the changed request: one-shot, then tuned."""
+        one_shot, tuned = (self.key(name, speed_up, steps) for steps in self.steps)
         latency = Latency(f"{speed_up:g}x", fraction=1 / speed_up)
-        request = replace(self.request, method=method.name, latency=latency, **method.parts)
+        request = replace(self.request, latency=latency, **changes)
         common = {
             "model": request.card.name, "target": request.target.name, "runtime": self.table.runtime,
             "machine": accuracy.machine(self.table), "when": time.strftime("%Y-%m-%d %H:%M"),
-            "target_ms": self.table.dense_ms / speed_up, "dense_ms": self.table.dense_ms, "parts": method.parts,
+            "target_ms": self.table.dense_ms / speed_up, "dense_ms": self.table.dense_ms, "parts": changes,
             "dense_accuracy": 100 * float(self.right.mean()), "images": len(self.right),
             "dense_right": accuracy.packed(self.right),
         }  # fmt: skip
@@ -154,7 +160,7 @@ class Bench:
             return
         spent = {name: entry.seconds for name, entry in done.items()}
         seconds = {"prepare": spent.get("sparsify", 0.0) + spent["calibrate"], "search": spent["prune"]}
-        if method.schedule == schedules.DEFAULT:
+        if request.schedule == schedules.DEFAULT:
             model = rebuilt(done["prune"].folder, "pruned")
             yield {
                 **accuracy.described(one_shot, common, "ok", "", seconds),
