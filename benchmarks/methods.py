@@ -24,7 +24,7 @@ import accuracy
 import tables
 import torch
 
-from edgeprune import artifact, checks, config, methods, pipeline, schedules, vit
+from edgeprune import api, artifact, checks, config, methods, pipeline, schedules, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -41,7 +41,7 @@ STAGES = ("baseline", "profile", "sparsify", "calibrate", "prune", "finetune")
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(argv)
     with accuracy.quick(options) if options.quick else accuracy.full(options) as request:
-        run(request, options, {m.name: {"method": m.name, **m.parts} for m in chosen(options.methods)})
+        run(request, options, {m.name: changes_of(m) for m in chosen(options.methods)})
     tables.main(["--results", str(options.results), "--label", options.label, "--out", str(options.results.parent)])
 
 
@@ -102,6 +102,12 @@ def run(request: Request, options: argparse.Namespace, variants: Mapping[str, di
                     if accuracy.key_of(row) not in book.rows:
                         book.add(row)
                         accuracy.show(row)
+
+
+def changes_of(method: methods.Method) -> dict[str, Any]:
+    """What of a request a method changes."""
+    dims = api.dims_of(method.dims, method.allocator)
+    return {"method": method.name, **method.parts, "dims": dims, "reducer": method.reducer}
 
 
 def chosen(patterns: str) -> list[methods.Method]:

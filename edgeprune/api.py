@@ -31,7 +31,7 @@ def request(
     data_dir: str | Path = "",
     held_out_domain: str = "",
     dims: str = "",
-    reducer: str = "cls",
+    reducer: str = "",
     selection: str = "random",
     tune_on: float = 1.0,
     epochs: float | None = None,
@@ -84,8 +84,8 @@ def request(
     known = methods.get(method)
     given = {"criterion": criterion, "allocator": allocator, "schedule": schedule, "recovery": recovery}
     parts: Any = {kind: name or getattr(known, kind) for kind, name in given.items()}
-    chosen = dims_of(dims, parts["allocator"])
-    modules.check("reducer", reducer)
+    chosen = dims_of(dims or (known.dims if parts["allocator"] == known.allocator else ""), parts["allocator"])
+    modules.check("reducer", reducer := reducer or known.reducer)
     group = Path(accelerate_config) if accelerate_config else None
     launch.check_request(processes, group)
     made = Request(

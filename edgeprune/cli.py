@@ -177,8 +177,8 @@ def cli() -> None:
 )
 @click.option("--dims", default="", metavar="NAMES",
               help="What a plan may choose: heads, mlp (neurons), depth (whole sub-blocks), tokens; comma-separated (default: all that the allocator knows).")  # fmt: skip
-@click.option("--reducer", default="cls", show_default=True, metavar="NAME",
-              help="Which tokens stay where a plan drops some: cls, evit, zero-tprune or tome.")  # fmt: skip
+@click.option("--reducer", default="", metavar="NAME",
+              help="Which tokens stay where a plan drops some: cls, evit, zero-tprune or tome (default: the method's, cls).")  # fmt: skip
 @click.option("--selection", default="random", show_default=True, metavar="NAME",
               help="Which training images calibrate: random, balanced (as many of each class) or density (hard ones of complex concepts).")  # fmt: skip
 @click.option("--tune-on", type=float, default=1.0, show_default=True, metavar="SHARE",

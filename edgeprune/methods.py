@@ -16,7 +16,7 @@ DEFAULT = "edgeprune"
 
 @dataclass(frozen=True)
 class Method:
-    """Four parts and what they are together."""
+    """Four parts and what they are together, and for those that drop tokens how."""
 
     name: str
     kind: str  # which of the parts carries the method's own idea; "method" where it takes several
@@ -25,6 +25,8 @@ class Method:
     schedule: str
     recovery: str
     about: str  # the paper, and what of it is left out
+    dims: str = ""  # what it chooses, as after --dims; "" = all that the allocator knows
+    reducer: str = "cls"
 
     @property
     def parts(self) -> dict[str, str]:
@@ -72,12 +74,13 @@ METHODS = (
     Method("precropping", "allocator", "random", "erk", "one-shot", "scratch", "PreCropping: widths chosen without weights, from scratch"),
     Method("ast", "schedule", "l2", "ranking", "ast", "none", "AST (arXiv 2407.20584): masks under distillation; no 2:4"),
     Method("fmp", "criterion", "fmp", "uniform", "one-shot", "none", "FMP (arXiv 2307.11565): a screen for backdoors"),
+    Method("cls-attention", "reducer", "fisher", "search", "one-shot", "refit", "EViT (arXiv 2202.07800): tokens alone go", "tokens", "evit"),
+    Method("zero-tprune", "reducer", "fisher", "search", "one-shot", "refit", "Zero-TPrune (arXiv 2305.17328): tokens alone go", "tokens", "zero-tprune"),
+    Method("tome", "reducer", "fisher", "search", "one-shot", "refit", "ToMe (arXiv 2210.09461): tokens alone are merged", "tokens", "tome"),
 )  # fmt: skip
 
 #: What is not here, and what of it is: ideas that static graphs on a CPU cannot run, or of another domain.
 ABSENT = {
-    "zero-tprune": "prunes tokens by their rank in the attention graph: comes with token reduction",
-    "cls-attention": "prunes tokens by the class token's attention (EViT): comes with token reduction",
     "fwtw": "picks the weights of each image at run time: a static graph cannot; its mean widths are what `p3b` and `search` find",
     "dtop": "lets easy tokens of an image exit early: shapes would depend on data; a fixed quota of tokens survives",
     "adawpt": "prunes windows per image for deblurring: shapes would depend on data; a fixed quota survives",
@@ -128,6 +131,8 @@ def describe(name: str) -> str:
     if name in methods:
         method = methods[name]
         lines.append(f"method {name}: {method.about}")
+        if method.dims:
+            lines.append(f"chooses {method.dims}; which of them stay is for the reducer {method.reducer}")
         parts = [*method.parts.items(), *(part for part in parts if part not in method.parts.items())]
     for kind, part in parts:
         looks = ", ".join(modules.needs(kind, part)) or "nothing"

@@ -181,7 +181,9 @@ def test_every_part_says_what_it_is(kind: str) -> None:
 def test_every_method_is_made_of_parts_that_are_there(method: methods.Method) -> None:
     for kind, name in method.parts.items():
         modules.check(kind, name)
-    assert method.about and method.kind in ("method", *modules.KINDS)
+    modules.check("reducer", method.reducer)
+    assert method.about and method.kind in ("method", "reducer", *modules.KINDS)
+    assert set(method.dims.split(",")) <= {"", *modules.constant("allocator", method.allocator, "DIMS")}
     assert method.about in methods.describe(method.name)
 
 

@@ -355,3 +355,5 @@ def test_what_may_be_chosen_is_what_the_allocator_knows() -> None:
     assert api.request("digits", target="cpu-avx2", latency="2x")[0].dims == config.DIMS
     assert api.request("digits", target="cpu-avx2", latency="2x", method="flap")[0].dims == config.WIDTHS
     assert api.request("digits", target="cpu-avx2", latency="2x", dims="mlp, tokens")[0].dims == ("mlp", "tokens")
+    tome = api.request("digits", target="cpu-avx2", latency="2x", method="tome")[0]
+    assert (tome.dims, tome.reducer) == (("tokens",), "tome")

@@ -268,6 +268,12 @@ def tell(
         f"{built.mlp_ms[-1] / sizes.neurons * 8e3:.1f} µs, what always stays {built.base_ms:.2f} ms "
         f"({built.samples} rounds, widest interval ± {max(map(half_width, measured.values())):.1%})"
     )
+    if len(built.patches) > 1:
+        half = min(range(len(built.patches)), key=lambda i: abs(built.patches[i] - built.patches[-1] / 2))
+        console.say(
+            f"with {built.patches[half]} of {built.patches[-1]} patches, attention costs {built.attn_share[half]:.0%} and the MLP "
+            f"{built.mlp_share[half]:.0%} of that; dropping the others {built.reduce_ms * 1e3:.0f} µs, once"
+        )
     if uncapped := worker["dense"].get("uncapped"):
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in uncapped.items())
         console.warn(
