@@ -46,13 +46,14 @@ heal_torchvision()
 
 import timm  # noqa: E402
 from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
-from timm.layers import Mlp  # noqa: E402
+from timm.layers import GluMlp, Mlp  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
 
 __all__ = [
     "Attention",
     "Block",
+    "GluMlp",
     "Mlp",
     "VisionTransformer",
     "VisionTransformerDistilled",

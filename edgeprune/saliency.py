@@ -16,7 +16,7 @@ from edgeprune import vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.criteria import SCORED, Evidence, make_levels
 from edgeprune.data import Batch
-from edgeprune.types import Levels, SubBlock, SubBlockKind
+from edgeprune.types import Levels, SubBlock
 
 
 def levels(evidence: Evidence, scores: Mapping[SubBlock, Tensor]) -> list[Levels]:
@@ -37,19 +37,18 @@ def group(model: VisionTransformer, at: SubBlock) -> list[Tensor]:
     return [tensor for tensor in (first.weight, first.bias, last.weight) if tensor is not None]
 
 
-def unit_sums(parts: Sequence[Tensor], kind: SubBlockKind, unit_size: int) -> Tensor:
+def unit_sums(parts: Sequence[Tensor], unit_size: int) -> Tensor:
     """`[units]`: sums over each unit of tensors that are shaped like those of `group`."""
     *first, last = (part.detach().double() for part in parts)
     rows = sum((part if part.ndim == 1 else part.sum(1) for part in first), torch.zeros(()).double())
-    if kind == "attn":
-        rows = rows.reshape(3, -1).sum(0)
+    rows = rows.reshape(-1, last.shape[1]).sum(0)  # of queries, keys and values, or of neurons and their gates
     return (rows + last.sum(0)).reshape(-1, unit_size).sum(1)
 
 
 def of_weights(evidence: Evidence, value: Callable[[Tensor], Tensor]) -> dict[SubBlock, Tensor]:
     """`[units]` per sub-block: `value(w)`, shaped like the weights w, summed over each unit's."""
     model, size = evidence.model, evidence.sizes.unit_size
-    return {at: unit_sums([value(w.detach()) for w in group(model, at)], at[1], size(at[1])) for at in evidence.moments}
+    return {at: unit_sums([value(w.detach()) for w in group(model, at)], size(at[1])) for at in evidence.moments}
 
 
 def of_gradients(
@@ -65,7 +64,7 @@ def of_pairs(
     """The same of `value(w, other)` for any other tensors that are shaped like `group`."""
     model, size = evidence.model, evidence.sizes.unit_size
     pairs = {at: zip(group(model, at), others[at], strict=True) for at in evidence.moments}
-    return {at: unit_sums([value(w.detach(), o) for w, o in own], at[1], size(at[1])) for at, own in pairs.items()}
+    return {at: unit_sums([value(w.detach(), o) for w, o in own], size(at[1])) for at, own in pairs.items()}
 
 
 def of_columns(evidence: Evidence, at: SubBlock, columns: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgeprune import modules, reducers
-from edgeprune.compat import Attention, Block, Mlp, VisionTransformer, VisionTransformerDistilled, timm
+from edgeprune.compat import Attention, Block, GluMlp, Mlp, VisionTransformer, VisionTransformerDistilled, timm
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
@@ -44,6 +44,7 @@ class Anatomy:
     image: tuple[int, int, int]  # channels, height, width
     num_classes: int
     prefix: int = 1  # tokens that are no patches: class, distillation, registers
+    gated: bool = False  # whether a neuron has two rows of `fc1`, one of which gates the other (SwiGLU)
 
     @property
     def patches(self) -> int:
@@ -56,6 +57,10 @@ class Anatomy:
     def units(self, kind: SubBlockKind) -> int:
         """How many units a dense sub-block has: heads or neurons."""
         return self.heads if kind == "attn" else self.neurons
+
+    def row_groups(self, kind: SubBlockKind) -> int:
+        """How many rows of the first layer belong to one input column of the last: queries, keys and values; gates."""
+        return 3 if kind == "attn" else 2 if self.gated else 1
 
     def unit_size(self, kind: SubBlockKind) -> int:
         """How many input columns of `proj` or `fc2` one unit spans."""
@@ -179,8 +184,8 @@ def check_anatomy(model: Any, name: str) -> None:
         odd = (
             type(block).__name__ if type(block) is not Block
             else type(attn).__name__ if type(attn) is not Attention
-            else type(mlp).__name__ if type(mlp) is not Mlp
-            else "a norm inside attention or MLP" if not isinstance(attn.norm, nn.Identity) or not isinstance(mlp.norm, nn.Identity)
+            else type(mlp).__name__ if type(mlp) not in (Mlp, GluMlp)
+            else "a norm inside attention or MLP" if not all(isinstance(sub.norm, nn.Identity) for sub in (attn, mlp) if sub is not None)
             else "gated attention" if attn.gate is not None
             else ""
         )  # fmt: skip
@@ -198,12 +203,13 @@ def anatomy(model: VisionTransformer) -> Anatomy:
         blocks=len(model.blocks),
         heads=block.attn.num_heads,
         head_dim=block.attn.head_dim,
-        neurons=block.mlp.fc1.out_features,
+        neurons=block.mlp.fc2.in_features,
         width=model.embed_dim,
         tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
         image=(model.patch_embed.proj.in_channels, height, width),
         num_classes=model.num_classes,
         prefix=model.num_prefix_tokens,
+        gated=isinstance(block.mlp, GluMlp),
     )
 
 
@@ -229,10 +235,8 @@ def first_layer(sub: Any, kind: SubBlockKind) -> nn.Linear:
 
 def first_rows(kind: SubBlockKind, units: tuple[int, ...], sizes: Anatomy) -> Tensor:
     """The rows of a dense sub-block's first layer that belong to these units, in the order that slicing leaves."""
-    kept = columns(units, sizes.unit_size(kind))
-    if kind == "mlp":
-        return kept
-    return (torch.arange(3)[:, None] * (sizes.heads * sizes.head_dim) + kept).flatten()
+    kept, groups = columns(units, sizes.unit_size(kind)), torch.arange(sizes.row_groups(kind))
+    return (groups[:, None] * (sizes.units(kind) * sizes.unit_size(kind)) + kept).flatten()
 
 
 def hidden(block: Any, kind: SubBlockKind, stream: Tensor, rows: Tensor) -> Tensor:
@@ -365,12 +369,12 @@ def slice_sub_block(block: Any, kind: SubBlockKind, units: tuple[int, ...], size
         return RemovedSubBlock(output_layer(block, kind).bias)
     sub = copy.deepcopy(sub_block(block, kind))
     kept = columns(units, sizes.unit_size(kind))
+    rows = first_rows(kind, units, sizes)
     if kind == "attn":
-        rows = first_rows(kind, units, sizes)
         sub.qkv, sub.proj = _linear(sub.qkv, rows=rows), _linear(sub.proj, cols=kept)
         sub.num_heads, sub.attn_dim = len(units), len(kept)
     else:
-        sub.fc1, sub.fc2 = _linear(sub.fc1, rows=kept), _linear(sub.fc2, cols=kept)
+        sub.fc1, sub.fc2 = _linear(sub.fc1, rows=rows), _linear(sub.fc2, cols=kept)
     return sub
 
 
@@ -534,5 +538,5 @@ def macs(sizes: Anatomy, shape: Shape) -> int:
     for heads, neurons, *patches in shape:
         total += n * c * heads * d * 4 + 2 * n * n * heads * d
         n = sizes.prefix + patches[0] if patches else n
-        total += 2 * n * c * neurons
+        total += (1 + sizes.row_groups("mlp")) * n * c * neurons
     return total

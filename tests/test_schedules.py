@@ -353,7 +353,7 @@ def test_mask_sparsity_penalises_the_doomed_alone(make_vit: Callable[..., Any]) 
     assert math.sqrt(sum(float(g.square().sum()) for g in gradients)) == pytest.approx(0.3, rel=1e-4)
     for at, units in kept.items():
         group = [g.grad for g in saliency.group(model, at)]
-        sums = saliency.unit_sums([g.abs() for g in group if g is not None], at[1], vit.anatomy(model).unit_size(at[1]))
+        sums = saliency.unit_sums([g.abs() for g in group if g is not None], vit.anatomy(model).unit_size(at[1]))
         assert [u for u, s in enumerate(sums.tolist()) if s == 0] == list(units)
 
 

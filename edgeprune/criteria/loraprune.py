@@ -64,8 +64,8 @@ def factors(layer: Any) -> tuple[Tensor, Tensor]:
 def importance(model: VisionTransformer, at: SubBlock, unit_size: int) -> Tensor:
     """`[units]`, from the gradients that the adapters have now."""
     sub = vit.sub_block(model.blocks[at[0]], at[1])
-    rows = _squares(vit.first_layer(sub, at[1])).sum(1).reshape(3 if at[1] == "attn" else 1, -1)
     columns = _squares(vit.last_layer(sub, at[1])).sum(0)
+    rows = _squares(vit.first_layer(sub, at[1])).sum(1).reshape(-1, len(columns))
     units = torch.cat([rows, columns[None]]).unflatten(1, (-1, unit_size)).sum(2)  # [matrices, units]
     return (units / units.norm(dim=1, keepdim=True).clamp_min(1e-300)).sum(0)
 

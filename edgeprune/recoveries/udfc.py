@@ -53,7 +53,8 @@ def rows(block: Any, kind: SubBlockKind) -> Tensor:
     if norm.weight is not None:
         weight = weight * norm.weight.double()
     every = torch.cat([weight, bias[:, None]], 1)
-    return every if kind == "mlp" else every.chunk(3)[2]  # of queries, keys and values the last
+    columns = vit.output_layer(block, kind).in_features
+    return every[-columns:]  # of queries, keys and values the last; of gates and what they gate the latter
 
 
 def mix(kept: Tensor, gone: Tensor) -> Tensor:
