@@ -433,7 +433,22 @@ def detect() -> None:
 
 
 cli.add_command(targets)
-cli.add_command(_listing("models", _load_card, lambda card: card.description))
+
+
+def _print_supported(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    from edgeprune import families
+
+    if wanted:
+        click.echo(families.listing())
+        ctx.exit()
+
+
+models = _listing("models", _load_card, lambda card: card.description)
+models.params.append(
+    click.Option(["--supported"], is_flag=True, is_eager=True, expose_value=False, callback=_print_supported,
+                 help="List instead the timm names that are tested, by family.")
+)  # fmt: skip
+cli.add_command(models)
 
 
 @cli.command()

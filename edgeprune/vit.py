@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgeprune import modules, reducers
+from edgeprune import families, modules, reducers
 from edgeprune.compat import Attention, Block, GluMlp, Mlp, VisionTransformer, VisionTransformerDistilled, timm
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.reducers import Reduction, Seen
@@ -151,6 +151,8 @@ def create(
         raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
+    if not hub:
+        _check_early(architecture, kwargs)
     try:
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -173,11 +175,22 @@ def create(
     return cast(VisionTransformer, model.eval())
 
 
+def _check_early(architecture: str, kwargs: dict[str, Any]) -> None:
+    """`check_anatomy` without making any weights, which takes minutes for a large model; what fails otherwise fails later."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, **kwargs)
+    except Exception:
+        return
+    check_anatomy(model, architecture)
+
+
 def check_anatomy(model: Any, name: str) -> None:
     """Raise UsageError, saying what and where, unless every block is one we can slice."""
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise UsageError(
-            f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's VisionTransformer (ViT, DeiT) models"
+            f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's VisionTransformer models, "
+            f"the nearest that is tested is '{families.nearest(name)}' (`edgeprune models --supported` lists them)"
         )
     for i, block in enumerate(model.blocks):
         attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
@@ -191,7 +204,8 @@ def check_anatomy(model: Any, name: str) -> None:
         )  # fmt: skip
         if odd:
             raise UsageError(
-                f"block {i} of '{name}' has {odd}, which edgeprune cannot slice; choose a plain ViT or DeiT"
+                f"block {i} of '{name}' has {odd}, which edgeprune cannot slice; the nearest model that is tested is "
+                f"'{families.nearest(name)}' (`edgeprune models --supported` lists them)"
             )
 
 

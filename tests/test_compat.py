@@ -31,7 +31,7 @@ ROWS = (
      "recheck", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers"),
     ("config",),
     ("compat", "console", "methods"),
-    ("types", "extras", "modules"),
+    ("types", "extras", "modules", "families"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

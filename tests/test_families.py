@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from edgeprune import artifact, vit
+from edgeprune import artifact, families, vit
+from edgeprune.cli import cli
 from edgeprune.errors import UsageError
 from edgeprune.stages import export, simplify
 from edgeprune.types import BlockPlan, Plan
@@ -26,20 +29,6 @@ PLANS = {
 #: 48 wide, 2 blocks of 3 heads and 24 neurons, 16 patches.
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 0.5}
 GATED = {"mlp_ratio": 1.0}  # two rows per neuron
-NAMES = (
-    *("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_small_patch32_224", "vit_base_patch8_224", "vit_base_patch16_224"),
-    *("vit_base_patch16_224_miil", "vit_base_patch16_gap_224", "vit_small_patch16_36x1_224", "vit_base_patch16_plus_240"),
-    *("flexivit_small", "test_vit", "test_vit2", "test_vit3"),
-    *("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"),
-    *("deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"),
-    *("deit3_small_patch16_224", "deit3_medium_patch16_224", "deit3_base_patch16_224"),
-    *("vit_small_patch14_dinov2", "vit_base_patch14_dinov2", "vit_small_patch14_reg4_dinov2"),
-    *("vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"),
-    *("vit_base_patch16_clip_224", "vit_base_patch32_clip_224", "vit_base_patch16_clip_quickgelu_224", "vit_xsmall_patch16_clip_224"),
-    *("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "vit_so400m_patch14_siglip_224"),
-    *("vit_little_patch16_reg4_gap_256", "vit_wee_patch16_reg1_gap_256", "vit_so150m_patch16_reg4_gap_256"),
-    "vit_intern300m_patch14_448",
-)  # fmt: skip
 
 
 def tiny(name: str, classes: int = 5) -> Any:
@@ -79,7 +68,7 @@ def masked(model: Any, plan: Plan) -> Any:
     return own
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", families.NAMES)
 def test_slicing_equals_masking_and_tunes(name: str) -> None:
     model = tiny(name)
     sizes = vit.anatomy(model)
@@ -104,7 +93,7 @@ QUICK = {
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in families.NAMES]
 )
 def test_it_exports_runs_in_both_runtimes_and_reloads(name: str, tmp_path: Path) -> None:
     import onnxruntime
@@ -151,3 +140,18 @@ def test_gates_go_with_their_neurons() -> None:
 def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match=what):
         vit.create(name, {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}, 5)
+
+
+@pytest.mark.parametrize("name", ["vit_7b_patch16_dinov3", "swin_large_patch4_window7_224", "aimv2_3b_patch14_224"])
+def test_the_unsupported_are_refused_before_their_weights_are_made(name: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r"the nearest .* is tested is '(vit|deit)"):
+        vit.create(name, {}, 1000)
+    assert time.monotonic() - began < 5
+
+
+def test_the_supported_are_listed() -> None:
+    done = CliRunner().invoke(cli, ["models", "--supported"])
+    assert done.exit_code == 0 and all(f"  {name}\n" in done.output for name in families.NAMES)
+    assert len(set(families.NAMES)) == len(families.NAMES) >= 30
+    assert families.nearest("swin_tiny_patch4_window7_224.ms_in1k") in families.NAMES

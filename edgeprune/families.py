@@ -1,0 +1,49 @@
+"""The timm names that are tested to prune, export, run in both runtimes and reload, by family. Imports nothing heavy.
+
+Others of the same classes work as well; what cannot be sliced is refused by `vit.check_anatomy`, with the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "ViT": (
+        "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_small_patch32_224", "vit_base_patch8_224",
+        "vit_base_patch16_224", "vit_base_patch16_224_miil", "vit_base_patch16_gap_224", "vit_small_patch16_36x1_224",
+        "vit_base_patch16_plus_240", "flexivit_small", "test_vit", "test_vit2", "test_vit3",
+    ),
+    "ViT with registers": (
+        "vit_little_patch16_reg4_gap_256", "vit_wee_patch16_reg1_gap_256", "vit_so150m_patch16_reg4_gap_256",
+    ),
+    "DeiT": (
+        "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224",
+        "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224",
+    ),
+    "DeiT III": ("deit3_small_patch16_224", "deit3_medium_patch16_224", "deit3_base_patch16_224"),
+    "DINOv2": (
+        "vit_small_patch14_dinov2", "vit_base_patch14_dinov2", "vit_small_patch14_reg4_dinov2",
+        "vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2",
+    ),
+    "CLIP": (
+        "vit_base_patch16_clip_224", "vit_base_patch32_clip_224", "vit_base_patch16_clip_quickgelu_224",
+        "vit_xsmall_patch16_clip_224",
+    ),
+    "SigLIP": ("vit_base_patch16_siglip_224", "vit_base_patch16_siglip_gap_224", "vit_so400m_patch14_siglip_224"),
+    "InternViT": ("vit_intern300m_patch14_448",),
+}  # fmt: skip
+
+NAMES = tuple(name for names in FAMILIES.values() for name in names)
+
+
+def nearest(name: str) -> str:
+    """The tested name that is most like this one."""
+    return difflib.get_close_matches(name.split(".")[0], NAMES, n=1, cutoff=0.0)[0]
+
+
+def listing() -> str:
+    """What `edgeprune models --supported` prints."""
+    lines = []
+    for family, names in FAMILIES.items():
+        lines += [family, *(f"  {name}" for name in names)]
+    return "\n".join(lines)
