@@ -100,6 +100,7 @@ def request(
 
 def dims_of(text: str, allocator: str) -> tuple[str, ...]:
     """What a plan may choose: `heads,mlp`; "" = all that the allocator knows. UsageError for what it does not."""
+    modules.check("allocator", allocator)
     known = modules.constant("allocator", allocator, "DIMS")
     if not text:
         return known or config.WIDTHS
