@@ -98,17 +98,6 @@ def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: floa
 Answers = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 
 
-def answers(clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Answers:
-    """Of both loaded models on every image: pixels `[n, channels, height, width]`, labels `[n]` per batch."""
-    dense_right, pruned_right, same = [], [], []
-    for pixels, labels in batches:
-        wanted, got = clock.predict(dense, pixels).argmax(-1), clock.predict(pruned, pixels).argmax(-1)
-        dense_right.append(wanted == labels)
-        pruned_right.append(got == labels)
-        same.append(wanted == got)
-    return np.concatenate(dense_right), np.concatenate(pruned_right), np.concatenate(same)
-
-
 def summary(*parts: Answers) -> Accuracy:
     """On the images of all parts."""
     d, p, same = (np.concatenate(own) for own in zip(*parts, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Label, dense, pruned.
@@ -28,16 +29,19 @@ def rows(manifest: dict[str, Any]) -> list[Row]:
     ]
 
 
+def word(checks: Sequence[Mapping[str, Any]]) -> str:
+    """The verdict on all gates in one word: PASS, FAIL or INCONCLUSIVE."""
+    verdicts = {check["verdict"] for check in checks}
+    return "FAIL" if "fail" in verdicts else "INCONCLUSIVE" if "inconclusive" in verdicts else "PASS"
+
+
 def verdict_line(manifest: dict[str, Any]) -> str:
     """One sentence: whether every gate passed."""
-    verdicts = [check["verdict"] for check in manifest["checks"]]
-    if "fail" in verdicts:
-        return "FAIL: " + "; ".join(f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] == "fail")
-    if "inconclusive" in verdicts:
-        return "INCONCLUSIVE: " + "; ".join(
-            f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] != "pass"
-        )
-    return "PASS: " + "; ".join(f"{c['name']}: {c['reason']}" for c in manifest["checks"])
+    found = word(manifest["checks"])
+    shown = {"FAIL": {"fail"}, "INCONCLUSIVE": {"inconclusive"}, "PASS": {"pass"}}[found]
+    return f"{found}: " + "; ".join(
+        f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] in shown
+    )
 
 
 def markdown(manifest: dict[str, Any]) -> str:
