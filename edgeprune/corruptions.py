@@ -64,7 +64,9 @@ def motion_blur(image: Image8, rng: np.random.Generator, severity: int) -> Image
     edge = int(max(np.abs(rows).max(), np.abs(columns).max()))
     padded = np.pad(image.astype(float), ((edge, edge), (edge, edge), (0, 0)), mode="edge")
     height, width = image.shape[:2]
-    moved = [padded[edge + r : edge + r + height, edge + c : edge + c + width] for r, c in zip(rows, columns, strict=True)]
+    moved = [
+        padded[edge + r : edge + r + height, edge + c : edge + c + width] for r, c in zip(rows, columns, strict=True)
+    ]
     return _bytes(np.mean(moved, axis=0) / 255)
 
 
@@ -119,7 +121,9 @@ def pixelate(image: Image8, rng: np.random.Generator, severity: int) -> Image8:
 
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     height, width = image.shape[:2]
-    small = Image.fromarray(image).resize((max(int(width * share), 1), max(int(height * share), 1)), Image.Resampling.BOX)
+    small = Image.fromarray(image).resize(
+        (max(int(width * share), 1), max(int(height * share), 1)), Image.Resampling.BOX
+    )
     return np.asarray(small.resize((width, height), Image.Resampling.NEAREST))
 
 

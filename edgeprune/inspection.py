@@ -118,7 +118,9 @@ def flips(said: Predictions, most: int) -> dict[str, Any]:
     `most` examples of each of the first two: indices into `said`, those of which the dense model was surest first."""
     dense, pruned, same = said.answers
     lost, gained = np.flatnonzero(dense & ~pruned), np.flatnonzero(~dense & pruned)
-    surest = [list(map(int, rows[np.argsort(-said.confidence[0, rows], kind="stable")][:most])) for rows in (lost, gained)]
+    surest = [
+        list(map(int, rows[np.argsort(-said.confidence[0, rows], kind="stable")][:most])) for rows in (lost, gained)
+    ]
     return {
         "lost": len(lost),
         "gained": len(gained),

@@ -123,7 +123,9 @@ PIPELINE = (
         when=lambda r: r.profile is None,
     ),
     # for the report: classes, images, confidence, corruptions, features, memory
-    Stage("inspect", inspect.run, ("baseline", "profile", "finetune", "compile", "validate"), ("seed",), per_latency=True),
+    Stage(
+        "inspect", inspect.run, ("baseline", "profile", "finetune", "compile", "validate"), ("seed",), per_latency=True
+    ),
 )
 
 #: What `edgeprune profile` does: the stages that it shares with a build, and two of its own.
@@ -226,7 +228,7 @@ def build(
             for one, finished in zip(families, done, strict=True):
                 advance(stage, one, finished)
     artifacts = []
-    family = [publish.point(one, finished["validate"].folder) for one, finished in zip(families, done, strict=True)]
+    family = [publish.point(one, finished) for one, finished in zip(families, done, strict=True)]
     for one, finished in zip(families, done, strict=True):
         folder = out / publish.artifact_name(one)
         own = [entry for name, entry in finished.items() if name != PARENT]

@@ -50,7 +50,9 @@ def statement(manifest: Mapping[str, Any], materials: Mapping[str, str]) -> str:
             "metadata": {"invocationId": manifest["key"]},
         },
     }
-    made = Statement([described(name, facts["sha256"]) for name, facts in manifest["files"].items()], PREDICATE, predicate)
+    made = Statement(
+        [described(name, facts["sha256"]) for name, facts in manifest["files"].items()], PREDICATE, predicate
+    )
     made.validate()
     return json.dumps(MessageToDict(made.pb), indent=1)
 
@@ -72,8 +74,12 @@ def sbom(manifest: Mapping[str, Any]) -> str:
     }  # fmt: skip
     bom = Bom(serial_number=uuid.uuid5(uuid.NAMESPACE_URL, f"edgeprune:{manifest['key']}"))
     name = f"{manifest['model']}-{manifest['target']}-{manifest['request']['latency']}"
-    subject = Component(name=name, version=manifest["key"][:16], type=ComponentType.MACHINE_LEARNING_MODEL, bom_ref=name)
-    python = Component(name="python", version=manifest["environment"]["python"], type=ComponentType.PLATFORM, bom_ref="python")
+    subject = Component(
+        name=name, version=manifest["key"][:16], type=ComponentType.MACHINE_LEARNING_MODEL, bom_ref=name
+    )
+    python = Component(
+        name="python", version=manifest["environment"]["python"], type=ComponentType.PLATFORM, bom_ref="python"
+    )
     bom.metadata.component = subject
     for component in (python, *components.values()):
         bom.components.add(component)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +48,13 @@ def artifact_name(request: Request) -> str:
     return f"{request.card.name}-{request.target.name}-{latency}{method}"
 
 
-def point(request: Request, validated: Path) -> dict[str, Any]:
+def point(request: Request, stages: Mapping[str, Done]) -> dict[str, Any]:
     """One artifact as a point between latency and accuracy: name, verdict, ms (None = only predicted), ci, percent."""
-    facts = artifact.read_json(validated / "validation.json")
+    facts = artifact.read_json(stages["validate"].folder / "validation.json")
     latency = facts["pruned"]["latency"]
     return {
         "name": artifact_name(request),
+        "predicted_ms": artifact.read_plan(stages["finetune"].folder / "plan.json").predicted_ms,
         "ms": latency["p50"],
         "ci": latency["ci"],
         "accuracy": facts["pruned"]["accuracy"],

@@ -20,7 +20,7 @@ import torch
 from test_benchmarks import script
 from test_docs import manifest_errors
 
-from edgeprune import api, checks, config, criteria, data, images, pipeline, report, vit, inspection
+from edgeprune import api, checks, config, criteria, data, images, inspection, pipeline, report, vit
 from edgeprune.config import CalibrationSpec, DataSpec, ModelSpec
 from edgeprune.errors import UsageError
 

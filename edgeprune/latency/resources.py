@@ -42,7 +42,9 @@ def spent_joules(before: dict[str, tuple[int, int]], after: dict[str, tuple[int,
     return sum((after[zone][0] - start) % (limit + 1) for zone, (start, limit) in before.items()) / 1e6
 
 
-def of_model(open_clock: Callable[[], Clock], path: Path, inputs: NDArray[np.float32], root: Path = POWERCAP) -> dict[str, Any]:
+def of_model(
+    open_clock: Callable[[], Clock], path: Path, inputs: NDArray[np.float32], root: Path = POWERCAP
+) -> dict[str, Any]:
     """`peak_bytes` of a process that runs the model file alone, `runtime_bytes` before it was loaded, and energy.
 
     inputs: `[n, channels, height, width]`. `joules`: of all CPU packages, per image, whatever else runs and idles

@@ -39,9 +39,7 @@ def verdict_line(manifest: dict[str, Any]) -> str:
     """One sentence: whether every gate passed."""
     found = word(manifest["checks"])
     shown = {"FAIL": {"fail"}, "INCONCLUSIVE": {"inconclusive"}, "PASS": {"pass"}}[found]
-    return f"{found}: " + "; ".join(
-        f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] in shown
-    )
+    return f"{found}: " + "; ".join(f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] in shown)
 
 
 def markdown(manifest: dict[str, Any]) -> str:
@@ -105,20 +103,37 @@ def interval(pruned: dict[str, Any]) -> str:
     )
 
 
-def comparison(manifests: list[dict[str, Any]]) -> str:
-    """Several artifacts side by side, as Markdown."""
-    lines = [
-        "| artifact | method | verdict | limit | p50 | 95 % interval | speed-up | accuracy | drop | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def comparison_rows(manifests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Several artifacts side by side: the headings, then one row each."""
+    rows: list[tuple[str, ...]] = [
+        ("artifact", "method", "verdict", "limit", "p50", "95 % interval", "speed-up", "accuracy", "drop", "parameters")
     ]
     for m in manifests:
         low, high = m["pruned"]["latency_ci_ms"] or (None, None)
-        measured = f"{ms(m['pruned']['latency_ms']['p50'])} | {ms(low)} to {ms(high)}"
-        lines.append(
-            f"| {m['model']} {m['target']} {m['request']['latency']} | {m.get('method', m['criterion'])} | {verdict_line(m).split(':')[0]} | {m['request']['latency_ms']:.2f} ms "
-            f"| {measured} | {1 / m['pruned']['ratio']:.2f} x "
-            f"| {m['pruned']['accuracy']:.2f} % | {m['dense']['accuracy'] - m['pruned']['accuracy']:.2f} | {m['pruned']['params'] / 1e6:.2f} M |"
-        )
+        rows.append((
+            f"{m['model']} {m['target']} {m['request']['latency']}", m.get("method", m["criterion"]), word(m["checks"]),
+            f"{m['request']['latency_ms']:.2f} ms", ms(m["pruned"]["latency_ms"]["p50"]), f"{ms(low)} to {ms(high)}",
+            f"{1 / m['pruned']['ratio']:.2f} x", f"{m['pruned']['accuracy']:.2f} %",
+            f"{m['dense']['accuracy'] - m['pruned']['accuracy']:.2f}", f"{m['pruned']['params'] / 1e6:.2f} M",
+        ))  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as a table in Markdown, the headings first."""
+    head, *others = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *others]
+
+
+def comparison(manifests: Sequence[Mapping[str, Any]]) -> str:
+    """Several artifacts side by side, as Markdown; of two, also what changed from the first to the second."""
+    from edgeprune.report import changes
+
+    lines = table(comparison_rows(manifests))
+    lines += [f"\n{note}" for note in changes.comparable(manifests)]
+    if len(manifests) == 2:
+        head = ("from the first to the second", "before", "after", "change", "")
+        lines += ["", *table([head, *(change.row for change in changes.between(*manifests))])]
     return "\n".join(lines)
 
 

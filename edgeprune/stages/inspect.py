@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgeprune import artifact, corruptions, inspection, vit
+from edgeprune import artifact, corruptions, inspection
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Images
@@ -58,7 +58,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     places = [(parts[name], int(place)) for name, own in said.items() for place in own.places]
     flipped["examples"] = {
         kind: [
-            {**_said(every, i, dense.splits.classes), "thumbnail": thumbnail(*places[i], dense.transforms)} for i in rows
+            {
+                **_said(every, i, dense.splits.classes),
+                "thumbnail": thumbnail(places[i][0], places[i][1], dense.transforms),
+            }
+            for i in rows
         ]
         for kind, rows in flipped["examples"].items()
     }
@@ -66,7 +70,15 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     with clock() as answering:
         answering.load("dense", read["baseline"] / "dense.onnx")
         answering.load("pruned", entry)
-        robust = robustness(answering, parts, said, dense.transforms, sum(ms or runtime_ms[0] for ms in runtime_ms), request.seed, console)
+        robust = robustness(
+            answering,
+            parts,
+            said,
+            dense.transforms,
+            sum(ms or runtime_ms[0] for ms in runtime_ms),
+            request.seed,
+            console,
+        )
     first = next(iter(parts.values()))
     few = next(first.take(GEOMETRY_IMAGES).batches(GEOMETRY_IMAGES))[0]
     planned = artifact.read_plan(read["finetune"] / "plan.json")

@@ -136,9 +136,7 @@ def _params(read: Mapping[str, Path]) -> int:
     return int(artifact.read_json(read["baseline"] / "baseline.json")["params"])
 
 
-def _arrays(
-    images: Images, num_classes: int, console: Console
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _arrays(images: Images, num_classes: int, console: Console) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of places, pixels and labels."""
     with console.progress("evaluation", len(images), "images") as advance:
         for places, (pixels, labels) in images.placed(np.arange(len(images)), BATCH):
