@@ -28,7 +28,7 @@ ROWS = (
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
-     "recheck", "obs", "search", "stitch", "polish", "adapters", "selections"),
+     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections"),
     ("config",),
     ("compat", "console", "methods"),
     ("types", "extras", "modules"),

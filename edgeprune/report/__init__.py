@@ -10,8 +10,8 @@ Row = tuple[str, str, str]
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds as text; a dash for what was not measured."""
-    return "–" if value is None else f"{value:.2f} ms"
+    """Milliseconds as text, three digits below 1 ms; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.2f} ms" if value >= 1 else f"{value:.3g} ms"
 
 
 def rows(manifest: dict[str, Any]) -> list[Row]:
@@ -35,7 +35,7 @@ def word(checks: Sequence[Mapping[str, Any]]) -> str:
     return "FAIL" if "fail" in verdicts else "INCONCLUSIVE" if "inconclusive" in verdicts else "PASS"
 
 
-def verdict_line(manifest: dict[str, Any]) -> str:
+def verdict_line(manifest: Mapping[str, Any]) -> str:
     """One sentence: whether every gate passed."""
     found = word(manifest["checks"])
     shown = {"FAIL": {"fail"}, "INCONCLUSIVE": {"inconclusive"}, "PASS": {"pass"}}[found]
@@ -112,7 +112,7 @@ def comparison_rows(manifests: Sequence[Mapping[str, Any]]) -> list[tuple[str, .
         low, high = m["pruned"]["latency_ci_ms"] or (None, None)
         rows.append((
             f"{m['model']} {m['target']} {m['request']['latency']}", m.get("method", m["criterion"]), word(m["checks"]),
-            f"{m['request']['latency_ms']:.2f} ms", ms(m["pruned"]["latency_ms"]["p50"]), f"{ms(low)} to {ms(high)}",
+            ms(m["request"]["latency_ms"]), ms(m["pruned"]["latency_ms"]["p50"]), f"{ms(low)} to {ms(high)}",
             f"{1 / m['pruned']['ratio']:.2f} x", f"{m['pruned']['accuracy']:.2f} %",
             f"{m['dense']['accuracy'] - m['pruned']['accuracy']:.2f}", f"{m['pruned']['params'] / 1e6:.2f} M",
         ))  # fmt: skip
@@ -135,6 +135,26 @@ def comparison(manifests: Sequence[Mapping[str, Any]]) -> str:
         head = ("from the first to the second", "before", "after", "change", "")
         lines += ["", *table([head, *(change.row for change in changes.between(*manifests))])]
     return "\n".join(lines)
+
+
+def summary(manifests: Sequence[Mapping[str, Any]]) -> str:
+    """What a build found, for GitHub's step summary."""
+    lines = ["## edgeprune build", "", *table(comparison_rows(manifests)), ""]
+    for m in manifests:
+        lines.append(f"- **{m['model']} {m['target']} {m['request']['latency']}**: {verdict_line(m)}")
+    return "\n".join(lines)
+
+
+def document(folders: Sequence[Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The manifests with their folders; of two, what changed from the first to the second."""
+    from edgeprune.report import changes
+
+    found: dict[str, Any] = {
+        "artifacts": [{"path": str(f), "manifest": m} for f, m in zip(folders, manifests, strict=True)]
+    }
+    if len(manifests) == 2:
+        found["changes"] = [vars(change) for change in changes.between(*manifests)]
+    return found
 
 
 def show(manifest: dict[str, Any], folder: str) -> None:

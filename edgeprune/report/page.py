@@ -196,7 +196,7 @@ def _headline(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     p50 = pruned["latency_ms"]["p50"]
     return [
         ("latency p50", report.ms(p50) if p50 is not None else f"predicted {pruned['predicted_ms']:.2f} ms"),
-        ("limit", f"{manifest['request']['latency_ms']:.2f} ms"),
+        ("limit", report.ms(manifest["request"]["latency_ms"])),
         ("speed-up", f"{1 / pruned['ratio']:.2f} x"),
         ("accuracy", _percent(accuracy["pruned"])),
         ("drop", f"{accuracy['dense'] - accuracy['pruned']:.2f} points"),
@@ -223,7 +223,11 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
     ]  # fmt: skip
     for quantile in ("p50", "p90", "p99"):
         a, b = dense["latency_ms"].get(quantile), pruned["latency_ms"][quantile]
-        more = f" ({_interval(pruned['latency_ci_ms'])})" if quantile == "p50" and pruned["latency_ci_ms"] else ""
+        more = (
+            f" ({_interval(pruned['latency_ci_ms'], '{:.3f}')})"
+            if quantile == "p50" and pruned["latency_ci_ms"]
+            else ""
+        )
         rows.append((f"latency {quantile}", report.ms(a), report.ms(b) + more, less(a, b)))
     for name, key, unit, digits in (
         ("parameters", "params", 1e6, "{:.2f} M"),
@@ -329,7 +333,8 @@ def _predicted(family: Sequence[Mapping[str, Any]], profile: Mapping[str, Any]) 
     if fit:
         label += f" The table's own median error on {fit['plans']} plans of mixed shapes: {fit['median_error']:.1%}."
     rows = [
-        (name, f"{a:.2f} ms", f"{b:.2f} ms", _interval(ci), f"{100 * (b / a - 1):+.1f} %") for name, a, b, ci in points
+        (name, report.ms(a), report.ms(b), _interval(ci, "{:.3f}"), f"{100 * (b / a - 1):+.1f} %")
+        for name, a, b, ci in points
     ]
     return {"predicted": figures.predicted(points), "predicted_rows": rows, "predicted_label": label}
 
