@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgeprune.checks import wilson
+from edgeprune.report import ms
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,7 @@ def between(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
     found = [_latency(before, after), _accuracy(before, after)]
     a, b = before["pruned"], after["pruned"]
     for quantile in ("p90", "p99"):
-        found.append(
-            _plain(f"latency {quantile}", a["latency_ms"][quantile], b["latency_ms"][quantile], "{:.2f} ms", 1)
-        )
+        found.append(_plain(f"latency {quantile}", a["latency_ms"][quantile], b["latency_ms"][quantile], "", 1))
     found.append(
         _plain(
             "dense latency p50",
@@ -77,10 +76,11 @@ def _judge(a: Sequence[float] | None, b: Sequence[float] | None, *, less_is_bett
 def _latency(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
     a, b = before["pruned"], after["pruned"]
     texts = [
-        "–" if own["latency_ci_ms"] is None
-        else f"{own['latency_ms']['p50']:.2f} ms ({own['latency_ci_ms'][0]:.2f} to {own['latency_ci_ms'][1]:.2f})"
+        "–"
+        if own["latency_ci_ms"] is None
+        else f"{ms(own['latency_ms']['p50'])} ({ms(own['latency_ci_ms'][0])} to {ms(own['latency_ci_ms'][1])})"
         for own in (a, b)
-    ]  # fmt: skip
+    ]
     judged = _judge(a["latency_ci_ms"], b["latency_ci_ms"], less_is_better=True)
     return Change("latency p50", texts[0], texts[1], _percent(a["latency_ms"]["p50"], b["latency_ms"]["p50"]), judged)
 
@@ -99,7 +99,8 @@ def _accuracy(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:
 
 
 def _plain(name: str, a: float | None, b: float | None, text: str, unit: float) -> Change:
-    texts = ["–" if value is None else text.format(value / unit) for value in (a, b)]
+    """`text` formats a value divided by `unit`; "" = milliseconds."""
+    texts = ["–" if value is None else text.format(value / unit) if text else ms(value) for value in (a, b)]
     return Change(name, texts[0], texts[1], _percent(a, b), "")
 
 

@@ -191,6 +191,10 @@ def _interval(ends: Sequence[float] | None, text: str = "{:.2f}") -> str:
     return NO_COUNT if ends is None else f"{text.format(ends[0])} to {text.format(ends[1])}"
 
 
+def _ms_interval(ends: Sequence[float] | None) -> str:
+    return NO_COUNT if ends is None else f"{report.ms(ends[0])} to {report.ms(ends[1])}"
+
+
 def _headline(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     pruned, accuracy = manifest["pruned"], manifest["accuracy"]
     p50 = pruned["latency_ms"]["p50"]
@@ -223,11 +227,7 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
     ]  # fmt: skip
     for quantile in ("p50", "p90", "p99"):
         a, b = dense["latency_ms"].get(quantile), pruned["latency_ms"][quantile]
-        more = (
-            f" ({_interval(pruned['latency_ci_ms'], '{:.3f}')})"
-            if quantile == "p50" and pruned["latency_ci_ms"]
-            else ""
-        )
+        more = f" ({_ms_interval(pruned['latency_ci_ms'])})" if quantile == "p50" and pruned["latency_ci_ms"] else ""
         rows.append((f"latency {quantile}", report.ms(a), report.ms(b) + more, less(a, b)))
     for name, key, unit, digits in (
         ("parameters", "params", 1e6, "{:.2f} M"),
@@ -284,7 +284,7 @@ def _family_row(point: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     return (
         point["name"],
         report.ms(point["ms"]),
-        _interval(point["ci"]),
+        _ms_interval(point["ci"]),
         _percent(point["accuracy"]),
         point["verdict"],
     )
@@ -333,8 +333,7 @@ def _predicted(family: Sequence[Mapping[str, Any]], profile: Mapping[str, Any]) 
     if fit:
         label += f" The table's own median error on {fit['plans']} plans of mixed shapes: {fit['median_error']:.1%}."
     rows = [
-        (name, report.ms(a), report.ms(b), _interval(ci, "{:.3f}"), f"{100 * (b / a - 1):+.1f} %")
-        for name, a, b, ci in points
+        (name, report.ms(a), report.ms(b), _ms_interval(ci), f"{100 * (b / a - 1):+.1f} %") for name, a, b, ci in points
     ]
     return {"predicted": figures.predicted(points), "predicted_rows": rows, "predicted_label": label}
 
