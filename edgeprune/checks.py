@@ -50,10 +50,10 @@ def measure(
 
     quiet: only rounds as calm as that count; None on another device than the profile's. strict: all do.
     """
-    with choose.watched(clock, console):
+    with choose.watched(clock, console), console.timing("timing", SECONDS) as on_round:
         return clock.measure(
             [pruned], dense, ci=0.0025, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
-            quiet=None if strict else quiet, every_round=strict,
+            quiet=None if strict else quiet, every_round=strict, on_round=on_round,
         )[pruned]  # fmt: skip
 
 

@@ -97,9 +97,11 @@ def _model(clock: Clock, model: Path, others: Mapping[Any, Path], console: Conso
     for key, path in others.items():
         clock.load(str(key), path)
     before = clock.counters()
-    measured = clock.measure(
-        ["dense", *map(str, others)], "dense", ci=0.005, min_rounds=MIN_ROUNDS, budget_s=MODEL_SECONDS
-    )
+    with console.timing("surveying", MODEL_SECONDS) as on_round:
+        measured = clock.measure(
+            ["dense", *map(str, others)], "dense", ci=0.005, min_rounds=MIN_ROUNDS, budget_s=MODEL_SECONDS,
+            on_round=on_round,
+        )  # fmt: skip
     facts = noise.between(before, clock.counters())
     own, raw = measured["dense"].anchor_ms, measured["dense"].raw_ms[1]
     dense_ms, how = quiet_ms(own)

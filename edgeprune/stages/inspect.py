@@ -84,6 +84,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     planned = artifact.read_plan(read["finetune"] / "plan.json")
     pruned = artifact.rebuild(planned, read["finetune"] / "model.safetensors")
     files = {"dense": read["baseline"] / "dense.onnx", "pruned": entry}
+    with console.busy("memory and energy"):
+        used = {name: resources.of_model(clock, path, few[:8].numpy()) for name, path in files.items()} if here else {}
     facts = {
         "images": len(every.labels),
         "classes": inspection.per_class(every, dense.splits.classes),
@@ -91,7 +93,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "flips": flipped,
         "robustness": robust,
         "geometry": {"images": len(few), "blocks": geometry(dense.model.eval(), pruned, few)},
-        "resources": {name: resources.of_model(clock, path, few[:8].numpy()) for name, path in files.items()} if here else {},
+        "resources": used,
         "bytes": {name: _size(path) for name, path in files.items()},
     }  # fmt: skip
     dense.splits.report(out, console)
