@@ -262,6 +262,8 @@ def validate(
     threads: int = 0,
     strict_clock: bool = False,
     out: str | Path | None = None,
+    baseline: str | Path | None = None,
+    max_regression: str = "",
     console: Console = SILENT,
 ) -> dict[str, Any]:
     """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch.
@@ -272,5 +274,30 @@ def validate(
 
     return validate_artifact(
         Path(artifact), target=target, data=data, data_dir=str(data_dir), threads=threads, strict_clock=strict_clock,
-        out=Path(out) if out else None, console=console,
+        out=Path(out) if out else None, baseline=Path(baseline) if baseline else None, max_regression=max_regression,
+        console=console,
     )  # fmt: skip
+
+
+def report(artifacts: Sequence[str | Path], *, html: str | Path | None = None) -> list[dict[str, Any]]:
+    """The manifests of artifact directories. html: where their page goes, of one artifact or a comparison of several.
+
+    Raises UsageError for what is no artifact or is damaged, StorageError when the page cannot be written.
+    """
+    from edgeprune import artifact
+
+    folders = [Path(folder) for folder in artifacts]
+    manifests = [artifact.read_manifest(folder) for folder in folders]
+    if html is not None:
+        from edgeprune.report import page
+
+        artifact.must_be_writable(Path(html), "--html", folder=False)
+        if len(folders) == 1:
+            text = page.artifact_page(manifests[0], page.read(folders[0], manifests[0]))
+        else:
+            text = page.comparison_page(list(zip(folders, manifests, strict=True)))
+        try:
+            Path(html).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write '{html}': {error.strerror}; choose another --html") from error
+    return manifests

@@ -50,10 +50,10 @@ def measure(
 
     quiet: only rounds as calm as that count; None on another device than the profile's. strict: all do.
     """
-    with choose.watched(clock, console):
+    with choose.watched(clock, console), console.timing("timing", SECONDS) as on_round:
         return clock.measure(
             [pruned], dense, ci=0.0025, min_rounds=MIN_ROUNDS[quantile], budget_s=SECONDS,
-            quiet=None if strict else quiet, every_round=strict,
+            quiet=None if strict else quiet, every_round=strict, on_round=on_round,
         )[pruned]  # fmt: skip
 
 
@@ -96,17 +96,6 @@ def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: floa
 
 #: For each image `[n]`: whether the dense model is right, whether the pruned one is, whether they say the same.
 Answers = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
-
-
-def answers(clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Answers:
-    """Of both loaded models on every image: pixels `[n, channels, height, width]`, labels `[n]` per batch."""
-    dense_right, pruned_right, same = [], [], []
-    for pixels, labels in batches:
-        wanted, got = clock.predict(dense, pixels).argmax(-1), clock.predict(pruned, pixels).argmax(-1)
-        dense_right.append(wanted == labels)
-        pruned_right.append(got == labels)
-        same.append(wanted == got)
-    return np.concatenate(dense_right), np.concatenate(pruned_right), np.concatenate(same)
 
 
 def summary(*parts: Answers) -> Accuracy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,23 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _end("interrupted; finished stages are kept: run the same command again to resume", errors.INTERRUPTED)
     except EdgepruneError as error:
-        if type(error) is EdgepruneError and "-v" in sys.argv:
-            raise
+        if type(error) is EdgepruneError and _verbose():
+            traceback.print_exc()
         _end(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(errors.StorageError.exit_code)
     except Exception as error:
-        if "-v" in sys.argv or "--verbose" in sys.argv:
-            raise
+        if _verbose():
+            traceback.print_exc()
         _end(
             f"{CRASH_HELP}: {type(error).__name__}: {error}; run again with -v and report the output to {ISSUES}",
             EdgepruneError.exit_code,
         )
+
+
+def _verbose() -> bool:
+    return "-v" in sys.argv or "--verbose" in sys.argv
 
 
 def _in_a_group() -> bool:
@@ -115,6 +120,10 @@ MACHINE = _options(
     click.option("--seed", default=0, show_default=True, help="Seed of data splits, sampling and tuning."),
     click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune)."),
     click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed."),
+)  # fmt: skip
+CI = _options(
+    click.option("--junit", type=click.Path(), metavar="FILE", help="Write the gates to FILE as JUnit XML; an undecided one is an error."),
+    click.option("--github", is_flag=True, help="In GitHub Actions: annotate gates that did not pass, and write the step summary."),
 )  # fmt: skip
 OUTPUT = _options(
     click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
@@ -205,6 +214,7 @@ def cli() -> None:
 @click.option("--accelerate-config", type=click.Path(), metavar="FILE",
               help="Tune in the processes that a file of `accelerate config` describes.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
+@CI
 @OUTPUT
 def build(
     model: str,
@@ -212,6 +222,8 @@ def build(
     cache_dir: str | None,
     rebuild: bool,
     dry_run: bool,
+    junit: str | None,
+    github: bool,
     output_format: str,
     quiet: bool,
     verbose: bool,
@@ -221,7 +233,7 @@ def build(
 
     Example: edgeprune build digits --target cpu-avx2 --latency 10ms
     """
-    from edgeprune import api
+    from edgeprune import api, ci, report
     from edgeprune.console import Console
 
     options["quantile"] = options["quantile"] or ""
@@ -243,7 +255,13 @@ def build(
             for stage, latency, done in rows:
                 click.echo(f"{stage:10} {latency:14} {'done before' if done else 'would run'}")
         return errors.PASSED
-    artifacts = api.build(model, out=out, cache_dir=cache_dir, rebuild=rebuild, console=console, **options)
+    with ci.told("build", junit, github) as outcome:
+        artifacts = api.build(model, out=out, cache_dir=cache_dir, rebuild=rebuild, console=console, **options)
+        outcome.suites = [
+            ci.Suite(a.folder.name, a.manifest["checks"], sum(s["seconds"] for s in a.manifest["stages"]))
+            for a in artifacts
+        ]
+        outcome.summary = report.summary([a.manifest for a in artifacts])
     codes = [built.exit_code for built in artifacts]
     code = errors.GATE_FAILED if errors.GATE_FAILED in codes else max(codes)
     if output_format == "json":
@@ -254,8 +272,6 @@ def build(
             )
         )
     else:
-        from edgeprune import report
-
         for built in artifacts:
             report.show(built.manifest, str(built.folder))
     return code
@@ -338,21 +354,37 @@ def profile(model: str, output_format: str, quiet: bool, verbose: bool, **option
               help="Labelled images: DIR/validation/<class>/* (or val, test), or DIR/<class>/*.")  # fmt: skip
 @click.option("--threads", default=0, help="Threads; 0 = as many as it was built for.")
 @STRICT
+@click.option("--baseline", type=click.Path(), metavar="FILE",
+              help="manifest.json of an earlier artifact; where its model lies beside it, both are timed turn by turn.")  # fmt: skip
+@click.option("--max-regression", default="", metavar="PERCENT",
+              help="Third gate: how much slower than the baseline it may be, as in 3%.")  # fmt: skip
 @click.option(
     "--out", type=click.Path(), metavar="FILE", help="Where the result goes as JSON, with all raw samples in ms."
 )
+@CI
 @OUTPUT
-def validate(artifact: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+def validate(
+    artifact: str,
+    junit: str | None,
+    github: bool,
+    output_format: str,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> int:
     """Check ARTIFACT again on this machine: every file's hash, the latency contract and, given data, the accuracy.
     Needs no torch.
 
     Example: edgeprune validate artifacts/digits-cpu-avx2-10ms --data digits
     """
-    from edgeprune import api, checks, recheck
+    from edgeprune import api, checks, ci, recheck
     from edgeprune.console import Console
     from edgeprune.types import Check
 
-    found = api.validate(artifact, console=Console(quiet=quiet, verbose=verbose), **options)
+    with ci.told("validate", junit, github) as outcome:
+        found = api.validate(artifact, console=Console(quiet=quiet, verbose=verbose), **options)
+        outcome.suites = [ci.Suite(Path(artifact).name, found["checks"])]
+        outcome.summary = recheck.summary(found)
     code = checks.exit_code(Check(**check) for check in found["checks"])
     if output_format == "json":
         click.echo(json.dumps({"exit_code": code, **found}, indent=1))
@@ -363,16 +395,25 @@ def validate(artifact: str, output_format: str, quiet: bool, verbose: bool, **op
 
 @cli.command()
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(), metavar="ARTIFACT...")
-def report(artifacts: tuple[str, ...]) -> int:
-    """Print the report of an ARTIFACT; several are compared.
+@click.option("--html", type=click.Path(), metavar="FILE",
+              help="Write the page of the artifact, or of several on one front, to FILE instead.")  # fmt: skip
+@click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="json: the manifests, and of two artifacts what changed.")  # fmt: skip
+def report(artifacts: tuple[str, ...], html: str | None, output_format: str) -> int:
+    """Print the report of an ARTIFACT; several are compared, and of two the change from the first to the second.
 
-    Example: edgeprune report artifacts/*
+    Example: edgeprune report artifacts/* --html family.html
     """
-    from edgeprune import artifact
+    from edgeprune import api
     from edgeprune import report as reports
 
-    manifests = [artifact.read_manifest(Path(folder)) for folder in artifacts]
-    click.echo(reports.markdown(manifests[0]) if len(manifests) == 1 else reports.comparison(manifests))
+    manifests = api.report(artifacts, html=html)
+    if output_format == "json":
+        click.echo(json.dumps(reports.document(artifacts, manifests), indent=1))
+    elif html:
+        click.echo(html)
+    else:
+        click.echo(reports.markdown(manifests[0]) if len(manifests) == 1 else reports.comparison(manifests))
     return errors.PASSED
 
 

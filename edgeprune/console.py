@@ -11,7 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 #: Called with the units done since the last call and a short text; one per long loop.
 Advance = Callable[[float, str], None]
@@ -64,6 +72,30 @@ class Console:
                 yield advance
         else:
             yield self._plain(what, total, unit)
+
+    @contextmanager
+    def timing(self, what: str, seconds: float) -> Iterator[Callable[[int, float], None]]:
+        """Progress of a measurement that may take `seconds`: yields what `Clock.measure` takes as `on_round`."""
+        with self.progress(what, seconds, "s") as advance:
+            shown = 0.0
+
+            def on_round(rounds: int, now: float) -> None:
+                nonlocal shown
+                advance(now - shown, f"round {rounds}")
+                shown = now
+
+            yield on_round
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """On a terminal, what goes on and for how long, where nobody can say how far it is; nothing elsewhere."""
+        if self.quiet or not self.rich.is_terminal:
+            yield
+            return
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.rich, transient=True) as bar:
+            bar.add_task(what, total=None)
+            yield
 
     def _plain(self, what: str, total: float, unit: str) -> Advance:
         start = last = time.monotonic()

@@ -12,6 +12,11 @@ BUILD = {
     "torch": "torch", "timm": "timm", "onnx": "onnx", "onnxscript": "onnxscript", "onnxsim": "onnxsim",
     "safetensors": "safetensors", "PIL": "pillow", "sklearn": "scikit-learn",
 }  # fmt: skip
+REPORT = {"jinja2": "jinja2", "plotly": "plotly"}
+PROVENANCE = {
+    "cyclonedx": "cyclonedx-python-lib", "in_toto_attestation": "in-toto-attestation", "packaging": "packaging",
+    "packageurl": "packageurl-python",
+}  # fmt: skip
 IMAGES = {"PIL": "pillow"}
 ACCELERATE = {"accelerate": "accelerate"}
 DIGITS = {"sklearn": "scikit-learn"}
@@ -31,4 +36,4 @@ def need(what: str, packages: Mapping[str, str], fix: str) -> None:
 
 def need_build_packages(what: str = "building") -> None:
     """Raise UsageError unless everything that a build imports is installed."""
-    need(what, BUILD, "pip install 'edgeprune[build]'")
+    need(what, BUILD | REPORT | PROVENANCE, "pip install 'edgeprune[build]'")

@@ -34,8 +34,10 @@ from edgeprune.stages import (
     compile,
     export,
     finetune,
+    inspect,
     profile,
     prune,
+    roofline,
     simplify,
     sparsify,
     survey,
@@ -111,6 +113,18 @@ PIPELINE = (
         ("baseline", "profile", "finetune", "compile"),
         ("quantile", "max_drop", "strict_clock"),
         per_latency=True,
+    ),
+    # for the report: what this device can do, and its noise; not where the profile is of another device
+    Stage(
+        "roofline",
+        roofline.run,
+        ("baseline", "profile"),
+        ("target", "precision", "device", "seed"),
+        when=lambda r: r.profile is None,
+    ),
+    # for the report: classes, images, confidence, corruptions, features, memory
+    Stage(
+        "inspect", inspect.run, ("baseline", "profile", "finetune", "compile", "validate"), ("seed",), per_latency=True
     ),
 )
 
@@ -216,10 +230,11 @@ def build(
             for one, finished in zip(families, done, strict=True):
                 advance(stage, one, finished)
     artifacts = []
+    family = [publish.point(one, finished) for one, finished in zip(families, done, strict=True)]
     for one, finished in zip(families, done, strict=True):
         folder = out / publish.artifact_name(one)
         own = [entry for name, entry in finished.items() if name != PARENT]
-        artifacts.append(publish.publish(one, own, folder, environment()))
+        artifacts.append(publish.publish(one, own, folder, environment(), family))
         console.say(f"artifact: {folder}")
     return artifacts
 

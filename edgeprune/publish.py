@@ -7,15 +7,16 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import artifact, checks, methods, report
+from edgeprune import artifact, checks, methods, provenance, report
 from edgeprune.config import Request
+from edgeprune.report import page
 from edgeprune.types import Check
 
 if TYPE_CHECKING:
@@ -47,10 +48,34 @@ def artifact_name(request: Request) -> str:
     return f"{request.card.name}-{request.target.name}-{latency}{method}"
 
 
-def publish(request: Request, done: Sequence[Done], folder: Path, environment: dict[str, Any]) -> Artifact:
-    """Write the artifact directory beside its place and rename it; an unchanged one is left alone."""
+def point(request: Request, stages: Mapping[str, Done]) -> dict[str, Any]:
+    """One artifact as a point between latency and accuracy: name, verdict, ms (None = only predicted), ci, percent."""
+    facts = artifact.read_json(stages["validate"].folder / "validation.json")
+    latency = facts["pruned"]["latency"]
+    return {
+        "name": artifact_name(request),
+        "predicted_ms": artifact.read_plan(stages["finetune"].folder / "plan.json").predicted_ms,
+        "ms": latency["p50"],
+        "ci": latency["ci"],
+        "accuracy": facts["pruned"]["accuracy"],
+        "verdict": report.word(facts["checks"]),
+    }
+
+
+def publish(
+    request: Request,
+    done: Sequence[Done],
+    folder: Path,
+    environment: dict[str, Any],
+    family: Sequence[dict[str, Any]] = (),
+) -> Artifact:
+    """Write the artifact directory beside its place and rename it; an unchanged one is left alone.
+
+    family: the `point` of every artifact of this build, for the report.
+    """
     stages = {entry.name: entry for entry in done}
-    key = hashlib.sha256("".join(entry.digest for entry in done).encode()).hexdigest()
+    parts = [entry.digest for entry in done] + [json.dumps(list(family), sort_keys=True)]
+    key = hashlib.sha256("".join(parts).encode()).hexdigest()
     if (existing := _unchanged(folder, key)) is not None:
         return existing
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +91,21 @@ def publish(request: Request, done: Sequence[Done], folder: Path, environment: d
                 shutil.copyfile(path, work / path.name)
         write_anchor(stages["baseline"].folder / "dense.onnx", work / "anchor.onnx.gz")
         manifest = make_manifest(request, stages, work, key, environment)
+        manifest["files"] = _files(work)
         (work / "report.md").write_text(report.markdown(manifest), encoding="utf-8")
-        manifest["files"] = {
-            path.name: {"sha256": artifact.sha256(path), "bytes": path.stat().st_size}
-            for path in sorted(work.iterdir())
+        facts = {
+            "schema": page.SCHEMA,
+            **artifact.read_json(stages["inspect"].folder / "inspection.json"),
+            "survey": artifact.read_json(stages["roofline"].folder / "survey.json") if "roofline" in stages else None,
+            "family": list(family),
         }
+        (work / page.FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        (work / page.FILE).write_text(page.artifact_page(manifest, page.read(work)), encoding="utf-8")
+        (work / provenance.SBOM).write_text(provenance.sbom(manifest), encoding="utf-8")
+        manifest["files"] = _files(work)
+        materials = {"dense.safetensors": artifact.sha256(stages["baseline"].folder / "dense.safetensors")}
+        (work / provenance.STATEMENT).write_text(provenance.statement(manifest, materials), encoding="utf-8")
+        manifest["files"] = _files(work)
         (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         work.chmod(0o755)
         if folder.exists():
@@ -83,6 +118,12 @@ def publish(request: Request, done: Sequence[Done], folder: Path, environment: d
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Artifact(folder, manifest)
+
+
+def _files(work: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.name: {"sha256": artifact.sha256(path), "bytes": path.stat().st_size} for path in sorted(work.iterdir())
+    }
 
 
 def _unchanged(folder: Path, key: str) -> Artifact | None:
@@ -148,6 +189,7 @@ def make_manifest(
         "export": artifact.read_json(stages["export"].folder / "export.json"),
         "worker": facts["worker"],
         "environment": environment,
+        "provenance": {"statement": provenance.STATEMENT, "sbom": provenance.SBOM},
         "seed": request.seed,
         "stages": [{"name": e.name, "seconds": round(e.seconds, 3), "cached": e.cached} for e in stages.values()],
     }
@@ -157,7 +199,7 @@ def _unreadable(stages: dict[str, Done]) -> list[str]:
     """The images that any stage could not read."""
     files = [
         stages[name].folder / "unreadable.json"
-        for name in ("baseline", "sparsify", "calibrate", "finetune", "validate")
+        for name in ("baseline", "sparsify", "calibrate", "finetune", "validate", "inspect")
         if name in stages
     ]
     return sorted({name for path in files if path.is_file() for name in json.loads(path.read_text())})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, errors, images
+from edgeprune import artifact, errors, images, regression, report
 from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
@@ -23,7 +23,11 @@ from edgeprune.latency.statistics import latency_ms, verdict
 from edgeprune.types import Check, Quiet, Target, Verdict
 
 PLAIN_WIDTH = 120  # columns of the table where there is no terminal
-UNITS = {"accuracy": "%", "accuracy drop": "points"}  # of a check's value and limit; of a latency: ms
+UNITS = {
+    "accuracy": "%",
+    "accuracy drop": "points",
+    regression.NAME: "%",
+}  # of a check's value and limit; of a latency: ms
 BATCH = 16  # images per request to the worker, which must answer in time on the slowest board
 
 
@@ -76,6 +80,8 @@ def validate_artifact(
     threads: int = 0,
     strict_clock: bool = False,
     out: Path | None = None,
+    baseline: Path | None = None,
+    max_regression: str = "",
     console: Console = SILENT,
 ) -> dict[str, Any]:
     """Check a finished artifact again, on this machine: every file's hash, the latency contract, the accuracy.
@@ -83,11 +89,17 @@ def validate_artifact(
     The anchor is the artifact's own copy of the dense model (its weights mean nothing, its shapes do). On
     the device that built it, the profile's anchor latency counts; on another one, the anchor's latency now.
     target: the device class to hold it to, instead of the recorded one. data, data_dir: `digits`, or an image
-    folder (`images.for_artifact`); accuracy is checked only then. out: where the result goes with all raw samples.
+    folder (`images.for_artifact`); accuracy is checked only then. out: where the result goes with all raw samples. baseline: the manifest.json of
+    another artifact, or its directory, than which it may be `max_regression` ("3%") slower.
 
     Raises UsageError for a damaged artifact or data that does not fit it, TargetUnavailable when the target
     or runtime is not here, StorageError when `out` cannot be written (checked first).
     """
+    if bool(baseline) != bool(max_regression):
+        missing = "--max-regression 3%" if baseline else "--baseline manifest.json"
+        raise errors.UsageError(f"a baseline and a limit on the regression go together; add {missing}")
+    most = regression.parse_share(max_regression) if max_regression else 0.0
+    before = regression.read_baseline(baseline) if baseline else None
     manifest = artifact.read_manifest(folder)
     artifact.check_files(folder, manifest)
     console.say(f"{len(manifest['files'])} files have their hashes")
@@ -120,13 +132,17 @@ def validate_artifact(
         answers = None
         if evaluation is not None:
             answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))
-    anchor_ms = None
-    now = float(np.median(measured.anchor_ms))
-    if same:
-        anchor_ms, _ = corrected(measured, profile["anchor_ms"][runtime], strict=strict_clock, console=console)
-    else:
-        console.say(f"not the device and runtime of the profile: milliseconds here and now count (dense {now:.2f} ms)")
-    gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
+        anchor_ms = None
+        now = float(np.median(measured.anchor_ms))
+        if same:
+            anchor_ms, _ = corrected(measured, profile["anchor_ms"][runtime], strict=strict_clock, console=console)
+        else:
+            console.say(
+                f"not the device and runtime of the profile: milliseconds here and now count (dense {now:.2f} ms)"
+            )
+        gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
+        if before is not None:
+            gates.append(regression.check(clock, before, latency_ms(measured, anchor_ms), most, console))
     found = {
         "artifact": str(folder),
         "files": len(manifest["files"]),
@@ -205,6 +221,16 @@ def show(found: dict[str, Any]) -> None:
     code = exit_code(Check(**check) for check in found["checks"])
     terminal.print(f"{found['files']} files have their hashes; target {found['target']}, on {found['cpu']}\n{words[code]}",
                    markup=False, soft_wrap=True)  # fmt: skip
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What `validate_artifact` found, for GitHub's step summary."""
+    rows = [("check", "value", "limit", "verdict", "reason")]
+    for check in found["checks"]:
+        value, limit = (_amount(check[key], check["name"]) for key in ("value", "limit"))
+        rows.append((check["name"], value, limit, check["verdict"], check["reason"]))
+    title = f"## edgeprune validate {found['artifact']}\n\ntarget {found['target']}, on {found['cpu']}\n"
+    return "\n".join([title, *report.table(rows)])
 
 
 def _amount(value: float | None, name: str) -> str:

@@ -78,6 +78,8 @@ BUDGETS = {
     "edgeprune.stages.prune.MEASURE_SECONDS": 3.0,
     "edgeprune.stages.prune.SEARCH_SECONDS": 0.5,
     "edgeprune.checks.SECONDS": 3.0,
+    "edgeprune.stages.inspect.ROBUSTNESS_SECONDS": 1.0,
+    "edgeprune.latency.resources.ENERGY_SECONDS": 0.5,
 }
 
 #: The same in a process of its own: `python -c QUICK ARGUMENT...`.

@@ -667,5 +667,6 @@ def test_a_defect_is_said_to_be_one(space: Workspace, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(pipeline, "preflight", broken)
     check(build(space, tmp_path), errors.EdgepruneError.exit_code, cli.CRASH_HELP, "ZeroDivisionError", "-v")
-    with pytest.raises(ZeroDivisionError):
-        small.run(*build(space, tmp_path, "-v"))
+    told = small.run(*build(space, tmp_path, "-v", "--format", "json"))
+    assert "Traceback" in told.err
+    assert told.code == told.document["exit_code"] == errors.EdgepruneError.exit_code

@@ -268,10 +268,11 @@ def manifest() -> dict[str, Any]:
             "edgeprune": "0", "code": "0" * 16, "python": "3", "system": "Linux",
             "device": {"system": "Linux", "machine": "x", "cpu": "x", "flags": "", "cpus": 1}, "versions": {},
         },
+        "provenance": {"statement": "provenance.json", "sbom": "sbom.cdx.json"},
         "seed": 0, "stages": [{"name": "baseline", "seconds": 0.0, "cached": False}],
         "files": {
             name: {"sha256": digest, "bytes": 1}
-            for name in ("plan.json", "model.safetensors", "model.onnx", "profile.json", "anchor.onnx.gz", "report.md")
+            for name in ("plan.json", "model.safetensors", "model.onnx", "profile.json", "anchor.onnx.gz", "report.md", "report.html", "report.json", "provenance.json", "sbom.cdx.json")
         },
     }  # fmt: skip
 

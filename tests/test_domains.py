@@ -20,7 +20,7 @@ import torch
 from test_benchmarks import script
 from test_docs import manifest_errors
 
-from edgeprune import api, checks, config, criteria, data, images, pipeline, report, vit
+from edgeprune import api, checks, config, criteria, data, images, inspection, pipeline, report, vit
 from edgeprune.config import CalibrationSpec, DataSpec, ModelSpec
 from edgeprune.errors import UsageError
 
@@ -170,12 +170,12 @@ class Oracle:
 
 def test_the_parts_make_the_whole() -> None:
     rng = np.random.default_rng(0)
-    batches = [(rng.integers(0, 3, (n, 2)), rng.integers(0, 3, n)) for n in (7, 5, 9)]
+    batches = [(np.arange(n), rng.integers(0, 3, (n, 2)), rng.integers(0, 3, n)) for n in (7, 5, 9)]
     clock: Any = Oracle()
-    whole = checks.summary(checks.answers(clock, "dense", "pruned", batches))
-    parts = [checks.answers(clock, "dense", "pruned", [batch]) for batch in batches]
+    whole = checks.summary(inspection.predictions(clock, "dense", "pruned", batches).answers)
+    parts = [inspection.predictions(clock, "dense", "pruned", [batch]).answers for batch in batches]
     assert checks.summary(*parts) == whole
-    said, truth = np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])
+    said, truth = np.concatenate([x for _, x, _ in batches]), np.concatenate([y for _, _, y in batches])
     assert whole.dense == pytest.approx(100 * (said[:, 0] == truth).mean())
     assert whole.agreement == pytest.approx(100 * (said[:, 0] == said[:, 1]).mean())
     assert whole.images == 21

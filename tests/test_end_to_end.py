@@ -33,8 +33,9 @@ from edgeprune import api, artifact, config, errors, pipeline, report
 from edgeprune.stages import profile, prune, validate
 
 LATENCIES = ("2x", "70%")
-SHARED = ("baseline", "profile", "calibrate")
-OWN = ("prune", "finetune", "export", "simplify", "compile", "validate")
+SHARED = ("baseline", "profile", "calibrate", "roofline")
+OWN = ("prune", "finetune", "export", "simplify", "compile", "validate", "inspect")
+STAGES = (*SHARED[:3], *OWN[:-1], "roofline", "inspect")  # in order
 FILES = {
     "anchor.onnx.gz",
     "manifest.json",
@@ -42,8 +43,14 @@ FILES = {
     "model.safetensors",
     "plan.json",
     "profile.json",
+    "provenance.json",
+    "report.html",
+    "report.json",
     "report.md",
+    "sbom.cdx.json",
 }
+#: These say which stages were cached and which other artifacts were built in the same run.
+OF_THE_RUN = {"manifest.json", "report.md", "report.html", "report.json", "provenance.json", "sbom.cdx.json"}
 
 
 @pytest.fixture(scope="session")
@@ -231,7 +238,7 @@ def test_the_anchor_is_the_dense_graph_without_its_weights(space: Workspace, art
 
 def test_latencies_share_what_does_not_depend_on_them(space: Workspace, artifacts: list[Path]) -> None:
     first, second = (manifest(folder)["stages"] for folder in artifacts)
-    assert [stage["name"] for stage in first] == [stage["name"] for stage in second] == [*SHARED, *OWN]
+    assert [stage["name"] for stage in first] == [stage["name"] for stage in second] == [*STAGES]
     assert {stage["name"] for stage in second if stage["cached"]} == set(SHARED)
     assert not any(stage["cached"] for stage in first if stage["name"] in OWN)
     assert [s["seconds"] for s in first][:3] == [s["seconds"] for s in second][:3]
@@ -262,7 +269,7 @@ def test_a_lost_artifact_comes_back_from_the_cache(
     folder = tmp_path / "elsewhere" / "small-here-2x"
     assert built.code == gates(manifest(artifacts[0])["checks"])
     assert done(cache_copy) == before
-    for name in FILES - {"manifest.json", "report.md"}:  # these two say which stages were cached
+    for name in FILES - OF_THE_RUN:
         assert (folder / name).read_bytes() == (artifacts[0] / name).read_bytes()
     assert all(stage["cached"] for stage in manifest(folder)["stages"])
 
@@ -272,7 +279,8 @@ def test_a_damaged_cache_is_noticed(space: Workspace, cache_copy: Path, tmp_path
     for exported in cache_copy.glob("export-*"):
         (exported / "exported.onnx").write_bytes(b"not what was written")
     rows = space.build("--latency", "2x", "--dry-run", "--format", "json", cache=cache_copy, out=tmp_path).document
-    before = [row["stage"] for row in rows][: len(SHARED) + OWN.index("export")]
+    assert [row["stage"] for row in rows] == [*STAGES]
+    before = STAGES[: STAGES.index("export")]
     assert {row["stage"]: row["done"] for row in rows if row["stage"] in (*before, "export")} == {
         **dict.fromkeys(before, True),
         "export": False,
@@ -402,10 +410,10 @@ def test_a_generous_latency_builds_the_dense_model_and_says_so(
 
 
 def test_max_drop_is_a_second_gate(space: Workspace, artifacts: list[Path], cache_copy: Path, tmp_path: Path) -> None:
-    """It changes the last stage alone, and its verdict follows from the accuracies."""
+    """It changes the last stages alone, and its verdict follows from the accuracies."""
     built = space.build("--latency", "2x", "--max-drop", "0.0", cache=cache_copy, out=tmp_path)
     document = manifest(tmp_path / "small-here-2x")
-    assert {stage["name"] for stage in document["stages"] if not stage["cached"]} == {"validate"}
+    assert {stage["name"] for stage in document["stages"] if not stage["cached"]} == {"validate", "inspect"}
     assert document["request"]["max_drop"] == 0.0
     assert [check["name"] for check in document["checks"]] == ["latency p50", "accuracy drop"]
     drop = document["checks"][1]
@@ -622,7 +630,7 @@ def test_report_of_one_is_report_md(artifacts: list[Path]) -> None:
 def test_report_of_several_compares_them(artifacts: list[Path]) -> None:
     found = small.run("report", *artifacts)
     assert found.code == errors.PASSED
-    lines = found.out.strip().splitlines()
+    lines = found.out.strip().partition("\n\n")[0].splitlines()
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "small here 2x" in lines[2]

@@ -192,7 +192,10 @@ def test_profile_surveys_an_onnx_file(device: Device, artifact: Path, tmp_path: 
 )
 def test_a_build_names_what_is_missing_and_the_fix(device: Device, arguments: list[str], says: str) -> None:
     ran = device(*arguments)
-    missing = "torch, timm, onnx, onnxscript, onnxsim, safetensors (not installed)"
+    missing = (
+        "torch, timm, onnx, onnxscript, onnxsim, safetensors, scikit-learn, jinja2, plotly, cyclonedx-python-lib, in-toto-attestation, "
+        "packageurl-python (not installed)"
+    )
     fix = "install them with: pip install 'edgeprune[build]'"
     assert ran.stderr.strip() == f"edgeprune: {says} {missing}; {fix}"
     assert (ran.returncode, ran.stdout) == (errors.UsageError.exit_code, "")

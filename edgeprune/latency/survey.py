@@ -41,12 +41,14 @@ def survey(
     table: LatencyTable | None = None,
     sizes: Mapping[str, int] | None = None,
     off_grid: Mapping[int, Path] | None = None,
+    compare: bool = True,
 ) -> dict[str, Any]:
     """All that a performance engineer wants to know of the ONNX file `model`, as JSON.
 
     under: target, precision and seed. runtime, threads: what is surveyed; others are compared with it.
     table, sizes: the latency table of a Vision Transformer and its tokens, width, heads, head_dim and
-    neurons; without them there are no sub-blocks. off_grid: models of uniform MLP widths beside the grid.
+    neurons; without them there are no sub-blocks. off_grid: models of uniform MLP widths beside the grid. compare: with other
+    thread counts, runtimes and int8 too, which takes as long again.
     """
     left_out: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as work:
@@ -59,8 +61,10 @@ def survey(
         if table is not None and sizes is not None:
             document["sub_blocks"] = _sub_blocks(table, sizes, document["ceilings"])
             document["off_grid"] = [{"width": width, "ms": measured[width]} for width in off_grid or {}]
-        document["threads_scaling"] = _thread_scaling(model, under, runtime, threads)
-        document["precisions"] = _precisions(model, Path(work), under, runtime, threads, left_out, console)
+        document["threads_scaling"] = _thread_scaling(model, under, runtime, threads) if compare else []
+        document["precisions"] = (
+            _precisions(model, Path(work), under, runtime, threads, left_out, console) if compare else []
+        )
     for reason in left_out:
         console.say(f"left out: {reason}")
     for sentence in document["noise"]["disturbances"]:
@@ -93,9 +97,11 @@ def _model(clock: Clock, model: Path, others: Mapping[Any, Path], console: Conso
     for key, path in others.items():
         clock.load(str(key), path)
     before = clock.counters()
-    measured = clock.measure(
-        ["dense", *map(str, others)], "dense", ci=0.005, min_rounds=MIN_ROUNDS, budget_s=MODEL_SECONDS
-    )
+    with console.timing("surveying", MODEL_SECONDS) as on_round:
+        measured = clock.measure(
+            ["dense", *map(str, others)], "dense", ci=0.005, min_rounds=MIN_ROUNDS, budget_s=MODEL_SECONDS,
+            on_round=on_round,
+        )  # fmt: skip
     facts = noise.between(before, clock.counters())
     own, raw = measured["dense"].anchor_ms, measured["dense"].raw_ms[1]
     dense_ms, how = quiet_ms(own)

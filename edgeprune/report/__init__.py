@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: Label, dense, pruned.
@@ -9,8 +10,8 @@ Row = tuple[str, str, str]
 
 
 def ms(value: float | None) -> str:
-    """Milliseconds as text; a dash for what was not measured."""
-    return "–" if value is None else f"{value:.2f} ms"
+    """Milliseconds as text, three digits below 1 ms; a dash for what was not measured."""
+    return "–" if value is None else f"{value:.2f} ms" if value >= 1 else f"{value:.3g} ms"
 
 
 def rows(manifest: dict[str, Any]) -> list[Row]:
@@ -28,16 +29,17 @@ def rows(manifest: dict[str, Any]) -> list[Row]:
     ]
 
 
-def verdict_line(manifest: dict[str, Any]) -> str:
+def word(checks: Sequence[Mapping[str, Any]]) -> str:
+    """The verdict on all gates in one word: PASS, FAIL or INCONCLUSIVE."""
+    verdicts = {check["verdict"] for check in checks}
+    return "FAIL" if "fail" in verdicts else "INCONCLUSIVE" if "inconclusive" in verdicts else "PASS"
+
+
+def verdict_line(manifest: Mapping[str, Any]) -> str:
     """One sentence: whether every gate passed."""
-    verdicts = [check["verdict"] for check in manifest["checks"]]
-    if "fail" in verdicts:
-        return "FAIL: " + "; ".join(f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] == "fail")
-    if "inconclusive" in verdicts:
-        return "INCONCLUSIVE: " + "; ".join(
-            f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] != "pass"
-        )
-    return "PASS: " + "; ".join(f"{c['name']}: {c['reason']}" for c in manifest["checks"])
+    found = word(manifest["checks"])
+    shown = {"FAIL": {"fail"}, "INCONCLUSIVE": {"inconclusive"}, "PASS": {"pass"}}[found]
+    return f"{found}: " + "; ".join(f"{c['name']}: {c['reason']}" for c in manifest["checks"] if c["verdict"] in shown)
 
 
 def markdown(manifest: dict[str, Any]) -> str:
@@ -111,21 +113,58 @@ def interval(pruned: dict[str, Any]) -> str:
     )
 
 
-def comparison(manifests: list[dict[str, Any]]) -> str:
-    """Several artifacts side by side, as Markdown."""
-    lines = [
-        "| artifact | method | verdict | limit | p50 | 95 % interval | speed-up | accuracy | drop | parameters |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def comparison_rows(manifests: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Several artifacts side by side: the headings, then one row each."""
+    rows: list[tuple[str, ...]] = [
+        ("artifact", "method", "verdict", "limit", "p50", "95 % interval", "speed-up", "accuracy", "drop", "parameters")
     ]
     for m in manifests:
         low, high = m["pruned"]["latency_ci_ms"] or (None, None)
-        measured = f"{ms(m['pruned']['latency_ms']['p50'])} | {ms(low)} to {ms(high)}"
-        lines.append(
-            f"| {m['model']} {m['target']} {m['request']['latency']} | {m.get('method', m['criterion'])} | {verdict_line(m).split(':')[0]} | {m['request']['latency_ms']:.2f} ms "
-            f"| {measured} | {1 / m['pruned']['ratio']:.2f} x "
-            f"| {m['pruned']['accuracy']:.2f} % | {m['dense']['accuracy'] - m['pruned']['accuracy']:.2f} | {m['pruned']['params'] / 1e6:.2f} M |"
-        )
+        rows.append((
+            f"{m['model']} {m['target']} {m['request']['latency']}", m.get("method", m["criterion"]), word(m["checks"]),
+            ms(m["request"]["latency_ms"]), ms(m["pruned"]["latency_ms"]["p50"]), f"{ms(low)} to {ms(high)}",
+            f"{1 / m['pruned']['ratio']:.2f} x", f"{m['pruned']['accuracy']:.2f} %",
+            f"{m['dense']['accuracy'] - m['pruned']['accuracy']:.2f}", f"{m['pruned']['params'] / 1e6:.2f} M",
+        ))  # fmt: skip
+    return rows
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as a table in Markdown, the headings first."""
+    head, *others = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *others]
+
+
+def comparison(manifests: Sequence[Mapping[str, Any]]) -> str:
+    """Several artifacts side by side, as Markdown; of two, also what changed from the first to the second."""
+    from edgeprune.report import changes
+
+    lines = table(comparison_rows(manifests))
+    lines += [f"\n{note}" for note in changes.comparable(manifests)]
+    if len(manifests) == 2:
+        head = ("from the first to the second", "before", "after", "change", "")
+        lines += ["", *table([head, *(change.row for change in changes.between(*manifests))])]
     return "\n".join(lines)
+
+
+def summary(manifests: Sequence[Mapping[str, Any]]) -> str:
+    """What a build found, for GitHub's step summary."""
+    lines = ["## edgeprune build", "", *table(comparison_rows(manifests)), ""]
+    for m in manifests:
+        lines.append(f"- **{m['model']} {m['target']} {m['request']['latency']}**: {verdict_line(m)}")
+    return "\n".join(lines)
+
+
+def document(folders: Sequence[Any], manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The manifests with their folders; of two, what changed from the first to the second."""
+    from edgeprune.report import changes
+
+    found: dict[str, Any] = {
+        "artifacts": [{"path": str(f), "manifest": m} for f, m in zip(folders, manifests, strict=True)]
+    }
+    if len(manifests) == 2:
+        found["changes"] = [vars(change) for change in changes.between(*manifests)]
+    return found
 
 
 def show(manifest: dict[str, Any], folder: str) -> None:

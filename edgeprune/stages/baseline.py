@@ -52,7 +52,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "
                 f"{len(splits.evaluation)} evaluation images")  # fmt: skip
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "dense.safetensors")
-    export.to_onnx(model, sizes.image, out / "exported.onnx")
+    with console.busy("the dense model to ONNX"):
+        export.to_onnx(model, sizes.image, out / "exported.onnx")
     simplify.simplify(out / "exported.onnx", out / "dense.onnx")
     (out / "exported.onnx").unlink()
     facts = {

@@ -26,7 +26,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         names = [name for name in choose.eligible(request.conditions, console) if name in document["anchor_ms"]]
     compiled = {name: runtimes.get(name).compile(out / "model.onnx", out) for name in names}
     entries = {name: (files or [out / "model.onnx"])[0] for name, files in compiled.items()}
-    winner, times = choose.fastest(request.conditions, entries, table.threads)
+    with console.busy("timing the runtimes"):
+        winner, times = choose.fastest(request.conditions, entries, table.threads)
     for name, files in compiled.items():
         if name != winner:
             for path in files:

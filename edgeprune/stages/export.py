@@ -35,7 +35,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense = baseline.load(request, read["baseline"])
     model = artifact.rebuild(artifact.read_plan(read["finetune"] / "plan.json"), read["finetune"] / "model.safetensors")
     path = out / "exported.onnx"
-    to_onnx(model, dense.sizes.image, path)
+    with console.busy("torch to ONNX"):
+        to_onnx(model, dense.sizes.image, path)
     images, _ = next(dense.splits.calibration.batches(CHECK_IMAGES))
     facts = compare(model, path, images)
     console.say(f"ONNX opset {OPSET}; against torch on {len(images)} images: greatest relative difference "

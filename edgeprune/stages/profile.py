@@ -192,14 +192,7 @@ def refuse_recorded(document: Mapping[str, Any], what: str) -> None:
 @contextmanager
 def clock_progress(console: Console, what: str, seconds: float) -> Iterator[Callable[[int, float], None]]:
     """Progress of a measurement that may take `seconds`: yields what `Clock.measure` takes as `on_round`."""
-    with console.progress(what, seconds, "s") as advance:
-        shown = 0.0
-
-        def on_round(rounds: int, now: float) -> None:
-            nonlocal shown
-            advance(now - shown, f"round {rounds}")
-            shown = now
-
+    with console.timing(what, seconds) as on_round:
         yield on_round
 
 

@@ -152,7 +152,8 @@ def search(
                     break
                 high = budget = predicted * (1 - 1e-9)  # the table's steps are coarse: the next cheaper plan
                 continue
-            measured, ci, calm = measure(clock, dense, plan, request, quiet)
+            with console.busy("timing the plan"):
+                measured, ci, calm = measure(clock, dense, plan, request, quiet)
             seen[plan.shape] = measured
             tries.append(
                 {

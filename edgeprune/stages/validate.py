@@ -1,6 +1,7 @@
 """Validate: latency and accuracy of the compiled artifact beside the dense model's, in the same runtime.
 
-Writes `validation.json`: checks, latency, accuracy, and the raw samples in `validation.npz`.
+Writes `validation.json`: checks, latency, accuracy; the raw samples in `validation.npz`; what both models said of
+every image in `answers.npz`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, checks, vit
+from edgeprune import artifact, checks, inspection, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Images
@@ -43,10 +44,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         clock.load("pruned", read["compile"] / compiled["entry"], COPIES)
         timed = time_it(clock, request, document, planned, console) if here else predict_it(request, document, planned)
         parts = dense.splits.domains or {"": dense.splits.evaluation}
-        answers = {
-            name: checks.answers(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
+        said = {
+            name: inspection.predictions(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
             for name, images in parts.items()
         }
+    inspection.save(said, out / "answers.npz")
+    answers = {name: own.answers for name, own in said.items()}
     held_out = request.card.data.held_out_domain or None
     accuracy = checks.summary(*(own for name, own in answers.items() if name != held_out))
     domains = [checks.domain_facts(name, own, held_out=name == held_out) for name, own in answers.items() if held_out]
@@ -133,12 +136,13 @@ def _params(read: Mapping[str, Path]) -> int:
     return int(artifact.read_json(read["baseline"] / "baseline.json")["params"])
 
 
-def _arrays(images: Images, num_classes: int, console: Console) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _arrays(images: Images, num_classes: int, console: Console) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches of places, pixels and labels."""
     with console.progress("evaluation", len(images), "images") as advance:
-        for pixels, labels in images.batches(BATCH):
+        for places, (pixels, labels) in images.placed(np.arange(len(images)), BATCH):
             if int(labels.max()) >= num_classes or int(labels.min()) < 0:
                 raise UsageError(
                     f"the evaluation data has a label {int(labels.max())}, the model only {num_classes} classes"
                 )
-            yield pixels.numpy(), labels.numpy()
+            yield places, pixels.numpy(), labels.numpy()
             advance(len(labels), "")
