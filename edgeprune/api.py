@@ -51,12 +51,15 @@ def request(
     profile: str | Path | None = None,
     processes: int = 0,
     accelerate_config: str | Path | None = None,
+    device: str = "",
+    accuracy_on: str = "build",
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
     criterion, allocator, schedule, recovery: "" = the method's. held_out_domain: of the folder's domains, the one that
     is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
-    chosen by the same selection.
+    chosen by the same selection. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
+    "build" or "device", where accuracy is judged then.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
@@ -88,7 +91,7 @@ def request(
         quantile=quantile or spec.quantile, max_drop=max_drop, method=method, **parts,
         search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
-        processes=processes, accelerate_config=group,
+        processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
     )  # fmt: skip
     return made, latencies
 
@@ -142,11 +145,12 @@ def profile(
     .onnx file the survey alone (schema edgeprune.survey/1), which is never cached.
     """
     if not target:
-        from edgeprune.latency import device
+        from edgeprune.latency import devices
 
-        found, reason = device.detect(config.load_target(name) for name in config.names("targets"))
+        name = str(options.get("device", ""))
+        found, reason = devices.machine(name).detect(config.load_target(name) for name in config.names("targets"))
         target = found.name
-        console.say(f"target: {target}, the one that fits this machine best ({reason})")
+        console.say(f"target: {target}, the one that fits {name or 'this machine'} best ({reason})")
     if model.endswith(".onnx"):
         others = {**options, "check": check, "export": export, "cache_dir": cache_dir, "rebuild": rebuild}
         return _profile_file(Path(model), target, out, console, **others)
@@ -181,6 +185,7 @@ def _profile_file(
     precision: str = "fp32",
     threads: int = 0,
     seed: int = 0,
+    device: str = "",
     **others: Any,
 ) -> dict[str, Any]:
     """The survey of an ONNX file: no table, as nobody knows which of its parts can be removed."""
@@ -193,7 +198,7 @@ def _profile_file(
     _must_be_writable(None, out)
     from edgeprune.latency import survey
 
-    under = config.Conditions(config.load_target(target), runtime, precision, threads, seed)
+    under = config.Conditions(config.load_target(target), runtime, precision, threads, seed, device)
     document = survey.survey_file(path, under, console)
     _write_profile(document, None, out, None, console)
     return document
@@ -239,10 +244,12 @@ def validate(
     data_dir: str | Path = "",
     threads: int = 0,
     strict_clock: bool = False,
+    device: str = "",
+    accuracy_on: str = "build",
     out: str | Path | None = None,
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch.
+    """Check an artifact again, here or on a device, now; returns checks, latency and what was found. Needs no torch.
 
     With `data` or `data_dir` accuracy is checked too; see `recheck.validate_artifact`.
     """
@@ -250,5 +257,5 @@ def validate(
 
     return validate_artifact(
         Path(artifact), target=target, data=data, data_dir=str(data_dir), threads=threads, strict_clock=strict_clock,
-        out=Path(out) if out else None, console=console,
+        device=device, accuracy_on=accuracy_on, out=Path(out) if out else None, console=console,
     )  # fmt: skip

@@ -116,6 +116,10 @@ MACHINE = _options(
     click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune)."),
     click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed."),
 )  # fmt: skip
+DEVICE = click.option("--device", default="", metavar="DEVICE",
+                      help="Measure there instead of here: a name from `edgeprune device list`, or ssh://[user@]host[:port].")  # fmt: skip
+ACCURACY_ON = click.option("--accuracy-on", type=click.Choice(["build", "device"]), default="build", show_default=True,
+                           help="Where accuracy is judged with --device: on this machine, or there.")  # fmt: skip
 OUTPUT = _options(
     click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
                  help="json: one JSON document on stdout, everything else on stderr."),
@@ -200,6 +204,8 @@ def cli() -> None:
               help="Processes that tune together, under Hugging Face Accelerate; 0 = one.")  # fmt: skip
 @click.option("--accelerate-config", type=click.Path(), metavar="FILE",
               help="Tune in the processes that a file of `accelerate config` describes.")  # fmt: skip
+@DEVICE
+@ACCURACY_ON
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
 @OUTPUT
 def build(
@@ -300,6 +306,7 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
 @click.option(
     "--out", type=click.Path(), metavar="DIR", help="Write profile.json, profile.md and the raw samples to DIR."
 )
+@DEVICE
 @DATA
 @MACHINE
 @OUTPUT
@@ -334,6 +341,8 @@ def profile(model: str, output_format: str, quiet: bool, verbose: bool, **option
               help="Labelled images: DIR/validation/<class>/* (or val, test), or DIR/<class>/*.")  # fmt: skip
 @click.option("--threads", default=0, help="Threads; 0 = as many as it was built for.")
 @STRICT
+@DEVICE
+@ACCURACY_ON
 @click.option(
     "--out", type=click.Path(), metavar="FILE", help="Where the result goes as JSON, with all raw samples in ms."
 )
@@ -429,6 +438,95 @@ def detect() -> None:
 
 
 cli.add_command(targets)
+
+
+@cli.group()
+def device() -> None:
+    """Devices that are reached over SSH: prepare one, list them, look at one, remove one.
+
+    Example: edgeprune device add pi ssh://pi@raspberrypi.local
+    """
+
+
+@device.command()
+@click.argument("name")
+@click.argument("address", metavar="ssh://[USER@]HOST[:PORT]")
+@click.option("--python", default="", metavar="PATH",
+              help="Run the worker with this Python there, with the packages that it has (default: the first from 3.9 on).")  # fmt: skip
+@click.option("--runtime", multiple=True, metavar="NAME",
+              help="Send this runtime; may be repeated (default: onnxruntime, where that Python has none).")  # fmt: skip
+@click.option("--wheels", type=click.Path(), metavar="DIR",
+              help="Take numpy and the runtimes from this folder of wheels instead of the package index.")  # fmt: skip
+@click.option("--ssh-config", default="", type=click.Path(), metavar="FILE",
+              help="A configuration file for ssh instead of your own (ssh -F).")  # fmt: skip
+@OUTPUT
+def add(name: str, address: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Prepare the device at this address and remember it as NAME.
+
+    Sends the measuring worker, and numpy and a runtime where they are missing: the device needs a Python from 3.9 on,
+    and no network. Example: edgeprune device add pi ssh://pi@raspberrypi.local
+    """
+    from edgeprune.console import Console
+    from edgeprune.latency import devices
+
+    found = devices.add(name, address, console=Console(quiet=quiet, verbose=verbose), **options)
+    if output_format == "json":
+        click.echo(json.dumps({"name": found.name, "url": found.address.url, "python": found.python,
+                               "fingerprint": dict(found.fingerprint)}, indent=1))  # fmt: skip
+    else:
+        click.echo(
+            f"{found.name}: {found.fingerprint['cpu']} at {found.address.url}; now: edgeprune build --device {found.name} ..."
+        )
+    return errors.PASSED
+
+
+@device.command("list")
+@click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="json: one JSON document on stdout.")  # fmt: skip
+def list_devices(output_format: str) -> int:
+    """List the devices that were added; connects to none of them."""
+    from edgeprune.latency import devices
+
+    rows = [{"name": d.name, "url": d.address.url, "cpu": d.fingerprint.get("cpu", ""), "added": d.added}
+            for d in devices.known().values()]  # fmt: skip
+    if output_format == "json":
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            click.echo(f"{row['name']:16} {row['url']:32} {row['cpu']} (added {row['added']})")
+    return errors.PASSED
+
+
+@device.command()
+@click.argument("name")
+@OUTPUT
+def check(name: str, output_format: str, quiet: bool, verbose: bool) -> int:
+    """Look at the device NAME: what it is, whether something else keeps it busy, whether it is hot or throttled.
+
+    Ends with 6 when something would disturb a measurement now. Example: edgeprune device check pi
+    """
+    from edgeprune.latency import devices
+
+    found = devices.check(name)
+    if output_format == "json":
+        click.echo(json.dumps(found, indent=1))
+    else:
+        click.echo(devices.told(found))
+    return errors.INCONCLUSIVE if found["problems"] else errors.PASSED
+
+
+@device.command()
+@click.argument("name")
+@click.option("--forget", is_flag=True, help="Do not connect: for a device that is gone.")
+def remove(name: str, forget: bool) -> int:
+    """Delete what was sent to the device NAME, and forget it."""
+    from edgeprune.latency import devices
+
+    devices.remove(name, forget=forget)
+    click.echo(f"{name} is removed")
+    return errors.PASSED
+
+
 cli.add_command(_listing("models", _load_card, lambda card: card.description))
 
 

@@ -26,7 +26,7 @@ from edgeprune import artifact, modules, publish, recoveries, runtimes, schedule
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
-from edgeprune.latency import device
+from edgeprune.latency import device, devices
 from edgeprune.stages import (
     baseline,
     calibrate,
@@ -109,7 +109,7 @@ PIPELINE = (
         "validate",
         validate.run,
         ("baseline", "profile", "finetune", "compile"),
-        ("quantile", "max_drop", "strict_clock"),
+        ("quantile", "max_drop", "strict_clock", "accuracy_on"),
         per_latency=True,
     ),
 )
@@ -133,12 +133,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "runtime": lambda r: r.runtime,
     "precision": lambda r: r.precision,
     "threads": lambda r: r.threads,
-    "device": lambda r: (
-        device.fingerprint(),
-        device.governor(),
-        device.cgroup_quota(),
-        device.usable_threads(r.threads or r.target.threads)[0],
-    ),
+    "device": lambda r: _device_key(r),
     "recorded": lambda r: artifact.sha256(r.profile) if r.profile is not None else "",
     "check": lambda r: r.check,
     "criterion": lambda r: r.criterion,
@@ -153,6 +148,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "quantile": lambda r: r.quantile,
     "max_drop": lambda r: r.max_drop,
     "strict_clock": lambda r: r.strict_clock,
+    "accuracy_on": lambda r: r.accuracy_on if r.device else "",
     "seed": lambda r: r.seed,
 }
 
@@ -351,9 +347,10 @@ def check_request(request: Request) -> None:
                 f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`"
             )
         artifact.read_json(request.profile)  # unreadable or no JSON: said before any work
-    if request.profile is None and (reason := device.unfit(request.target)):
+    if request.profile is None and (reason := devices.machine(request.device).unfit(request.target)):
+        where = f"on {request.device}" if request.device else "here"
         raise TargetUnavailable(
-            f"target '{request.target.name}' is not here: {reason}; `edgeprune targets detect` names one that fits"
+            f"target '{request.target.name}' is not {where}: {reason}; `edgeprune targets detect` names one that fits"
         )
     if request.weights is not None and not request.weights.is_file():
         raise UsageError(f"weights file '{request.weights}' does not exist; give a .safetensors or .pth file")
@@ -396,6 +393,7 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
 #: Modules that no import statement names: the worker is a process, runtimes are found by name.
 BY_NAME = {
     "edgeprune.latency.clock": ["edgeprune.latency.worker"],
+    "edgeprune.latency.remote": ["edgeprune.latency.agent"],
     "edgeprune.tuning.launch": ["edgeprune.tuning.worker"],
     "edgeprune.runtimes": [f"edgeprune.runtimes.{name}" for name in runtimes.names()],
 }
@@ -464,6 +462,18 @@ def _weights_key(request: Request) -> str:
     if path is None:
         return request.card.weights
     return artifact.sha256(path) if path.is_file() else "missing"
+
+
+def _device_key(request: Request) -> Any:
+    """What identifies the device that measures, set as it is now; two of one kind at two addresses are two."""
+    machine = devices.machine(request.device)
+    facts = (
+        machine.fingerprint,
+        machine.conditions["governor"],
+        machine.conditions["quota"],
+        machine.usable_threads(request.threads or request.target.threads)[0],
+    )
+    return (*facts, machine.url) if machine.url else facts
 
 
 def _data_key(folder: str) -> str:
