@@ -127,7 +127,7 @@ class LatencyTable:
             return self.dense_ms
         if set(shape) == {(0, 0)}:
             return self.empty_ms
-        mlp = dict(zip(self.mlp_widths, self.mlp_ms, strict=True))
+        mlp = dict(zip(self.mlp_widths, self.mlp_ms))  # Python 3.9 on devices has no strict=
         return float(self.base_ms + sum(self.attn_ms[heads] + mlp[neurons] for heads, neurons in shape))
 
 

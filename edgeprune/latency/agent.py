@@ -115,9 +115,8 @@ class Agent:
         try:
             with part.open("r+b" if part.is_file() else "wb") as file:
                 file.seek(0, io.SEEK_END)
-                if file.tell() != offset:
-                    file.truncate(min(offset, file.tell()))
-                    return {"bytes": file.tell(), "whole": False}  # from there on, please
+                if file.tell() != offset:  # it came already, or something before it did not
+                    return {"bytes": file.tell(), "whole": False}
                 file.write(base64.b64decode(data))
             if last:
                 if _digest(part) != sha256:

@@ -88,6 +88,7 @@ class Clock:
 
     def _open(self) -> None:
         """Start the worker's process; it is asked for nothing yet."""
+        self._said = ""  # all of its stderr, once it has ended
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 closed by `close`
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process = subprocess.Popen(
@@ -270,7 +271,8 @@ class Clock:
                 self._kill()
                 self._process.wait()
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()[-8:]
+        self._said = self._stderr.read().decode(errors="replace").strip()
+        lines = self._said.splitlines()[-8:]
         self.close()
         return "; it last said:\n  " + "\n  ".join(lines) if lines else ""
 

@@ -117,13 +117,17 @@ class RemoteClock(Clock):
             try:
                 return super()._ask(op, **arguments)
             except errors.TargetUnavailable as error:
-                code = self._process.returncode  # below 0: the ssh here was killed
-                if (code != ssh.LOST and code >= 0) or "did not answer" in str(error):
+                if not self._lost(error):
                     raise
-                if self._address.final(str(error)) or losses == LOSSES or not self.info:
-                    raise errors.TargetUnavailable(self._address.why(str(error))) from error
+                if self._address.final(self._said) or losses == LOSSES or not self.info:
+                    raise errors.TargetUnavailable(self._address.why(self._said)) from error
                 self._again()
         raise AssertionError  # the loop returns or raises
+
+    def _lost(self, error: errors.TargetUnavailable) -> bool:
+        """Whether the connection is gone, and not the worker at its end: by ssh's exit code, below 0 if ssh was killed."""
+        code = self._process.returncode
+        return (code == ssh.LOST or code < 0) and "did not answer" not in str(error)
 
     def _again(self) -> None:
         """Connect again, and bring the new worker to where the lost one was."""
@@ -139,8 +143,10 @@ class RemoteClock(Clock):
                 super()._ask("hello")
                 break
             except errors.TargetUnavailable as error:
-                if self._address.final(str(error)) or time.monotonic() >= end:
-                    raise errors.TargetUnavailable(self._address.why(str(error))) from error
+                if not self._lost(error):
+                    raise
+                if self._address.final(self._said) or time.monotonic() >= end:
+                    raise errors.TargetUnavailable(self._address.why(self._said)) from error
                 pause = min(2 * pause, 15.0)
         asked = self.info.get("max_isa"), self.info.get("version")
         self.info = {**self.info, **self._reopened()}

@@ -88,7 +88,9 @@ class Address:
 
 def parse(text: str, config: str | Path = "") -> Address:
     """`ssh://[user@]host[:port]`; UsageError for anything else."""
-    wrong = f"'{text}' is not ssh://[user@]host[:port]"
+    wrong = f"{text!r} is not ssh://[user@]host[:port]"
+    if not text.isprintable() or " " in text:  # urlsplit would quietly drop some of it
+        raise errors.UsageError(f"{wrong}: a space or a control character is no part of a host name")
     try:
         parts = urlsplit(text)
         port = parts.port or 0

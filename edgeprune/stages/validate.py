@@ -40,7 +40,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     with contextlib.ExitStack() as stack:
         if here:
             clock = stack.enter_context(choose.clock(request.conditions, runtime, table.threads, console))
-            clock.load("dense", files["dense"], COPIES, values=not apart)
+            clock.load("dense", files["dense"], COPIES)
             clock.load("pruned", files["pruned"], COPIES)
             timed = time_it(clock, request, document, planned, console)
             worker = clock.info
