@@ -442,7 +442,7 @@ def test_a_build_through_ssh_survives_a_lost_connection(
         return real(self, op, **arguments)
 
     monkeypatch.setattr(Clock, "_ask", ask)
-    options = ("--device", "board", "--latency", "1.2x", "--epochs", "0")
+    options = ("--device", "board", "--latency", "1.2x", "--epochs", "0", "--search-seconds", "0")
     built = space.build(*options, card=space.one, cache=tmp_path / "cache", out=tmp_path / "out")
     assert built.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), built.err
     assert "the connection to ssh://device is lost" in built.err
