@@ -175,6 +175,20 @@ def profile(
     return document
 
 
+def table(
+    model: str = "digits", *, cache_dir: str | Path | None = None, rebuild: bool = False, console: Console = SILENT,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The device profile alone, as a build makes it: the latency table without the survey. Options as for `request`."""
+    need_build_packages("profiling a card")
+    made, _ = request(model, latency="1x", **options)
+    from edgeprune import artifact, pipeline
+
+    cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
+    done = pipeline.run_stages(pipeline.PIPELINE[:2], made, cache, rebuild=rebuild, console=console)
+    return artifact.read_json(done["profile"].folder / "profile.json")
+
+
 def _profile_file(
     path: Path,
     target: str,

@@ -330,6 +330,33 @@ def profile(model: str, output_format: str, quiet: bool, verbose: bool, **option
 
 
 @cli.command()
+@click.argument("matrix", type=click.Path())
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="local: processes on this machine; ray: the nodes of a Ray cluster ($RAY_ADDRESS, or the one on this machine).")  # fmt: skip
+@click.option("--jobs", default=1, show_default=True, metavar="N",
+              help="Processes at a time with --engine local; one that measures here runs alone.")  # fmt: skip
+@click.option("--out", type=click.Path(), default="artifacts", show_default=True, metavar="DIR",
+              help="Where the artifacts, their logs and the comparison appear.")  # fmt: skip
+@click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept; shared by all.")
+@click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed.")
+@OUTPUT
+def sweep(matrix: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Build every combination of the models, targets and latencies in MATRIX, a TOML file, and compare them.
+
+    What cannot be built does not stop the rest. The exit code is 1 if a gate failed anywhere, else the highest of all.
+
+    Example: edgeprune sweep matrix.toml --out artifacts
+    """
+    from edgeprune.console import Console
+    from edgeprune.fleet.sweep import markdown
+    from edgeprune.fleet.sweep import sweep as run
+
+    found = run(matrix, console=Console(quiet=quiet, verbose=verbose), **options)
+    click.echo(json.dumps(found, indent=1) if output_format == "json" else markdown(found, Path(options["out"])))
+    return int(found["exit_code"])
+
+
+@cli.command()
 @click.argument("artifact", type=click.Path())
 @click.option(
     "--target", default="", metavar="NAME", help="Hold it to another device class than the one it was built for."

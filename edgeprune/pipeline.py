@@ -8,6 +8,8 @@ code and the versions of the libraries; a finished folder is never touched again
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -43,6 +45,11 @@ from edgeprune.stages import (
 )
 from edgeprune.tuning import launch
 from edgeprune.types import Latency, to_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: run(request, read, out, console): `read` maps the stages it reads to their folders.
 Run = Callable[[Request, Mapping[str, Path], Path, Console], None]
@@ -279,6 +286,30 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
     return rows
 
 
+def _one_at_a_time(run: Callable[..., Done]) -> Callable[..., Done]:
+    """Of several processes that want the same stage one does it, and the others wait and find it done."""
+
+    @functools.wraps(run)
+    def waiting(stage: Stage, request: Request, key: str, finished: Any, cache_dir: Path, *rest: Any) -> Done:
+        if fcntl is None:
+            return run(stage, request, key, finished, cache_dir, *rest)
+        name = _folder(cache_dir, stage, key).name
+        try:
+            (cache_dir / ".locks").mkdir(exist_ok=True)
+            lock = (cache_dir / ".locks" / name).open("w")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to '{cache_dir}': {error.strerror}; choose another --cache-dir"
+            ) from error
+        with lock:
+            with contextlib.suppress(OSError):  # a file system without locks: then both do it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return run(stage, request, key, finished, cache_dir, *rest)
+
+    return waiting
+
+
+@_one_at_a_time
 def run_stage(
     stage: Stage,
     request: Request,
