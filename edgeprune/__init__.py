@@ -17,6 +17,7 @@ _API = {
     "build": ("edgeprune.api", "build"),
     "profile": ("edgeprune.api", "profile"),
     "validate": ("edgeprune.api", "validate"),
+    "sweep": ("edgeprune.fleet.sweep", "sweep"),
     "load": ("edgeprune.artifact", "load"),
 }
 

@@ -53,13 +53,16 @@ def request(
     profile: str | Path | None = None,
     processes: int = 0,
     accelerate_config: str | Path | None = None,
+    device: str = "",
+    accuracy_on: str = "build",
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
     criterion, allocator, schedule, recovery: "" = the method's. held_out_domain: of the folder's domains, the one that
     is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
     chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
-    tokens stay where some go.
+    tokens stay where some go. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
+    "build" or "device", where accuracy is judged then.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
@@ -93,7 +96,7 @@ def request(
         quantile=quantile or spec.quantile, max_drop=max_drop, method=method, **parts,
         dims=chosen, reducer=reducer, search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
-        processes=processes, accelerate_config=group,
+        processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
     )  # fmt: skip
     return made, latencies
 
@@ -164,11 +167,12 @@ def profile(
     .onnx file the survey alone (schema edgeprune.survey/1), which is never cached.
     """
     if not target:
-        from edgeprune.latency import device
+        from edgeprune.latency import devices
 
-        found, reason = device.detect(config.load_target(name) for name in config.names("targets"))
+        name = str(options.get("device", ""))
+        found, reason = devices.machine(name).detect(config.load_target(name) for name in config.names("targets"))
         target = found.name
-        console.say(f"target: {target}, the one that fits this machine best ({reason})")
+        console.say(f"target: {target}, the one that fits {name or 'this machine'} best ({reason})")
     if model.endswith(".onnx"):
         others = {**options, "check": check, "export": export, "cache_dir": cache_dir, "rebuild": rebuild}
         return _profile_file(Path(model), target, out, console, **others)
@@ -193,6 +197,20 @@ def profile(
     return document
 
 
+def table(
+    model: str = "digits", *, cache_dir: str | Path | None = None, rebuild: bool = False, console: Console = SILENT,
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The device profile alone, as a build makes it: the latency table without the survey. Options as for `request`."""
+    need_build_packages("profiling a card")
+    made, _ = request(model, latency="1x", **options)
+    from edgeprune import artifact, pipeline
+
+    cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
+    done = pipeline.run_stages(pipeline.PIPELINE[:2], made, cache, rebuild=rebuild, console=console)
+    return artifact.read_json(done["profile"].folder / "profile.json")
+
+
 def _profile_file(
     path: Path,
     target: str,
@@ -203,6 +221,7 @@ def _profile_file(
     precision: str = "fp32",
     threads: int = 0,
     seed: int = 0,
+    device: str = "",
     **others: Any,
 ) -> dict[str, Any]:
     """The survey of an ONNX file: no table, as nobody knows which of its parts can be removed."""
@@ -215,7 +234,7 @@ def _profile_file(
     _must_be_writable(None, out)
     from edgeprune.latency import survey
 
-    under = config.Conditions(config.load_target(target), runtime, precision, threads, seed)
+    under = config.Conditions(config.load_target(target), runtime, precision, threads, seed, device)
     document = survey.survey_file(path, under, console)
     _write_profile(document, None, out, None, console)
     return document
@@ -261,12 +280,14 @@ def validate(
     data_dir: str | Path = "",
     threads: int = 0,
     strict_clock: bool = False,
+    device: str = "",
+    accuracy_on: str = "build",
     out: str | Path | None = None,
     baseline: str | Path | None = None,
     max_regression: str = "",
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Check an artifact again, here and now; returns checks, latency and what was found. Needs no torch.
+    """Check an artifact again, here or on a device, now; returns checks, latency and what was found. Needs no torch.
 
     With `data` or `data_dir` accuracy is checked too; see `recheck.validate_artifact`.
     """
@@ -274,8 +295,8 @@ def validate(
 
     return validate_artifact(
         Path(artifact), target=target, data=data, data_dir=str(data_dir), threads=threads, strict_clock=strict_clock,
-        out=Path(out) if out else None, baseline=Path(baseline) if baseline else None, max_regression=max_regression,
-        console=console,
+        device=device, accuracy_on=accuracy_on, out=Path(out) if out else None,
+        baseline=Path(baseline) if baseline else None, max_regression=max_regression, console=console,
     )  # fmt: skip
 
 

@@ -125,6 +125,10 @@ CI = _options(
     click.option("--junit", type=click.Path(), metavar="FILE", help="Write the gates to FILE as JUnit XML; an undecided one is an error."),
     click.option("--github", is_flag=True, help="In GitHub Actions: annotate gates that did not pass, and write the step summary."),
 )  # fmt: skip
+DEVICE = click.option("--device", default="", metavar="DEVICE",
+                      help="Measure there instead of here: a name from `edgeprune device list`, or ssh://[user@]host[:port].")  # fmt: skip
+ACCURACY_ON = click.option("--accuracy-on", type=click.Choice(["build", "device"]), default="build", show_default=True,
+                           help="Where accuracy is judged with --device: on this machine, or there.")  # fmt: skip
 OUTPUT = _options(
     click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
                  help="json: one JSON document on stdout, everything else on stderr."),
@@ -213,6 +217,8 @@ def cli() -> None:
               help="Processes that tune together, under Hugging Face Accelerate; 0 = one.")  # fmt: skip
 @click.option("--accelerate-config", type=click.Path(), metavar="FILE",
               help="Tune in the processes that a file of `accelerate config` describes.")  # fmt: skip
+@DEVICE
+@ACCURACY_ON
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
 @CI
 @OUTPUT
@@ -320,6 +326,7 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
 @click.option(
     "--out", type=click.Path(), metavar="DIR", help="Write profile.json, profile.md and the raw samples to DIR."
 )
+@DEVICE
 @DATA
 @MACHINE
 @OUTPUT
@@ -343,6 +350,33 @@ def profile(model: str, output_format: str, quiet: bool, verbose: bool, **option
 
 
 @cli.command()
+@click.argument("matrix", type=click.Path())
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True,
+              help="local: processes on this machine; ray: the nodes of a Ray cluster ($RAY_ADDRESS, or the one on this machine).")  # fmt: skip
+@click.option("--jobs", default=1, show_default=True, metavar="N",
+              help="Processes at a time with --engine local; one that measures here runs alone.")  # fmt: skip
+@click.option("--out", type=click.Path(), default="artifacts", show_default=True, metavar="DIR",
+              help="Where the artifacts, their logs and the comparison appear.")  # fmt: skip
+@click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept; shared by all.")
+@click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed.")
+@OUTPUT
+def sweep(matrix: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Build every combination of the models, targets and latencies in MATRIX, a TOML file, and compare them.
+
+    What cannot be built does not stop the rest. The exit code is 1 if a gate failed anywhere, else the highest of all.
+
+    Example: edgeprune sweep matrix.toml --out artifacts
+    """
+    from edgeprune.console import Console
+    from edgeprune.fleet.sweep import markdown
+    from edgeprune.fleet.sweep import sweep as run
+
+    found = run(matrix, console=Console(quiet=quiet, verbose=verbose), **options)
+    click.echo(json.dumps(found, indent=1) if output_format == "json" else markdown(found, Path(options["out"])))
+    return int(found["exit_code"])
+
+
+@cli.command()
 @click.argument("artifact", type=click.Path())
 @click.option(
     "--target", default="", metavar="NAME", help="Hold it to another device class than the one it was built for."
@@ -358,6 +392,8 @@ def profile(model: str, output_format: str, quiet: bool, verbose: bool, **option
               help="manifest.json of an earlier artifact; where its model lies beside it, both are timed turn by turn.")  # fmt: skip
 @click.option("--max-regression", default="", metavar="PERCENT",
               help="Third gate: how much slower than the baseline it may be, as in 3%.")  # fmt: skip
+@DEVICE
+@ACCURACY_ON
 @click.option(
     "--out", type=click.Path(), metavar="FILE", help="Where the result goes as JSON, with all raw samples in ms."
 )
@@ -490,6 +526,93 @@ models.params.append(
                  help="List instead the timm names that are tested, by family.")
 )  # fmt: skip
 cli.add_command(models)
+
+
+@cli.group()
+def device() -> None:
+    """Devices that are reached over SSH: prepare one, list them, look at one, remove one.
+
+    Example: edgeprune device add pi ssh://pi@raspberrypi.local
+    """
+
+
+@device.command()
+@click.argument("name")
+@click.argument("address", metavar="ssh://[USER@]HOST[:PORT]")
+@click.option("--python", default="", metavar="PATH",
+              help="Run the worker with this Python there, with the packages that it has (default: the first from 3.9 on).")  # fmt: skip
+@click.option("--runtime", multiple=True, metavar="NAME",
+              help="Send this runtime; may be repeated (default: onnxruntime, where that Python has none).")  # fmt: skip
+@click.option("--wheels", type=click.Path(), metavar="DIR",
+              help="Take numpy and the runtimes from this folder of wheels instead of the package index.")  # fmt: skip
+@click.option("--ssh-config", default="", type=click.Path(), metavar="FILE",
+              help="A configuration file for ssh instead of your own (ssh -F).")  # fmt: skip
+@OUTPUT
+def add(name: str, address: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Prepare the device at this address and remember it as NAME.
+
+    Sends the measuring worker, and numpy and a runtime where they are missing: the device needs a Python from 3.9 on,
+    and no network. Example: edgeprune device add pi ssh://pi@raspberrypi.local
+    """
+    from edgeprune.console import Console
+    from edgeprune.latency import devices
+
+    found = devices.add(name, address, console=Console(quiet=quiet, verbose=verbose), **options)
+    if output_format == "json":
+        click.echo(json.dumps({"name": found.name, "url": found.address.url, "python": found.python,
+                               "fingerprint": dict(found.fingerprint)}, indent=1))  # fmt: skip
+    else:
+        click.echo(
+            f"{found.name}: {found.fingerprint['cpu']} at {found.address.url}; now: edgeprune build --device {found.name} ..."
+        )
+    return errors.PASSED
+
+
+@device.command("list")
+@click.option("--format", "output_format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              help="json: one JSON document on stdout.")  # fmt: skip
+def list_devices(output_format: str) -> int:
+    """List the devices that were added; connects to none of them."""
+    from edgeprune.latency import devices
+
+    rows = [{"name": d.name, "url": d.address.url, "cpu": d.fingerprint.get("cpu", ""), "added": d.added}
+            for d in devices.known().values()]  # fmt: skip
+    if output_format == "json":
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            click.echo(f"{row['name']:16} {row['url']:32} {row['cpu']} (added {row['added']})")
+    return errors.PASSED
+
+
+@device.command()
+@click.argument("name")
+@OUTPUT
+def check(name: str, output_format: str, quiet: bool, verbose: bool) -> int:
+    """Look at the device NAME: what it is, whether something else keeps it busy, whether it is hot or throttled.
+
+    Ends with 6 when something would disturb a measurement now. Example: edgeprune device check pi
+    """
+    from edgeprune.latency import devices
+
+    found = devices.check(name)
+    if output_format == "json":
+        click.echo(json.dumps(found, indent=1))
+    else:
+        click.echo(devices.told(found))
+    return errors.INCONCLUSIVE if found["problems"] else errors.PASSED
+
+
+@device.command()
+@click.argument("name")
+@click.option("--forget", is_flag=True, help="Do not connect: for a device that is gone.")
+def remove(name: str, forget: bool) -> int:
+    """Delete what was sent to the device NAME, and forget it."""
+    from edgeprune.latency import devices
+
+    devices.remove(name, forget=forget)
+    click.echo(f"{name} is removed")
+    return errors.PASSED
 
 
 @cli.command()

@@ -121,6 +121,7 @@ class Conditions:
     precision: str = "fp32"
     threads: int = 0  # 0 = all that this process may use
     seed: int = 0
+    device: str = ""  # that measures: a name or an ssh:// address; "" = this machine
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class Request:
     profile: Path | None = None  # a recorded profile instead of measuring one here
     check: int = 0  # held-out random plans to compare the latency table with
     processes: int = 0  # that tune together on this machine; 0 = this one alone
+    device: str = ""  # that the artifact is for and that measures: a name or an ssh:// address; "" = this machine
+    accuracy_on: str = "build"  # where accuracy is judged: on the machine that builds, or on the device
     accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
 
     @property
@@ -162,7 +165,7 @@ class Request:
 
     @property
     def conditions(self) -> Conditions:
-        return Conditions(self.target, self.runtime, self.precision, self.threads, self.seed)
+        return Conditions(self.target, self.runtime, self.precision, self.threads, self.seed, self.device)
 
 
 def shipped(kind: str) -> Path:

@@ -8,6 +8,8 @@ code and the versions of the libraries; a finished folder is never touched again
 from __future__ import annotations
 
 import ast
+import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -26,7 +28,7 @@ from edgeprune import artifact, modules, publish, recoveries, runtimes, schedule
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
-from edgeprune.latency import device
+from edgeprune.latency import device, devices
 from edgeprune.stages import (
     baseline,
     calibrate,
@@ -45,6 +47,11 @@ from edgeprune.stages import (
 )
 from edgeprune.tuning import launch
 from edgeprune.types import Latency, to_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: run(request, read, out, console): `read` maps the stages it reads to their folders.
 Run = Callable[[Request, Mapping[str, Path], Path, Console], None]
@@ -111,7 +118,7 @@ PIPELINE = (
         "validate",
         validate.run,
         ("baseline", "profile", "finetune", "compile"),
-        ("quantile", "max_drop", "strict_clock"),
+        ("quantile", "max_drop", "strict_clock", "accuracy_on"),
         per_latency=True,
     ),
     # for the report: what this device can do, and its noise; not where the profile is of another device
@@ -147,12 +154,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "runtime": lambda r: r.runtime,
     "precision": lambda r: r.precision,
     "threads": lambda r: r.threads,
-    "device": lambda r: (
-        device.fingerprint(),
-        device.governor(),
-        device.cgroup_quota(),
-        device.usable_threads(r.threads or r.target.threads)[0],
-    ),
+    "device": lambda r: _device_key(r),
     "recorded": lambda r: artifact.sha256(r.profile) if r.profile is not None else "",
     "check": lambda r: r.check,
     "criterion": lambda r: r.criterion,
@@ -169,6 +171,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "quantile": lambda r: r.quantile,
     "max_drop": lambda r: r.max_drop,
     "strict_clock": lambda r: r.strict_clock,
+    "accuracy_on": lambda r: r.accuracy_on if r.device else "",
     "seed": lambda r: r.seed,
 }
 
@@ -300,6 +303,30 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
     return rows
 
 
+def _one_at_a_time(run: Callable[..., Done]) -> Callable[..., Done]:
+    """Of several processes that want the same stage one does it, and the others wait and find it done."""
+
+    @functools.wraps(run)
+    def waiting(stage: Stage, request: Request, key: str, finished: Any, cache_dir: Path, *rest: Any) -> Done:
+        if fcntl is None:
+            return run(stage, request, key, finished, cache_dir, *rest)
+        name = _folder(cache_dir, stage, key).name
+        try:
+            (cache_dir / ".locks").mkdir(exist_ok=True)
+            lock = (cache_dir / ".locks" / name).open("w")
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to '{cache_dir}': {error.strerror}; choose another --cache-dir"
+            ) from error
+        with lock:
+            with contextlib.suppress(OSError):  # a file system without locks: then both do it
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            return run(stage, request, key, finished, cache_dir, *rest)
+
+    return waiting
+
+
+@_one_at_a_time
 def run_stage(
     stage: Stage,
     request: Request,
@@ -368,9 +395,10 @@ def check_request(request: Request) -> None:
                 f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`"
             )
         artifact.read_json(request.profile)  # unreadable or no JSON: said before any work
-    if request.profile is None and (reason := device.unfit(request.target)):
+    if request.profile is None and (reason := devices.machine(request.device).unfit(request.target)):
+        where = f"on {request.device}" if request.device else "here"
         raise TargetUnavailable(
-            f"target '{request.target.name}' is not here: {reason}; `edgeprune targets detect` names one that fits"
+            f"target '{request.target.name}' is not {where}: {reason}; `edgeprune targets detect` names one that fits"
         )
     if request.weights is not None and not request.weights.is_file():
         raise UsageError(f"weights file '{request.weights}' does not exist; give a .safetensors or .pth file")
@@ -413,6 +441,7 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
 #: Modules that no import statement names: the worker is a process, runtimes are found by name.
 BY_NAME = {
     "edgeprune.latency.clock": ["edgeprune.latency.worker"],
+    "edgeprune.latency.remote": ["edgeprune.latency.agent"],
     "edgeprune.tuning.launch": ["edgeprune.tuning.worker"],
     "edgeprune.runtimes": [f"edgeprune.runtimes.{name}" for name in runtimes.names()],
 }
@@ -481,6 +510,18 @@ def _weights_key(request: Request) -> str:
     if path is None:
         return request.card.weights
     return artifact.sha256(path) if path.is_file() else "missing"
+
+
+def _device_key(request: Request) -> Any:
+    """What identifies the device that measures, set as it is now; two of one kind at two addresses are two."""
+    machine = devices.machine(request.device)
+    facts = (
+        machine.fingerprint,
+        machine.conditions["governor"],
+        machine.conditions["quota"],
+        machine.usable_threads(request.threads or request.target.threads)[0],
+    )
+    return (*facts, machine.url) if machine.url else facts
 
 
 def _data_key(folder: str) -> str:

@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgeprune import artifact, checks, methods, provenance, report
 from edgeprune.config import Request
+from edgeprune.latency import parcel
 from edgeprune.report import page
 from edgeprune.types import Check
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Done
-
-ANCHOR_PATTERN = 1024  # values; every weight of the anchor repeats them, so that it compresses to nothing
 
 
 @dataclass(frozen=True)
@@ -208,15 +205,6 @@ def _unreadable(stages: dict[str, Done]) -> list[str]:
 def write_anchor(dense: Path, path: Path) -> None:
     """The dense model with meaningless weights, gzipped: what another machine times the artifact against.
 
-    Latency depends on shapes, not on values; weights that repeat one small pattern compress to nothing.
+    Latency depends on shapes, not on values; see `parcel.meaningless`.
     """
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(dense)
-    pattern = np.random.default_rng(0).normal(0, 0.02, ANCHOR_PATTERN).astype(np.float32)
-    for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if values.dtype == np.float32 and values.size >= ANCHOR_PATTERN:
-            tensor.CopyFrom(numpy_helper.from_array(np.resize(pattern, values.shape), tensor.name))
-    path.write_bytes(gzip.compress(model.SerializeToString(), mtime=0))
+    path.write_bytes(gzip.compress(parcel.meaningless(dense), mtime=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import sys
@@ -17,8 +18,10 @@ from edgeprune import artifact, errors, images, regression, report
 from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
-from edgeprune.latency import choose, device
+from edgeprune.latency import devices
 from edgeprune.latency.clock import COPIES, Clock
+from edgeprune.latency.device import usable_threads
+from edgeprune.latency.machine import Machine
 from edgeprune.latency.statistics import latency_ms, verdict
 from edgeprune.types import Check, Quiet, Target, Verdict
 
@@ -79,18 +82,21 @@ def validate_artifact(
     data_dir: str = "",
     threads: int = 0,
     strict_clock: bool = False,
+    device: str = "",
+    accuracy_on: str = "build",
     out: Path | None = None,
     baseline: Path | None = None,
     max_regression: str = "",
     console: Console = SILENT,
 ) -> dict[str, Any]:
-    """Check a finished artifact again, on this machine: every file's hash, the latency contract, the accuracy.
+    """Check a finished artifact again, on this machine or a device: every file's hash, the latency contract, the accuracy.
 
     The anchor is the artifact's own copy of the dense model (its weights mean nothing, its shapes do). On
     the device that built it, the profile's anchor latency counts; on another one, the anchor's latency now.
     target: the device class to hold it to, instead of the recorded one. data, data_dir: `digits`, or an image
-    folder (`images.for_artifact`); accuracy is checked only then. out: where the result goes with all raw samples. baseline: the manifest.json of
-    another artifact, or its directory, than which it may be `max_regression` ("3%") slower.
+    folder (`images.for_artifact`); accuracy is checked only then, on this machine ("build") or the "device". out: where the
+    result goes with all raw samples. baseline: the manifest.json of another artifact, or its directory, than which it may
+    be `max_regression` ("3%") slower.
 
     Raises UsageError for a damaged artifact or data that does not fit it, TargetUnavailable when the target
     or runtime is not here, StorageError when `out` cannot be written (checked first).
@@ -106,31 +112,37 @@ def validate_artifact(
     profile = artifact.read_json(folder / "profile.json")
     recorded = parse(Target, profile["target"], str(folder / "profile.json"))
     held_to = load_target(target) if target else recorded
-    _must_fit(held_to, manifest)
+    machine = devices.machine(device)
+    _must_fit(held_to, manifest, machine)
     evaluation = images.for_artifact(manifest, data, data_dir)
     if out is not None:
         artifact.must_be_writable(out, "--out", folder=False)
     runtime, request = manifest["runtime"], manifest["request"]
-    count, why = device.usable_threads(threads or manifest["threads"])
+    count, why = machine.usable_threads(threads or manifest["threads"])
     console.say(f"{runtime}, {manifest['precision']}, {count} threads ({why})")
-    max_isa = choose.cap(held_to)
-    with (
-        tempfile.TemporaryDirectory(prefix="edgeprune-") as work,
-        Clock(runtime, precision=manifest["precision"], threads=count, max_isa=max_isa) as clock,
-    ):
+    max_isa = machine.cap(held_to)
+    precision = manifest["precision"]
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-"))
+        clock = stack.enter_context(
+            devices.clock(device, runtime, console=console, precision=precision, threads=count, max_isa=max_isa)
+        )
         anchor = Path(work) / "anchor.onnx"
         anchor.write_bytes(gzip.decompress((folder / "anchor.onnx.gz").read_bytes()))
         clock.load("dense", anchor, COPIES)
         clock.load("pruned", folder / manifest["entry"], COPIES)
         same = (
-            device.same(profile)
+            machine.same(profile)
             and profile["worker"]["info"]["version"] == clock.info["version"]
-            and (count, max_isa) == (manifest["threads"], choose.cap(recorded))
+            and (count, max_isa) == (manifest["threads"], machine.cap(recorded))
         )
         quiet = Quiet.of(profile, runtime) if same else None
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
-        answers = None
+        answers, worker = None, clock.info
         if evaluation is not None:
+            if device and accuracy_on == "build":
+                clock = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
+                clock.load("pruned", folder / manifest["entry"])
             answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))
         anchor_ms = None
         now = float(np.median(measured.anchor_ms))
@@ -147,8 +159,9 @@ def validate_artifact(
         "artifact": str(folder),
         "files": len(manifest["files"]),
         "target": held_to.name,
-        "cpu": device.cpu_model(),
-        "worker": clock.info,
+        "cpu": machine.cpu,
+        **({"device": machine.url} if machine.url else {}),
+        "worker": worker,
         "same_device": same,
         "anchor_ms": anchor_ms or now,
         "latency": latency_ms(measured, anchor_ms),
@@ -164,10 +177,11 @@ def validate_artifact(
     return found
 
 
-def _must_fit(target: Target, manifest: dict[str, Any]) -> None:
+def _must_fit(target: Target, manifest: dict[str, Any], machine: Machine) -> None:
     """Raise TargetUnavailable unless this machine is the target, UsageError unless the artifact is made for it."""
-    if reason := device.unfit(target):
-        raise errors.TargetUnavailable(f"target '{target.name}' is not here: {reason}")
+    if reason := machine.unfit(target):
+        where = f"on {machine.name}" if machine.url else "here"
+        raise errors.TargetUnavailable(f"target '{target.name}' is not {where}: {reason}")
     for what, wanted, offered in (
         ("runtime", manifest["runtime"], target.runtimes),
         ("precision", manifest["precision"], target.precisions),

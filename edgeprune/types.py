@@ -140,7 +140,7 @@ class LatencyTable:
             return self.dense_ms
         if set(shape) == {(0, 0)}:
             return self.empty_ms
-        mlp = dict(zip(self.mlp_widths, self.mlp_ms, strict=True))
+        mlp = dict(zip(self.mlp_widths, self.mlp_ms))  # Python 3.9 on devices has no strict=
         total, level = self.base_ms, -1
         for heads, neurons, *patches in shape:
             total += self.attn_ms[heads] * self.attn_share[level]

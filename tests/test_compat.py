@@ -20,6 +20,7 @@ PACKAGE = Path(edgeprune.__file__).parent
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("fleet",),
     ("train",),
     ("api",),
     ("pipeline",),

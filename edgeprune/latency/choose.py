@@ -8,30 +8,32 @@ from pathlib import Path
 
 from edgeprune import runtimes
 from edgeprune.config import Conditions
-from edgeprune.console import Console
+from edgeprune.console import SILENT, Console
 from edgeprune.errors import TargetUnavailable, unknown
-from edgeprune.latency import device, noise
+from edgeprune.latency import devices, noise
 from edgeprune.latency.clock import COPIES, Clock, race
+from edgeprune.latency.machine import Machine
 from edgeprune.types import Measurement, Target
 
 RACE_SECONDS = 15.0
 
 
-def cap(target: Target) -> str:
-    """The instruction set to hold runtimes to: the target's, where this CPU has a wider one; else ""."""
-    return target.max_isa if device.needs_cap(target) else ""
-
-
-def clock(under: Conditions, runtime: str, threads: int) -> Clock:
-    """A clock at the precision, seed and instruction set of `under`."""
-    return Clock(runtime, precision=under.precision, threads=threads, max_isa=cap(under.target), seed=under.seed)
+def clock(under: Conditions, runtime: str, threads: int, console: Console = SILENT) -> Clock:
+    """A clock at the precision, seed and instruction set of `under`, on its device."""
+    return devices.clock(
+        under.device, runtime, console=console, precision=under.precision, threads=threads,
+        max_isa=devices.machine(under.device).cap(under.target), seed=under.seed,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
 def watched(clock: Clock, console: Console) -> Iterator[None]:
     """Around a measurement: says afterwards what disturbed it, or that nobody could tell."""
-    before = clock.counters()
+    before, losses = clock.counters(), clock.losses
     yield
+    if clock.losses != losses:
+        console.say("meanwhile the connection was lost, so what else disturbed the device is not known")
+        return
     for sentence in noise.disturbances(noise.between(before, clock.counters())):
         console.say(f"meanwhile {sentence}")
 
@@ -43,7 +45,8 @@ def eligible(under: Conditions, console: Console) -> list[str]:
     """
     if under.runtime and under.runtime not in runtimes.names():
         raise unknown("runtime", under.runtime, runtimes.names())
-    reasons = {name: _unusable(name, under.target) for name in under.target.runtimes}
+    machine = devices.machine(under.device)
+    reasons = {name: _unusable(name, under.target, machine) for name in under.target.runtimes}
     if under.runtime:
         reason = reasons.get(under.runtime, f"target '{under.target.name}' runs {', '.join(under.target.runtimes)}")
         if reason:
@@ -60,10 +63,10 @@ def eligible(under: Conditions, console: Console) -> list[str]:
     return usable
 
 
-def _unusable(name: str, target: Target) -> str:
-    runtime, isa = runtimes.get(name), cap(target)
-    if reason := runtime.available():
-        return reason
+def _unusable(name: str, target: Target, machine: Machine) -> str:
+    runtime, isa = runtimes.get(name), machine.cap(target)
+    if reason := machine.missing.get(name, ""):
+        return f"on {machine.name} {reason}" if machine.url else reason
     if isa and runtime.cap_environment(isa) is None:
         return (
             f"this CPU has wider instructions than {isa}, and {name} cannot be held to {isa}: "

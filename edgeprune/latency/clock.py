@@ -49,6 +49,7 @@ class Clock:
     max_isa: cap the instruction set, in oneDNN's names; "" = none. Runtimes that cannot be capped refuse it.
     timeout_s: longest wait for one answer (loading a model, one round of turns) before the worker is killed.
     command: how to start the worker, when it is not this Python on this machine.
+    greeting: the line with which it begins to speak the protocol; what comes before is not for us.
 
     Raises TargetUnavailable when the runtime is missing, dies or hangs, UsageError for a bad name or model.
     """
@@ -63,34 +64,50 @@ class Clock:
         seed: int = 0,
         timeout_s: float = 120.0,
         command: Sequence[str] = (),
+        greeting: str = "",
     ) -> None:
         if threads < 1:
             raise errors.UsageError(f"a clock needs at least 1 thread, not {threads}")
         self.runtime = runtime
         self.seed = seed
         self.facts: dict[str, dict[str, Any]] = {}  # of every loaded model, by name
+        #: How often the worker was lost and found again; only one at the end of a connection can be.
+        self.losses = 0
         self._timeout_s = timeout_s
+        self._command = list(command) or [sys.executable, "-m", "edgeprune.latency.worker"]
+        self._greeting = greeting
+        self._open()
+        #: Runtime and version, precision, threads and instruction set cap in force, Python, machine, pid.
+        self.info: dict[str, Any] = {}
+        self._start = {"runtime": runtime, "precision": precision, "threads": threads, "max_isa": max_isa, "seed": seed}
+        try:
+            self.info = self._begin()
+        except errors.EdgepruneError:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Start the worker's process; it is asked for nothing yet."""
+        self._said = ""  # all of its stderr, once it has ended
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 closed by `close`
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process = subprocess.Popen(
-            list(command) or [sys.executable, "-m", "edgeprune.latency.worker"],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             env=_environment(),
             encoding="utf-8",
+            errors="replace",
             start_new_session=True,  # its own process group: what a runtime forks ends with it
         )
-        threading.Thread(target=self._listen, daemon=True).start()
-        #: Runtime and version, precision, threads and instruction set cap in force, Python, machine, pid.
-        self.info: dict[str, Any] = {}
-        try:
-            self.info = self._ask(
-                "start", runtime=runtime, precision=precision, threads=threads, max_isa=max_isa, seed=seed
-            )["info"]
-        except errors.EdgepruneError:
-            self.close()
-            raise
+        listening = (self._process.stdout, self._answers)
+        threading.Thread(target=self._listen, args=listening, daemon=True).start()
+
+    def _begin(self) -> dict[str, Any]:
+        """Have the worker load its runtime; returns what it says of itself."""
+        info: dict[str, Any] = self._ask("start", **self._start)["info"]
+        return info
 
     def __enter__(self) -> Clock:
         return self
@@ -114,10 +131,11 @@ class Clock:
         else:
             self._process.kill()
 
-    def load(self, name: str, path: Path | str, copies: int = 1) -> dict[str, Any]:
+    def load(self, name: str, path: Path | str, copies: int = 1, *, values: bool = True) -> dict[str, Any]:
         """Open a model file under `name` and run it once; returns the runtime's facts about it.
 
         copies: how many of it take turns, see `COPIES`; fewer where memory is short.
+        values: whether its weights matter; where only its latency does, other weights may be sent to a device.
         """
         path = Path(path).resolve()
         copies = max(1, min(copies, device.room_for(path)))
@@ -204,13 +222,15 @@ class Clock:
             if name not in self.facts:
                 raise errors.unknown("loaded model", name, self.facts)
 
-    def _listen(self) -> None:
+    def _listen(self, stdout: IO[str], answers: queue.SimpleQueue[str]) -> None:
         """Queue the worker's answers; an empty line means that it is gone."""
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
+        greeted = not self._greeting
+        with stdout as lines:
             for line in lines:
-                self._answers.put(line)
-        self._answers.put("")
+                if greeted:
+                    answers.put(line)
+                greeted = greeted or line.strip() == self._greeting
+        answers.put("")
 
     def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer; on anything unexpected the worker is killed."""
@@ -238,7 +258,8 @@ class Clock:
             raise errors.TargetUnavailable(f"the {self.runtime} worker died during '{op}' ({reason}){told}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise getattr(errors, answer["kind"])(answer["error"])
+            kinds = {kind.__name__: kind for kind in errors.EdgepruneError.__subclasses__()}
+            raise kinds.get(answer["kind"], errors.EdgepruneError)(answer["error"])
         return answer
 
     def _end(self) -> str:
@@ -250,7 +271,8 @@ class Clock:
                 self._kill()
                 self._process.wait()
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()[-8:]
+        self._said = self._stderr.read().decode(errors="replace").strip()
+        lines = self._said.splitlines()[-8:]
         self.close()
         return "; it last said:\n  " + "\n  ".join(lines) if lines else ""
 

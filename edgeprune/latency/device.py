@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune import errors
-from edgeprune.types import Target
+
+if TYPE_CHECKING:
+    from edgeprune.types import Target
 
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/proc/self/cgroup")
@@ -189,20 +191,23 @@ def unfit(target: Target, flags: Iterable[str] | None = None, machine: str | Non
     return f"this CPU lacks {', '.join(missing)}" if missing else ""
 
 
-def detect(targets: Iterable[Target]) -> tuple[Target, str]:
+def detect(
+    targets: Iterable[Target], judge: Callable[[Target], str] | None = None, cpu: str = ""
+) -> tuple[Target, str]:
     """The target that asks the most of a CPU and still fits this one, with the reason in words.
 
+    judge, cpu: `unfit` and `cpu_model` of another machine.
     Raises TargetUnavailable when none fits.
     """
     targets = list(targets)
-    reasons = {target.name: unfit(target) for target in targets}
+    reasons = {target.name: (judge or unfit)(target) for target in targets}
     fitting = [target for target in targets if not reasons[target.name]]
     if not fitting:
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise errors.TargetUnavailable(f"no shipped target fits this machine ({listed}); write one, see README")
     best = max(fitting, key=lambda target: len(target.cpu_flags))
     left = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-    return best, f"{cpu_model()} has {', '.join(best.cpu_flags)}" + (f" ({left})" if left else "")
+    return best, f"{cpu or cpu_model()} has {', '.join(best.cpu_flags)}" + (f" ({left})" if left else "")
 
 
 def widest_isa(flags: Iterable[str] | None = None) -> str:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -38,7 +38,7 @@ _IDLE_FIELDS = (3, 4)  # idle, iowait
 _STEAL_FIELD = 7
 _FIELDS = 8
 
-Counters = dict[str, float | None]
+Counters = dict[str, Optional[float]]  # noqa: UP045 evaluated when imported, also by Python 3.9 on a device
 
 
 def counters(proc: Path = Path("/proc"), sys_root: Path = Path("/sys")) -> Counters:

@@ -17,7 +17,7 @@ from typing import Any
 from edgeprune.config import Conditions
 from edgeprune.console import Console
 from edgeprune.errors import EdgepruneError, TargetUnavailable, UsageError
-from edgeprune.latency import choose, device, micro, noise, roofline
+from edgeprune.latency import choose, devices, micro, noise, roofline
 from edgeprune.latency.clock import Clock, race
 from edgeprune.latency.statistics import latency_ms, quiet_ms
 from edgeprune.types import LatencyTable, to_json
@@ -93,9 +93,9 @@ def _ceiling_models(work: Path) -> dict[Any, Path]:
 
 def _model(clock: Clock, model: Path, others: Mapping[Any, Path], console: Console) -> dict[str, Any]:
     """The model's own latency, noise and operators, and the milliseconds of `others` by key (`measured`)."""
-    clock.load("dense", model)
+    clock.load("dense", model, values=False)
     for key, path in others.items():
-        clock.load(str(key), path)
+        clock.load(str(key), path, values=False)
     before = clock.counters()
     with console.timing("surveying", MODEL_SECONDS) as on_round:
         measured = clock.measure(
@@ -175,7 +175,7 @@ def _thread_scaling(model: Path, under: Conditions, runtime: str, threads: int) 
         entries = []
         for count in counts:
             clock = stack.enter_context(choose.clock(under, runtime, count))
-            clock.load("dense", model)
+            clock.load("dense", model, values=False)
             entries.append((clock, "dense"))
         measured = race(entries, 0, budget_s=THREADS_SECONDS, seed=under.seed)
     return [
@@ -226,7 +226,8 @@ def _int8_models(model: Path, work: Path, seed: int) -> dict[Any, Path]:
 
 def survey_file(path: Path, under: Conditions, console: Console) -> dict[str, Any]:
     """The survey of any ONNX file, with the device and the conditions; no latency table."""
-    if reason := device.unfit(under.target):
+    machine = devices.machine(under.device)
+    if reason := machine.unfit(under.target):
         raise TargetUnavailable(
             f"target '{under.target.name}' is not here: {reason}; leave --target out to take one that fits"
         )
@@ -234,14 +235,14 @@ def survey_file(path: Path, under: Conditions, console: Console) -> dict[str, An
         raise UsageError(
             f"precision '{under.precision}' is not one of target '{under.target.name}': {', '.join(under.target.precisions)}"
         )
-    threads, why = device.usable_threads(under.threads or under.target.threads)
+    threads, why = machine.usable_threads(under.threads or under.target.threads)
     console.say(f"threads: {threads} ({why})")
     runtime, times = choose.fastest(under, dict.fromkeys(choose.eligible(under, console), path), threads)
     console.say(f"runtime: {runtime}, {choose.why(under, runtime, times)}")
     return {
         "schema": SCHEMA,
         "file": {"name": path.name, "bytes": path.stat().st_size},
-        "device": device.fingerprint(),
+        "device": machine.fingerprint,
         "target": to_json(under.target),
         "runtime": runtime,
         "survey": to_json(survey(path, under, runtime, threads, console)),

@@ -23,23 +23,17 @@ An answer of {"error", "kind"} carries the message and the class in `edgeprune.e
 from __future__ import annotations
 
 import gc
-import json
 import os
 import platform
-import queue
-import signal
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import errors, runtimes
-from edgeprune.latency import noise
+from edgeprune.latency import lines, noise
 
 #: Different inputs per model, so that no run sees the data of the run before it.
 RING = 7  # shares no factor with usual numbers of copies: each copy sees each input
@@ -130,7 +124,7 @@ class Worker:
         Candidates and anchor see the same input in a round.
         """
         times, waits = [], []
-        for name, copy in zip(names, copies, strict=True):
+        for name, copy in zip(names, copies):  # a device may have Python 3.9, without strict=
             # Untimed runs bring weights and scratch back into the cache: what deployment, which
             # runs one model, finds there; dozens of models in turn would find each other's.
             # What disturbs them leaves cold caches to the timed one, so their waiting counts too.
@@ -185,31 +179,8 @@ class Worker:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the clock decides
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library that prints must not speak into the protocol
-    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(requests.put,), daemon=True).start()
-    gc.disable()
     worker = Worker()
-    while True:
-        request = json.loads(requests.get())
-        try:
-            answer = getattr(worker, request.pop("op"))(**request)
-        except errors.EdgepruneError as error:
-            answer = {"error": str(error), "kind": type(error).__name__}
-        except Exception as error:
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}", "kind": "EdgepruneError"}
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
-
-
-def _read(put: Callable[[str], None]) -> None:
-    """Hand over each line of stdin; when it closes, whoever asked is gone: end at once."""
-    for line in sys.stdin:
-        put(line)
-    os._exit(0)
+    lines.serve(lambda op, arguments: getattr(worker, op)(**arguments))
 
 
 if __name__ == "__main__":

@@ -69,9 +69,7 @@ def operators(path: str, threads: int, precision: str, x: NDArray[Any], runs: in
     for part in np.array_split(range(runs), min(runs, REPEATS)):
         nodes, us = _profiled(path, threads, precision, x, len(part))
         groups.append(us)  # nodes may be named differently each time, but come in one order
-    return [
-        {**node, "ms": float(us) / 1e3} for node, us in zip(nodes, np.median(groups, axis=0), strict=True) if us > 0
-    ]
+    return [{**node, "ms": float(us) / 1e3} for node, us in zip(nodes, np.median(groups, axis=0)) if us > 0]
 
 
 def _profiled(

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.latency import choose
+from edgeprune.latency import choose, devices
 from edgeprune.latency.clock import COPIES
 from edgeprune.stages import baseline, profile, shapes
 from edgeprune.types import Measurement, Quiet, Shape, to_json
@@ -27,16 +27,16 @@ HELD_OUT = 1  # another stream of random numbers than the plans that the table w
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     document, table = profile.read_profile(read["profile"])
-    profile.refuse_recorded(document, "check predictions")
+    profile.refuse_recorded(document, "check predictions", devices.machine(request.device))
     dense = baseline.load(request, read["baseline"])
     plans = shapes.random_shapes(request.check, dense.sizes, table.mlp_widths, (request.seed, HELD_OUT))
-    with choose.clock(request.conditions, table.runtime, table.threads) as clock:
-        clock.load("dense", read["baseline"] / "dense.onnx", COPIES)
+    with choose.clock(request.conditions, table.runtime, table.threads, console) as clock:
+        clock.load("dense", read["baseline"] / "dense.onnx", COPIES, values=False)
         with console.progress("held-out plans", len(plans), "exports") as advance:
             for i, shape in enumerate(plans):
                 path = out / f"plan{i}.onnx"
                 shapes.export_shape(dense.model, shape, dense.sizes, path)
-                clock.load(f"plan{i}", path)
+                clock.load(f"plan{i}", path, values=False)
                 path.unlink()
                 advance(1, "")
         with profile.clock_progress(console, "held-out plans", CHECK_SECONDS) as on_round:

@@ -13,7 +13,7 @@ from pathlib import Path
 from edgeprune import runtimes
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.latency import choose, device
+from edgeprune.latency import choose, devices
 from edgeprune.stages import profile
 
 
@@ -22,7 +22,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     document, table = profile.read_profile(read["profile"])
     # With another device's profile: which runtime is faster there was found there.
     names = [table.runtime]
-    if device.same(document):
+    here = devices.machine(request.device).same(document)
+    if here:
         names = [name for name in choose.eligible(request.conditions, console) if name in document["anchor_ms"]]
     compiled = {name: runtimes.get(name).compile(out / "model.onnx", out) for name in names}
     entries = {name: (files or [out / "model.onnx"])[0] for name, files in compiled.items()}
@@ -32,6 +33,6 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         if name != winner:
             for path in files:
                 path.unlink()
-    why = choose.why(request.conditions, winner, times) if device.same(document) else "as in the recorded profile"
+    why = choose.why(request.conditions, winner, times) if here else "as in the recorded profile"
     console.say(f"runtime of the artifact: {winner}, {why}")
     (out / "compile.json").write_text(json.dumps({"runtime": winner, "entry": entries[winner].name, "times": times}))

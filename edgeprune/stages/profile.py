@@ -18,8 +18,9 @@ from edgeprune import artifact, runtimes, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import TargetUnavailable, UsageError, unknown
-from edgeprune.latency import choose, device, memory, table
+from edgeprune.latency import choose, devices, memory, table
 from edgeprune.latency.clock import COPIES, Clock
+from edgeprune.latency.machine import Machine, here
 from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
 from edgeprune.stages import baseline, shapes
 from edgeprune.types import FloatArray, LatencyTable, Measurement, Quiet, Shape, to_json
@@ -37,7 +38,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         adopt(request, dense.sizes, request.profile, out, console)
         return
     anchor = read["baseline"] / "dense.onnx"
-    threads, why = device.usable_threads(request.threads or request.target.threads)
+    machine = devices.machine(request.device)
+    threads, why = machine.usable_threads(request.threads or request.target.threads)
     console.say(f"threads: {threads} ({why})")
     runtime, times = choose.fastest(
         request.conditions, dict.fromkeys(choose.eligible(request.conditions, console), anchor), threads
@@ -60,9 +62,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
         shapes.export_shape(dense.model, shape, dense.sizes, models[name])
-    with choose.clock(request.conditions, runtime, threads) as clock:
+    with choose.clock(request.conditions, runtime, threads, console) as clock:
         asked = {key: value for key, value in clock.info.items() if key != "pid"}
-        of = memory.key(anchor, device.fingerprint(), {**asked, **device.conditions()})
+        at = {"at": machine.url} if machine.url else {}
+        of = memory.key(anchor, machine.fingerprint, {**asked, **machine.conditions, **at})
         known = memory.recall(out.parent, of)
         measured = measure(clock, anchor, models, known, console)
         worker = {"info": clock.info, "dense": clock.facts["dense"]}
@@ -87,8 +90,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.say(f"the dense model's {dense_ms:.2f} ms are {how}")
     document = {
         "schema": SCHEMA,
-        "device": device.fingerprint(),
-        "conditions": device.conditions(),
+        "device": machine.fingerprint,
+        "conditions": machine.conditions,
         "target": request.target,
         "runtime": runtime,
         "anchor_ms": {name: dense_ms * ratio for name, ratio in times.items()},
@@ -146,7 +149,7 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         if not all(isinstance(ms, (int, float)) and 0 < ms < float("inf") for ms in positive):
             raise ValueError("a latency of the anchor is no positive number")
         str(document["worker"]["info"]["version"])
-        device.same(document)
+        here().same(document)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(
             f"{path}: the profile is damaged ({type(error).__name__}: {error}); record it again"
@@ -174,16 +177,16 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
     console.say(
         f"profile recorded on {cpu}, {recorded.runtime}, {recorded.threads} threads: dense {recorded.dense_ms:.2f} ms"
     )
-    if not device.same(document):
+    if not devices.machine(request.device).same(document):
         console.warn(
             "that is another device: the latency of what is built is predicted, not validated; run `edgeprune validate` there"
         )
     (out / "profile.json").write_text(json.dumps(document, indent=1))
 
 
-def refuse_recorded(document: Mapping[str, Any], what: str) -> None:
+def refuse_recorded(document: Mapping[str, Any], what: str, machine: Machine) -> None:
     """Raise UsageError when the profile is another device's."""
-    if not device.same(document):
+    if not machine.same(document):
         raise UsageError(
             f"the profile is of {document['device'].get('cpu', 'another device')}: this machine cannot {what} for it"
         )
@@ -200,9 +203,9 @@ def measure(
     clock: Clock, anchor: Path, models: Mapping[str, Path], known: memory.Remembered | None, console: Console
 ) -> dict[str, Measurement]:
     """Time all shape models turn by turn with the dense model, longer where the device is slower than it was known."""
-    clock.load("dense", anchor, COPIES)
+    clock.load("dense", anchor, COPIES, values=False)
     for name, path in models.items():
-        clock.load(name, path)
+        clock.load(name, path, values=False)
     with choose.watched(clock, console), clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
         return clock.measure(
             list(models), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=TABLE_SECONDS,

@@ -18,7 +18,7 @@ from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
-from edgeprune.latency import choose, device
+from edgeprune.latency import choose, devices
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.recoveries import Damage
@@ -48,7 +48,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         plan, predicted = vit.dense_plan(dense.sizes), table.dense_ms
         pruned = dense.model
     else:
-        here = device.same(document)
+        here = devices.machine(request.device).same(document)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
         found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size)
         model, bounds = baseline.parent(dense, read)
@@ -142,8 +142,8 @@ def search(
     seen: dict[Shape, float] = {}
     budget = AIM * limit
     low, high = lowest, table.dense_ms  # budgets known to be met, known to be too large
-    with choose.clock(request.conditions, table.runtime, table.threads) as clock:
-        clock.load("dense", anchor, COPIES)
+    with choose.clock(request.conditions, table.runtime, table.threads, console) as clock:
+        clock.load("dense", anchor, COPIES, values=False)
         for attempt in range(1, ATTEMPTS + 1):
             plan = plans(budget)
             predicted = table.predict_ms(plan.shape)
@@ -190,7 +190,7 @@ def measure(
         exported, path = Path(folder) / "exported.onnx", Path(folder) / "candidate.onnx"
         export.to_onnx(vit.slice_model(dense.model, plan), dense.sizes.image, exported)
         simplify.simplify(exported, path)
-        clock.load("candidate", path, COPIES)
+        clock.load("candidate", path, COPIES, values=False)
         rounds = MIN_ROUNDS[request.quantile]
         measured = clock.measure(
             ["candidate"], "dense", ci=0.0025, min_rounds=rounds, budget_s=MEASURE_SECONDS, quiet=quiet

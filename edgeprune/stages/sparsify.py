@@ -20,7 +20,7 @@ from edgeprune.calibration import Calibration
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.gates import Gates
-from edgeprune.latency import device
+from edgeprune.latency import devices
 from edgeprune.schedules import SHARE, Training
 from edgeprune.stages import baseline, calibrate, profile, prune
 from edgeprune.tuning import launch
@@ -40,7 +40,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if prune.dense_meets(request, document, limit):
         console.say("the dense model already meets the latency: nothing is trained")
     else:
-        aim = prune.AIM if device.same(document) else prune.AIM_UNMEASURED
+        aim = prune.AIM if devices.machine(request.device).same(document) else prune.AIM_UNMEASURED
         prune.refuse_unreachable(request, table, limit, aim)
         # the table is of medians: where another quantile is gated, the dense model's own tells how much less is left
         target = aim * limit * document["anchor"]["p50"] / document["anchor"][request.quantile]

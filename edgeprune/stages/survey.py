@@ -12,14 +12,14 @@ from pathlib import Path
 from edgeprune import vit
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.latency import survey
+from edgeprune.latency import devices, survey
 from edgeprune.stages import baseline, profile, shapes
 from edgeprune.types import to_json
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     document, table = profile.read_profile(read["profile"])
-    profile.refuse_recorded(document, "survey")
+    profile.refuse_recorded(document, "survey", devices.machine(request.device))
     dense = baseline.load(request, read["baseline"])
     off_grid = shapes.width_models(dense.model, beside_the_grid(dense.sizes, request.target.neuron_step), out)
     facts = survey.survey(

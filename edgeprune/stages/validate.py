@@ -6,6 +6,7 @@ every image in `answers.npz`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.errors import UsageError
-from edgeprune.latency import choose, device
+from edgeprune.latency import choose, device, devices
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import latency_ms
 from edgeprune.stages import baseline, profile
@@ -34,15 +35,26 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     planned = artifact.read_plan(read["finetune"] / "plan.json")
     compiled = artifact.read_json(read["compile"] / "compile.json")
     runtime = compiled["runtime"]
-    here = device.same(document)
-    with (
-        accuracy_clock(request, runtime, table.threads)
-        if not here
-        else choose.clock(request.conditions, runtime, table.threads) as clock
-    ):
-        clock.load("dense", read["baseline"] / "dense.onnx", COPIES)
-        clock.load("pruned", read["compile"] / compiled["entry"], COPIES)
-        timed = time_it(clock, request, document, planned, console) if here else predict_it(request, document, planned)
+    here = devices.machine(request.device).same(document)
+    files = {"dense": read["baseline"] / "dense.onnx", "pruned": read["compile"] / compiled["entry"]}
+    apart = not here or (request.device and request.accuracy_on == "build")  # judged by another worker than timed
+    with contextlib.ExitStack() as stack:
+        if here:
+            clock = stack.enter_context(choose.clock(request.conditions, runtime, table.threads, console))
+            clock.load("dense", files["dense"], COPIES)
+            clock.load("pruned", files["pruned"], COPIES)
+            timed = time_it(clock, request, document, planned, console)
+            worker = clock.info
+        else:
+            timed = predict_it(request, document, planned)
+        if apart:
+            stack.close()  # others may measure on the device meanwhile
+            if request.device:
+                console.say("accuracy is judged on this machine; --accuracy-on device judges it there")
+            clock = stack.enter_context(accuracy_clock(request, runtime, table.threads))
+            for name, path in files.items():
+                clock.load(name, path)
+            worker = worker if here else clock.info
         parts = dense.splits.domains or {"": dense.splits.evaluation}
         said = {
             name: inspection.predictions(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
@@ -74,7 +86,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "accuracy": asdict(accuracy),
         "data": dense.splits.facts,
         **({"domains": domains} if domains else {}),
-        "worker": clock.info,
+        "worker": worker,
     }  # fmt: skip
     (out / "validation.json").write_text(json.dumps(facts, indent=1))
     dense.splits.report(out, console)
