@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ CRASH_HELP = "this is a defect in edgeprune"
 
 def main() -> None:
     """Run the command line and exit with the code of the contract."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and _in_a_group():
             sys.exit(errors.PASSED)
@@ -47,6 +51,12 @@ def main() -> None:
             f"{CRASH_HELP}: {type(error).__name__}: {error}; run again with -v and report the output to {ISSUES}",
             EdgepruneError.exit_code,
         )
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """SIGTERM is Ctrl-C: workers end, and work folders go. Once: what ends a build is not interrupted again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _in_a_group() -> bool:
@@ -131,7 +141,8 @@ def cli() -> None:
     artifact that measurably meets the latency on that device.
 
     Exit codes: 0 passed; 1 a gate failed; 2 bad input; 3 the target is not here; 4 the latency cannot be
-    reached; 5 a file cannot be read or written; 6 too noisy to decide; 70 internal error; 130 interrupted.
+    reached; 5 a file cannot be read or written; 6 too noisy to decide; 70 internal error; 130 interrupted
+    (Ctrl-C or SIGTERM).
     """
 
 
@@ -368,6 +379,8 @@ def report(artifacts: tuple[str, ...]) -> int:
     from edgeprune import report as reports
 
     manifests = [artifact.read_manifest(Path(folder)) for folder in artifacts]
+    for folder, manifest in zip(artifacts, manifests):
+        artifact.check_manifest(Path(folder), manifest)
     click.echo(reports.markdown(manifests[0]) if len(manifests) == 1 else reports.comparison(manifests))
     return errors.PASSED
 

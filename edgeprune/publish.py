@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import artifact, checks, methods, report
+from edgeprune import artifact, cache, checks, methods, report
 from edgeprune.config import Request
+from edgeprune.console import SILENT, Console
+from edgeprune.errors import EdgepruneError
 from edgeprune.types import Check
 
 if TYPE_CHECKING:
@@ -47,15 +48,19 @@ def artifact_name(request: Request) -> str:
     return f"{request.card.name}-{request.target.name}-{latency}{method}"
 
 
-def publish(request: Request, done: Sequence[Done], folder: Path, environment: dict[str, Any]) -> Artifact:
-    """Write the artifact directory beside its place and rename it; an unchanged one is left alone."""
+def publish(
+    request: Request, done: Sequence[Done], folder: Path, environment: dict[str, Any], console: Console = SILENT
+) -> Artifact:
+    """Write the artifact directory beside its place and rename it; an unchanged one is left alone. Raises OSError."""
     stages = {entry.name: entry for entry in done}
     key = hashlib.sha256("".join(entry.digest for entry in done).encode()).hexdigest()
-    if (existing := _unchanged(folder, key)) is not None:
+    if (existing := _unchanged(folder, key, console)) is not None:
         return existing
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+
+    def waiting() -> None:
+        console.say(f"another build writes '{folder}'; waiting for it")
+
+    with cache.working(folder.parent / f".{folder.name}", waiting) as work:
         for stage, names in (("finetune", ("plan.json", "model.safetensors")), ("profile", ("profile.json",))):
             for name in names:
                 shutil.copyfile(stages[stage].folder / name, work / name)
@@ -71,25 +76,21 @@ def publish(request: Request, done: Sequence[Done], folder: Path, environment: d
             path.name: {"sha256": artifact.sha256(path), "bytes": path.stat().st_size}
             for path in sorted(work.iterdir())
         }
-        (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        manifest = artifact.write_manifest(work, manifest)
         work.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
-            folder.rename(old / folder.name)
-            work.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        cache.put(work, folder)
     return Artifact(folder, manifest)
 
 
-def _unchanged(folder: Path, key: str) -> Artifact | None:
+def _unchanged(folder: Path, key: str, console: Console) -> Artifact | None:
+    """The artifact that is there, if it is this one and whole."""
+    if not (folder / "manifest.json").exists():
+        return None
     try:
         manifest = artifact.read_manifest(folder)
         artifact.check_files(folder, manifest)
-    except Exception:
+    except (EdgepruneError, OSError) as error:
+        console.warn(f"'{folder}' is replaced: {error}")
         return None
     return Artifact(folder, manifest) if manifest.get("key") == key else None
 

@@ -9,8 +9,10 @@ width is never pruned. A removed sub-block leaves its bias behind and costs noth
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,7 @@ def create(
     hub = architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(architecture.split(".")[0]):
         raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+    check_kwargs(kwargs)
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
     try:
@@ -111,6 +114,22 @@ def create(
                 layer.bias = nn.Parameter(torch.zeros(layer.out_features))
     model.added_biases = frozenset(set(model.state_dict()) - before)  # what foreign weights may lack
     return cast(VisionTransformer, model.eval())
+
+
+def check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Raise UsageError for what is no argument of the model itself: cards and plans come from elsewhere.
+
+    timm takes others with them, such as a checkpoint that it would unpickle.
+    """
+    known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self"}
+    for key, value in kwargs.items():
+        if key not in known:
+            raise unknown("argument of the model in [kwargs]:", key, known)
+        plain = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, (bool, int, float, str)) or one is None for one in plain):
+            raise UsageError(
+                f"the argument '{key}' in [kwargs] must be a number, a text, true or false, or a list of them"
+            )
 
 
 def check_anatomy(model: Any, name: str) -> None:
@@ -212,6 +231,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
+            refuse_compressed(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols: what matters is said below
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -222,6 +242,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"'{path}' holds pickled code or is not a weights file; edgeprune never runs code from a file: "
             "save the state_dict alone, best as .safetensors"
         ) from error
+    except UsageError:
+        raise
     except OSError as error:
         raise StorageError(f"weights file '{path}' cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever else torch finds in a file that it cannot read
@@ -233,6 +255,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"'{path}' holds no state_dict (a mapping of names to tensors)")
     state = {str(k).removeprefix("module."): v for k, v in state.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise UsageError for a zip archive that is larger unpacked than packed: torch stores, and never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    size = path.stat().st_size
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise UsageError(
+            f"'{path}' is a compressed archive of {sum(e.file_size for e in entries)} bytes in {size}; torch writes none, "
+            "so it is not unpacked: save the state_dict again, best as .safetensors"
+        )
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -28,10 +28,10 @@ ROWS = (
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
-     "recheck", "obs", "search", "stitch", "polish", "adapters", "selections"),
+     "recheck", "obs", "search", "stitch", "polish", "adapters", "selections", "cache"),
     ("config",),
     ("compat", "console", "methods"),
-    ("types", "extras", "modules"),
+    ("types", "extras", "modules", "sealed", "schema", "onnxfile"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from edgeprune import adapters, artifact, recoveries, schedules, vit
+from edgeprune import adapters, artifact, cache, recoveries, schedules, vit
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
 from edgeprune.stages import baseline
 from edgeprune.tuning import launch
+from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.judge import divergence, divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import to_json
@@ -49,6 +50,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
     else:
         history = tune(student, planned, dense, recipe, request, out, console)
+        shutil.rmtree(out / cache.CHECKPOINT, ignore_errors=True)
         after = divergence(student, dense.model, check, recipe.batch_size)
         console.say(
             f"divergence from the dense model on {len(check)} images kept out of tuning: "
@@ -84,4 +86,5 @@ def tune(
     return fit(
         student, train, recipe, dense.transforms,
         teacher=dense.model, check=check, seed=request.seed, console=console,
+        checkpoint=Checkpoint(work / cache.CHECKPOINT, console),
     )  # fmt: skip
