@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from edgeprune import artifact, cache, modules, publish, recoveries, runtimes, schedules
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
-from edgeprune.errors import EdgepruneError, StorageError, TargetUnavailable, UsageError, unknown
+from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
 from edgeprune.latency import device
 from edgeprune.stages import (
     baseline,
@@ -388,14 +388,15 @@ def undisturbed(inputs: Sequence[Done], what: str, cache_dir: Path) -> Iterator[
     """Around what reads finished stages: Moved if they changed meanwhile, else StorageError for a failing disk."""
     try:
         yield
-    except (OSError, EdgepruneError) as error:
+    except Exception as error:
         moved(inputs)
-        if isinstance(error, EdgepruneError):
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+        elif "(os error " in str(error):  # how libraries in Rust put it, safetensors among them
+            reason = str(error)
+        else:
             raise
-        raise StorageError(
-            f"{what} stopped: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}; "
-            f"finished stages are kept in '{cache_dir}'"
-        ) from error
+        raise StorageError(f"{what} stopped: {reason}; finished stages are kept in '{cache_dir}'") from error
     moved(inputs)
 
 

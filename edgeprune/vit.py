@@ -91,7 +91,7 @@ def create(
     hub = architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(architecture.split(".")[0]):
         raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
-    check_kwargs(kwargs)
+    check_kwargs(architecture, kwargs)
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
     try:
@@ -116,7 +116,7 @@ def create(
     return cast(VisionTransformer, model.eval())
 
 
-def check_kwargs(kwargs: dict[str, Any]) -> None:
+def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
     """Raise UsageError for what is no argument of the model itself: cards and plans come from elsewhere.
 
     timm takes others with them, such as a checkpoint that it would unpickle.
@@ -124,8 +124,8 @@ def check_kwargs(kwargs: dict[str, Any]) -> None:
     known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self"}
     for key, value in kwargs.items():
         if key not in known:
-            raise unknown("argument of the model in [kwargs]:", key, known)
-        plain = value if isinstance(value, list) else [value]
+            raise UsageError(f"timm cannot make '{architecture}' with {kwargs}: {unknown('argument', key, known)}")
+        plain = value if isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(one, (bool, int, float, str)) or one is None for one in plain):
             raise UsageError(
                 f"the argument '{key}' in [kwargs] must be a number, a text, true or false, or a list of them"

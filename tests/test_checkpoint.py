@@ -166,9 +166,9 @@ def test_a_tuning_that_diverges_keeps_the_best_weights(
 def test_a_rate_that_diverges_in_its_trial_is_not_taken(
     tiny_vit: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loop, "SEARCH_RATES", (1.0, float("nan")))
+    monkeypatch.setattr(loop, "SEARCH_RATES", (1.0, 1e30))
     monkeypatch.setattr(loop, "SEARCH_STEPS", (2, 3))
     found = tune(tiny_vit, RECIPES["rate searched"], None, said=Console())
     said = capsys.readouterr().err
-    assert "nan: inf" in said and "learning rate 2.0e-03" in said
+    assert ": inf" in said and "learning rate 2.0e-03" in said
     assert all(torch.isfinite(value).all() for value in found.values())

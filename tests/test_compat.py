@@ -28,7 +28,7 @@ ROWS = (
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
-     "recheck", "obs", "search", "stitch", "polish", "adapters", "selections", "cache"),
+     "recheck", "obs", "search", "stitch", "polish", "adapters", "selections", "cache", "numerics"),
     ("config",),
     ("compat", "console", "methods"),
     ("types", "extras", "modules", "sealed", "schema", "onnxfile"),

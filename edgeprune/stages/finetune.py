@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from edgeprune import adapters, artifact, cache, recoveries, schedules, vit
+from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, vit
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
+from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 from edgeprune.tuning import launch
 from edgeprune.tuning.checkpoint import Checkpoint
@@ -38,6 +40,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if adapted:
         adapters.attach(student, seed=request.seed)
     after = before = divergence(student, dense.model, check, recipe.batch_size)
+    if not math.isfinite(before):
+        pixels, _ = next(check.batches(recipe.batch_size))
+        numerics.refuse_not_finite(student, pixels, student(pixels).detach(), "prune", "choose another --recovery")
+        raise UsageError(
+            "stage finetune: the pruned model's divergence from the dense one is no number; choose another --recovery"
+        )
     history = History()
     if planned.plan == vit.dense_plan(dense.sizes):
         console.say("nothing was pruned: no tuning")
