@@ -28,6 +28,7 @@ from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
+MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
 MAX_WIDTHS = 24  # MLP widths that are measured, besides 0
 
 
@@ -96,13 +97,13 @@ def create(
         kwargs = {**kwargs, "num_classes": num_classes}
     try:
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UsageError(
-            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
-        ) from error
     except OSError as error:
         raise UsageError(
             f"the weights of '{architecture}' cannot be fetched ({_first_line(error)}); give a file with --weights"
+        ) from error
+    except Exception as error:  # whatever its layers make of strange sizes
+        raise UsageError(
+            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
         ) from error
     check_anatomy(model, architecture)
     before = set(model.state_dict())
@@ -130,6 +131,9 @@ def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
             raise UsageError(
                 f"the argument '{key}' in [kwargs] must be a number, a text, true or false, or a list of them"
             )
+        most = MOST_BLOCKS if key == "depth" else MOST
+        if any(isinstance(one, (int, float)) and not -most <= one <= most for one in plain):
+            raise UsageError(f"the argument '{key}' in [kwargs] is beyond {most}: {str(value)[:40]}")
 
 
 def check_anatomy(model: Any, name: str) -> None:

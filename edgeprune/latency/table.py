@@ -146,7 +146,7 @@ def table_from_json(document: Mapping[str, Any]) -> LatencyTable:
         raise errors.UsageError(f"this is not a latency table (missing or unknown: {wrong}); profile again")
     try:
         table = _read(document)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise errors.UsageError(f"this latency table is damaged ({error}); profile again") from error
     return table
 
