@@ -180,6 +180,8 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
     for name in ("dense_ms", "empty_ms"):
         if not 0 < float(getattr(table, name)) < float("inf"):
             raise ValueError(f"{name} must be above zero and finite")
+    if not isinstance(table.runtime, str) or not isinstance(table.precision, str):
+        raise ValueError("runtime and precision must be texts")
     if not np.isfinite(float(table.base_ms)):
         raise ValueError("base_ms must be finite")
     if type(table.blocks) is not int or type(table.threads) is not int or min(table.blocks, table.threads) < 1:
