@@ -128,7 +128,9 @@ def summary(*parts: Answers) -> Accuracy:
 def collapsed(measured: Accuracy, classes: int) -> bool:
     """Whether most of what the dense model knows beyond guessing one of `classes` is lost, and it knew something."""
     chance = 100 / classes
-    return measured.dense > 2 * chance and measured.pruned - chance < COLLAPSE * (measured.dense - chance)
+    return measured.dense - chance > min(10.0, chance) and measured.pruned - chance < COLLAPSE * (
+        measured.dense - chance
+    )
 
 
 def domain_facts(name: str, found: Answers, *, held_out: bool) -> dict[str, Any]:

@@ -71,9 +71,12 @@ class Builds:
         self.process.stdin.close()
         self.process.wait(timeout=60)
 
-    def run(self, cache: Path, out: Path, after: float | None = None, number: int = signal.SIGKILL) -> dict[str, Any]:
+    def run(
+        self, cache: Path, out: Path, after: float | None = None, number: int = signal.SIGKILL, when: str = ""
+    ) -> dict[str, Any]:
+        """when: a pattern of files in the cache; the signal comes as soon as there is one."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"cache": str(cache), "out": str(out), "after": after, "signal": int(number)}
+        request = {"cache": str(cache), "out": str(out), "after": after, "signal": int(number), "when": when}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
@@ -124,7 +127,9 @@ def main(card: str, target: str, profile: str) -> None:
             ended, found = os.waitpid(pid, os.WNOHANG)
             if ended:
                 status = found
-            elif request["after"] is not None and time.monotonic() - start >= request["after"]:
+            elif (request["after"] is not None and time.monotonic() - start >= request["after"]) or (
+                request["when"] and any(Path(request["cache"]).glob(request["when"]))
+            ):
                 os.kill(pid, request["signal"])
                 status = os.waitpid(pid, 0)[1]
             else:
