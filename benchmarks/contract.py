@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from clock import LOAD
 
-from edgeprune import api, checks, pipeline, recheck
+from edgeprune import api, artifact, checks, pipeline, recheck
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose, device
@@ -153,7 +153,7 @@ def trials(request: Request, cache: Path, options: argparse.Namespace) -> Any:
             document["request"]["latency_ms"] = truth * share
             folder = options.out / "trial"
             shutil.copytree(built.folder, folder, dirs_exist_ok=True)
-            (folder / "manifest.json").write_text(json.dumps(document))
+            artifact.write_manifest(folder, document)
             began = time.monotonic()
             found = recheck.validate_artifact(folder)
             check = found["checks"][0]

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune import schema, sealed
 from edgeprune.errors import StorageError, UsageError
 from edgeprune.types import BlockPlan, Plan
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 PLAN_SCHEMA = "edgeprune.plan/1"
 MANIFEST_SCHEMA = "edgeprune.manifest/1"
+MAX_JSON = 64 << 20  # bytes of a document that is read; a manifest has some kilobytes
 ADAPTERS = "adapters.safetensors"  # there if adapters were tuned, see edgeprune.adapters
 
 
@@ -71,7 +75,7 @@ def read_plan(path: Path) -> PlannedModel:
             Plan(blocks, str(document.get("reducer", "cls"))),
             float(document["predicted_ms"]), float(document["limit_ms"]),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UsageError(f"{path}: the plan is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -104,32 +108,68 @@ def load(folder: str | Path) -> VisionTransformer:
     return rebuild(read_plan(folder / "plan.json"), folder / "model.safetensors")
 
 
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Seal the manifest and write it; returns it with its own sha256. Raises OSError."""
+    return sealed.write(folder / "manifest.json", manifest)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an artifact directory; UsageError when there is none."""
-    if not (folder / "manifest.json").is_file():
+    """The manifest of an artifact directory.
+
+    Raises UsageError when there is none, or when it is not as `write_manifest` wrote it.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
         raise UsageError(
             f"'{folder}' is not an artifact: it has no manifest.json; give a directory that `edgeprune build` wrote"
         )
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(path)
     if manifest.get("schema") != MANIFEST_SCHEMA:
-        raise UsageError(f"{folder / 'manifest.json'} is not of schema {MANIFEST_SCHEMA}")
+        raise UsageError(f"{path} is not of schema {MANIFEST_SCHEMA}")
+    try:
+        sealed.read(path)
+    except sealed.Damaged as error:
+        raise UsageError(f"{path} is damaged: {error}; build it again") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
     return manifest
 
 
-def check_files(folder: Path, manifest: dict[str, Any], names: tuple[str, ...] | None = None) -> None:
-    """Raise UsageError naming every file that is missing or not what the manifest says."""
+def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise UsageError, naming the key, unless the manifest is of its schema: what reports and `validate` rely on."""
+    rules = json.loads((Path(__file__).parent / "report" / "manifest.schema.json").read_text(encoding="utf-8"))
+    if found := schema.problem(manifest, rules):
+        raise UsageError(f"{folder / 'manifest.json'} is no sound manifest: {found}; build the artifact again")
+
+
+def check_files(
+    folder: Path, manifest: dict[str, Any], names: tuple[str, ...] | None = None, needed: Sequence[str] = ()
+) -> None:
+    """Raise UsageError naming every file that is missing or not what the manifest says.
+
+    names: which files; None = all that the manifest has, and those `needed`. Links are refused: they may lead anywhere.
+    """
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise UsageError(f"{folder / 'manifest.json'}: 'files' is missing")
     bad = []
-    for name in names or tuple(files):
-        if Path(name).name != name:
-            raise UsageError(f"{folder / 'manifest.json'} names '{name}', which is outside the artifact")
+    for name in dict.fromkeys([*(names or files), *needed]):
+        if (
+            not isinstance(name, str)
+            or name in ("", ".", "..")
+            or Path(name).name != name
+            or "\\" in name
+            or "\0" in name
+        ):
+            raise UsageError(f"{folder / 'manifest.json'} names {name!r}, which is outside the artifact")
         path = folder / name
+        kind = path.lstat().st_mode if path.is_symlink() or path.exists() else 0
         if name not in files:
             bad.append(f"{name} is not in the manifest")
-        elif not path.is_file():
+        elif not kind:
             bad.append(f"{name} is missing")
+        elif not stat.S_ISREG(kind):
+            bad.append(f"{name} is a {'link' if stat.S_ISLNK(kind) else 'special file or a folder'}, not a file")
         elif not isinstance(files[name], dict) or sha256(path) != files[name].get("sha256"):
             bad.append(f"{name} has changed since it was built")
     if bad:
@@ -150,15 +190,24 @@ def must_be_writable(path: Path, option: str, *, folder: bool) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UsageError for anything else, numbers that are none (NaN) included."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+        if len(content) > MAX_JSON:
+            raise UsageError(f"{path} is larger than {MAX_JSON >> 20} MiB, and no document of edgeprune's")
+        document = json.loads(content.decode("utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} must hold a JSON object")
     return document
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def sha256(path: Path) -> str:

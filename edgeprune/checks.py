@@ -21,6 +21,7 @@ from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms, verdict
 from edgeprune.types import Check, Measurement, Quiet, Verdict
 
 SECONDS = 30.0
+COLLAPSE = 0.25  # of the accuracy above chance: what is left of it where accuracy has collapsed
 DRIFT = 0.05  # of the anchor's latency, above which drift is worth a line
 MIN_ROUNDS = {"p50": 100, "p90": 200, "p99": 700}
 
@@ -110,6 +111,14 @@ def summary(*parts: Answers) -> Accuracy:
         drop_ci=(100 * (float(drop.mean()) - margin), 100 * (float(drop.mean()) + margin)),
         agreement=100 * float(same.mean()),
         images=len(d),
+    )
+
+
+def collapsed(measured: Accuracy, classes: int) -> bool:
+    """Whether most of what the dense model knows beyond guessing one of `classes` is lost, and it knew something."""
+    chance = 100 / classes
+    return measured.dense - chance > min(10.0, chance) and measured.pruned - chance < COLLAPSE * (
+        measured.dense - chance
     )
 
 

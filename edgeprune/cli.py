@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ CRASH_HELP = "this is a defect in edgeprune"
 
 def main() -> None:
     """Run the command line and exit with the code of the contract."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and _in_a_group():
             sys.exit(errors.PASSED)
@@ -52,6 +56,12 @@ def main() -> None:
 
 def _verbose() -> bool:
     return "-v" in sys.argv or "--verbose" in sys.argv
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """SIGTERM is Ctrl-C: workers end, and work folders go. Once: what ends a build is not interrupted again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _in_a_group() -> bool:
@@ -144,7 +154,8 @@ def cli() -> None:
     artifact that measurably meets the latency on that device.
 
     Exit codes: 0 passed; 1 a gate failed; 2 bad input; 3 the target is not here; 4 the latency cannot be
-    reached; 5 a file cannot be read or written; 6 too noisy to decide; 70 internal error; 130 interrupted.
+    reached; 5 a file cannot be read or written; 6 too noisy to decide; 70 internal error; 130 interrupted
+    (Ctrl-C or SIGTERM).
     """
 
 

@@ -7,6 +7,8 @@ target is a path to a file.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import sys
 import types as pytypes
 import typing
@@ -26,6 +28,32 @@ else:
 T = TypeVar("T")
 WIDTHS = ("heads", "mlp", "depth")  # what every allocator chooses
 DIMS = (*WIDTHS, "tokens")  # what a plan can have less of
+
+#: What becomes a part of a folder's name, and is read on terminals.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@, -]{0,99}")
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise UsageError for a name that could lead out of a folder or into a terminal."""
+    if not NAME.fullmatch(name) or ".." in name:
+        raise UsageError(
+            f"{where}: the name {name[:100]!r} cannot be a part of a folder's name; "
+            "use up to 100 letters, digits and . _ + @ , -"
+        )
+
+
+class BadValue(ValueError):
+    """A value that its field cannot have; the message names the key."""
+
+
+def within(table: Any, least: float, keys: str, most: float = math.inf) -> None:
+    """Raise BadValue for a field of `table`, or an item of one, that is not from `least` to `most`."""
+    for key in keys.split():
+        value = getattr(table, key)
+        for one in value if isinstance(value, tuple) else (value,):
+            if not least <= one <= most:
+                bounds = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+                raise BadValue(f"'{key}' must be {bounds}, not {one}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,10 @@ class TransformSpec:
     interpolation: str = ""
     crop_pct: float = 0.0
 
+    def __post_init__(self) -> None:
+        within(self, 0, "crop_pct", 10)
+        within(self, 1e-9, "std")
+
 
 @dataclass(frozen=True)
 class CalibrationSpec:
@@ -62,6 +94,9 @@ class CalibrationSpec:
 
     images: int = 256
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        within(self, 1, "images batch_size")
 
 
 @dataclass(frozen=True)
@@ -94,6 +129,16 @@ class Recipe:
     checks: int = 5  # how often in a phase the model is judged on images kept out of tuning
     patience: int = 3  # checks without improvement that end a phase; 0 = never
 
+    def __post_init__(self) -> None:
+        within(self, 1, "sizes batch_size")
+        within(
+            self,
+            0,
+            "epochs learning_rate weight_decay label_weight logit_weight token_weight token_layers views echo checks patience",
+        )
+        within(self, 0, "warmup label_smoothing cls_share ema", 1)
+        within(self, 1e-6, "temperature")
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -110,6 +155,9 @@ class ModelSpec:
     calibration: CalibrationSpec = CalibrationSpec()
     finetune: Recipe = Recipe()
     train: Recipe = Recipe(label_weight=1.0, logit_weight=0.0, token_weight=0.0)
+
+    def __post_init__(self) -> None:
+        within(self, 0, "num_classes", 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -187,10 +235,12 @@ def load_card(name: str) -> ModelSpec:
         weights = table.get("weights", "")
         if isinstance(weights, str) and weights not in ("", "hub"):
             table["weights"] = str(path.parent / weights)
-        return parse(ModelSpec, {"name": path.stem, **table}, str(path))
+        card = parse(ModelSpec, {"name": path.stem, **table}, str(path))
+        check_name(card.name, str(path))
+        return card
     if name.startswith(("hf-hub:", "local-dir:")) or _timm_knows(name):
         return ModelSpec(
-            name=name.replace("/", "-").replace(":", "-"),
+            name=re.sub(r"[^A-Za-z0-9._-]", "-", name)[:100].replace("..", "-"),
             description="a timm model without a card",
             architecture=name,
             num_classes=0,  # taken from the data
@@ -206,6 +256,7 @@ def load_target(name: str) -> Target:
     if path is None:
         raise unknown("target", name, names("targets"))
     target = parse(Target, {"name": path.stem, **read_toml(path)}, str(path))
+    check_name(target.name, str(path))
     if target.neuron_step < 1:
         raise UsageError(f"{path}: neuron_step must be at least 1")
     if target.quantile not in ("p50", "p90", "p99"):
@@ -239,7 +290,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file; UsageError with the line for bad syntax, StorageError if unreadable."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError too
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from error
@@ -252,13 +303,16 @@ def parse(cls: type[T], table: dict[str, Any], where: str) -> T:
     for key in table:
         if key not in fields:
             raise UsageError(f"{where}: {unknown('key', key, fields)}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, spec in fields.items():
         if name in table:
             values[name] = _value(hints[name], table[name], where, name)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
             raise UsageError(f"{where}: the key '{name}' is missing")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except BadValue as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def _value(hint: Any, value: Any, where: str, key: str) -> Any:
@@ -277,7 +331,12 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise UsageError(f"{where}: '{key}' must be a table")
         return value
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(f"{where}: '{key}' is too large a number") from None
+    if hint is float and type(value) is float and not math.isfinite(value):
+        raise UsageError(f"{where}: '{key}' must be a finite number, not {value}")
     if isinstance(hint, type) and not isinstance(hint, pytypes.GenericAlias) and type(value) is not hint:
         kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
         raise UsageError(f"{where}: '{key}' must be {kinds.get(hint, hint.__name__)}, not {value!r}")
@@ -286,6 +345,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
 
 def parse_latency(text: str) -> Latency:
     """`10ms` -> milliseconds; `2.5x` -> a speed-up over dense; `40%` -> a share of the dense latency."""
+    text = text.strip()
     units = {"ms": 1.0, "x": 1.0, "%": 0.01, "us": 1e-3, "s": 1e3}
     for unit in ("ms", "us", "x", "%", "s"):
         if text.endswith(unit):

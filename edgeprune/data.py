@@ -29,6 +29,7 @@ from edgeprune.images import (
     DIVIDED,
     EVAL_SPLITS,
     Digits,
+    check_links,
     divide,
     divide_domains,
     domain,
@@ -302,6 +303,8 @@ def _must_have_folder(data: DataSpec) -> None:
         raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
     if not Path(data.dir).is_dir():
         raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
+    if data.name == "folder":
+        check_links(Path(data.dir))
 
 
 def _domain_sources(

@@ -23,6 +23,7 @@ from edgeprune.errors import UsageError, unknown
 if TYPE_CHECKING:
     from PIL import Image
 
+MAX_PIXELS = 1 << 27  # of an image on its way to the model: 400 MB
 MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
 DIGITS_TEST = 599  # of 1,797; a fixed third, never trained on, whatever the seed
 DIGITS_SOURCE = "scikit-learn digits"
@@ -96,6 +97,27 @@ def refuse_corrupt(corrupt: Mapping[str, str], total: int, what: str) -> None:
             f"{len(corrupt)} of the {total} {what} images cannot be read, more than "
             f"{MAX_CORRUPT:.0%}: {listed}; repair or remove them"
         )
+
+
+def check_links(folder: Path) -> None:
+    """Raise UsageError for a link below `folder` that leads out of it or in circles, or for an image that is no file."""
+    root = folder.resolve()
+    waiting = [str(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    real = Path(os.path.realpath(entry.path))
+                    if not real.is_relative_to(root):
+                        raise UsageError(
+                            f"'{entry.path}' is a link to '{real}', outside '{folder}'; copy what it leads to"
+                        )
+                    if real.is_dir() and Path(entry.path).parent.resolve().is_relative_to(real):
+                        raise UsageError(f"'{entry.path}' is a link to a folder that it lies in; remove it")
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.name.lower().endswith(SUFFIXES) and not (entry.is_file() or entry.is_dir()):
+                    raise UsageError(f"'{entry.path}' is no regular file, or a link to nothing; remove it")
 
 
 @dataclass
@@ -175,6 +197,7 @@ def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
     extras.need("reading images", extras.IMAGES, "pip install 'edgeprune[runtime]'")
     if not folder.is_dir():
         raise UsageError(f"there is no folder '{folder}'; give --data-dir an existing folder of images")
+    check_links(folder)
     if not manifest["classes"]:
         raise UsageError(
             f"the artifact names no classes, so the folders in '{folder}' cannot be matched to its logits; "
@@ -261,6 +284,11 @@ def preprocess(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.floa
         raise unknown("interpolation", config["interpolation"], INTERPOLATIONS)
     crop = (int(config["input_size"][-2]), int(config["input_size"][-1]))
     height, width = resized((image.height, image.width), crop, config.get("crop_pct") or CROP_PCT)
+    if max(height * width, crop[0] * crop[1]) > MAX_PIXELS:
+        raise UsageError(
+            f"an image of {image.width} x {image.height} pixels would become {width} x {height} under the preprocessing "
+            f"{dict(config)}; that is more than {MAX_PIXELS} pixels"
+        )
     if (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling[config["interpolation"].upper()])
     pixels = centre(np.asarray(image, dtype=np.uint8), crop).transpose(2, 0, 1).astype(np.float32)

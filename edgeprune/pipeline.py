@@ -8,23 +8,21 @@ code and the versions of the libraries; a finished folder is never touched again
 from __future__ import annotations
 
 import ast
-import contextlib
-import functools
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache as memo
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from edgeprune import artifact, modules, publish, recoveries, runtimes, schedules
+from edgeprune import artifact, cache, modules, publish, recoveries, runtimes, schedules
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
@@ -48,10 +46,7 @@ from edgeprune.stages import (
 from edgeprune.tuning import launch
 from edgeprune.types import Latency, to_json
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+T = TypeVar("T")
 
 #: run(request, read, out, console): `read` maps the stages it reads to their folders.
 Run = Callable[[Request, Mapping[str, Path], Path, Console], None]
@@ -190,6 +185,14 @@ class Done:
     digest: str  # of the key and the files: a stage that reads this one is stale when it was made anew
 
 
+class Moved(Exception):
+    """Another process has replaced or deleted finished stages that this build reads; the message says which."""
+
+
+#: How often a build starts over because another process has changed what it had finished.
+STARTS = 4
+
+
 def build(
     request: Request,
     latencies: Sequence[Latency],
@@ -205,6 +208,31 @@ def build(
     that fails does not raise: the artifact says so.
     """
     preflight(request, out, cache_dir)
+    cache.sweep(cache_dir, frozenset(stage.name for stage in PIPELINE))
+    redone: set[str] | None = set() if rebuild else None
+    return _until_undisturbed(lambda: _build(request, latencies, out, cache_dir, redone, console), console)
+
+
+def _until_undisturbed(work: Callable[[], T], console: Console) -> T:
+    """`work()`, started over while others change the cache under it. Raises StorageError when that does not end."""
+    reason = ""
+    for _ in range(STARTS):
+        try:
+            return work()
+        except Moved as moved:
+            reason = str(moved)
+            console.warn(f"{reason}; going on with what is there now")
+    raise StorageError(f"{reason}, {STARTS} times in this build; give each build its own --cache-dir")
+
+
+def _build(
+    request: Request,
+    latencies: Sequence[Latency],
+    out: Path,
+    cache_dir: Path,
+    redone: set[str] | None,
+    console: Console,
+) -> list[publish.Artifact]:
     families = [replace(request, latency=latency) for latency in latencies]
     done: list[dict[str, Done]] = [{} for _ in families]
     made: dict[str, Done] = {}  # by key: what several latencies share is done once
@@ -216,7 +244,7 @@ def build(
             return
         several = len(families) > 1 and _per_latency(stage, finished)
         where = f" for {one.latency.text}" if several else ""
-        made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, rebuild, where, console)
+        made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, redone, where, console)
 
     stages = stages_of(request)
     if request.gradual:
@@ -237,7 +265,8 @@ def build(
     for one, finished in zip(families, done, strict=True):
         folder = out / publish.artifact_name(one)
         own = [entry for name, entry in finished.items() if name != PARENT]
-        artifacts.append(publish.publish(one, own, folder, environment(), family))
+        with undisturbed(own, "the artifact", cache_dir):
+            artifacts.append(publish.publish(one, own, folder, environment(), family, console))
         console.say(f"artifact: {folder}")
     return artifacts
 
@@ -263,11 +292,18 @@ def run_stages(
 ) -> dict[str, Done]:
     """Run those of the stages that the request needs, in order, for one latency; returns their results by name."""
     preflight(request, cache_dir, cache_dir)
-    finished: dict[str, Done] = {}
-    for stage in (stage for stage in stages if stage.when(request)):
-        key = stage_key(stage, request, {name: entry.digest for name, entry in finished.items()})
-        finished[stage.name] = run_stage(stage, request, key, finished, cache_dir, rebuild, "", console)
-    return finished
+    cache.sweep(cache_dir, frozenset(stage.name for stage in PROFILING))
+
+    redone: set[str] | None = set() if rebuild else None
+
+    def work() -> dict[str, Done]:
+        finished: dict[str, Done] = {}
+        for stage in (stage for stage in stages if stage.when(request)):
+            key = stage_key(stage, request, {name: entry.digest for name, entry in finished.items()})
+            finished[stage.name] = run_stage(stage, request, key, finished, cache_dir, redone, "", console)
+        return finished
+
+    return _until_undisturbed(work, console)
 
 
 def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> list[tuple[str, str, bool]]:
@@ -279,8 +315,8 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
     def look(stage: Stage, i: int) -> Done | None:
         key = stage_key(stage, families[i], keys[i])
         folder = _folder(cache_dir, stage, key)
-        record = _read_done(folder)
-        keys[i][stage.name] = _digest(record) if record else key  # unknown yet: what reads it would run too
+        record, _ = cache.look(folder)
+        keys[i][stage.name] = cache.digest(record) if record else key  # unknown yet: what reads it would run too
         own = _per_latency(stage, keys[i])
         row = (stage.name, families[i].latency.text if own else "every latency", record is not None)
         if row not in rows:
@@ -303,67 +339,85 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
     return rows
 
 
-def _one_at_a_time(run: Callable[..., Done]) -> Callable[..., Done]:
-    """Of several processes that want the same stage one does it, and the others wait and find it done."""
-
-    @functools.wraps(run)
-    def waiting(stage: Stage, request: Request, key: str, finished: Any, cache_dir: Path, *rest: Any) -> Done:
-        if fcntl is None:
-            return run(stage, request, key, finished, cache_dir, *rest)
-        name = _folder(cache_dir, stage, key).name
-        try:
-            (cache_dir / ".locks").mkdir(exist_ok=True)
-            lock = (cache_dir / ".locks" / name).open("w")
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to '{cache_dir}': {error.strerror}; choose another --cache-dir"
-            ) from error
-        with lock:
-            with contextlib.suppress(OSError):  # a file system without locks: then both do it
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            return run(stage, request, key, finished, cache_dir, *rest)
-
-    return waiting
-
-
-@_one_at_a_time
 def run_stage(
     stage: Stage,
     request: Request,
     key: str,
     finished: Mapping[str, Done],
     cache_dir: Path,
-    force: bool,
+    redone: set[str] | None,
     where: str,
     console: Console,
 ) -> Done:
-    """The stage's finished folder: from the cache, or run now and renamed into place when whole."""
+    """The stage's finished folder: from the cache, or run now and renamed into place when whole.
+
+    redone: keys of stages that were done once more, to which this one is added; None = what is done stays.
+    Raises Moved when another process has changed what the stage reads.
+    """
     folder = _folder(cache_dir, stage, key)
-    record = None if force else _read_done(folder)
-    if record is not None:
+    force = redone is not None and key not in redone
+
+    def found() -> tuple[Done | None, str]:
+        record, damage = (None, "") if force else cache.look(folder)
+        if record is None:
+            return None, damage
         console.stage(f"{stage.name}{where}: done before ({record['seconds']:.1f} s), nothing has changed")
-        return Done(stage.name, key, folder, record["seconds"], cached=True, digest=_digest(record))
-    console.stage(f"{stage.name}{where}")
-    start = time.monotonic()
+        return Done(stage.name, key, folder, record["seconds"], cached=True, digest=cache.digest(record)), ""
+
+    known, damage = found()
+    if known is not None:
+        return known
+    if damage:
+        console.warn(f"{stage.name}{where} is done again: in the cache, {damage} ('{folder}')")
     read = {name: finished[name].folder for name in stage.reads if name in finished}
-    try:
-        work = Path(tempfile.mkdtemp(prefix=f".{stage.name}-", dir=cache_dir))
-        try:
-            stage.run(request, read, work, console)
-            seconds = time.monotonic() - start
-            files = {path.name: artifact.sha256(path) for path in sorted(work.iterdir())}
-            record = {"stage": stage.name, "key": key, "seconds": seconds, "files": files}
-            (work / "done.json").write_text(json.dumps(record))
-            _replace(work, folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(
-            f"stage '{stage.name}' stopped: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}; "
-            f"finished stages are kept in '{cache_dir}'"
-        ) from error
+    inputs = [finished[name] for name in read]
+
+    def waiting() -> None:
+        console.say(f"{stage.name}{where}: another build is at it; waiting for its result")
+
+    with (
+        undisturbed(inputs, f"stage '{stage.name}'", cache_dir),
+        cache.working(cache_dir / f".{folder.name}", waiting) as work,
+    ):
+        known, _ = found()
+        if known is not None:
+            return known  # from the build that this one waited for
+        console.stage(f"{stage.name}{where}")
+        if force:
+            shutil.rmtree(work / cache.CHECKPOINT, ignore_errors=True)
+        start = time.monotonic()
+        stage.run(request, read, work, console)
+        seconds = time.monotonic() - start
+        moved(inputs)
+        record = cache.finish(work, folder, stage.name, key, seconds)
+    if redone is not None:
+        redone.add(key)
     console.say(f"{stage.name}: {seconds:.1f} s")
-    return Done(stage.name, key, folder, seconds, cached=False, digest=_digest(record))
+    return Done(stage.name, key, folder, seconds, cached=False, digest=cache.digest(record))
+
+
+@contextmanager
+def undisturbed(inputs: Sequence[Done], what: str, cache_dir: Path) -> Iterator[None]:
+    """Around what reads finished stages: Moved if they changed meanwhile, else StorageError for a failing disk."""
+    try:
+        yield
+    except Exception as error:
+        moved(inputs)
+        if isinstance(error, OSError):
+            reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+        elif "(os error " in str(error):  # how libraries in Rust put it, safetensors among them
+            reason = str(error)
+        else:
+            raise
+        raise StorageError(f"{what} stopped: {reason}; finished stages are kept in '{cache_dir}'") from error
+    moved(inputs)
+
+
+def moved(inputs: Sequence[Done]) -> None:
+    """Raise Moved unless all of these finished stages are as they were found."""
+    for entry in inputs:
+        if not cache.unchanged(entry.folder, entry.digest):
+            raise Moved(f"another process has changed or deleted '{entry.folder}'")
 
 
 def check_request(request: Request) -> None:
@@ -447,7 +501,7 @@ BY_NAME = {
 }
 
 
-@cache
+@memo
 def code_key(module: str) -> str:
     """sha256 of the source of a module of edgeprune and of all that it imports from edgeprune."""
     seen: dict[str, bytes] = {}
@@ -481,7 +535,7 @@ def _is_module(package: str, name: str) -> bool:
     return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
 
 
-@cache
+@memo
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide the result; "" for one that is not installed."""
     found = {}
@@ -537,27 +591,3 @@ def _data_key(folder: str) -> str:
 
 def _folder(cache_dir: Path, stage: Stage, key: str) -> Path:
     return cache_dir / f"{stage.name}-{key[:20]}"
-
-
-def _read_done(folder: Path) -> dict[str, Any] | None:
-    """The record of a finished stage; None when there is none or a file is not as it was written."""
-    try:
-        record: dict[str, Any] = json.loads((folder / "done.json").read_text())
-        whole = all(artifact.sha256(folder / name) == digest for name, digest in record["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return record if whole else None
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    """sha256 over a finished stage's key and files."""
-    return hashlib.sha256(json.dumps([record["key"], record["files"]], sort_keys=True).encode()).hexdigest()
-
-
-def _replace(work: Path, folder: Path) -> None:
-    """Rename `work` to `folder`, whatever is there."""
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
-        folder.rename(old / "x")
-        shutil.rmtree(old, ignore_errors=True)
-    work.rename(folder)

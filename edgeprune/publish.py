@@ -6,14 +6,15 @@ import gzip
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, checks, methods, provenance, report
+from edgeprune import artifact, cache, checks, methods, provenance, report
 from edgeprune.config import Request
+from edgeprune.console import SILENT, Console
+from edgeprune.errors import EdgepruneError
 from edgeprune.latency import parcel
 from edgeprune.report import page
 from edgeprune.types import Check
@@ -65,19 +66,22 @@ def publish(
     folder: Path,
     environment: dict[str, Any],
     family: Sequence[dict[str, Any]] = (),
+    console: Console = SILENT,
 ) -> Artifact:
-    """Write the artifact directory beside its place and rename it; an unchanged one is left alone.
+    """Write the artifact directory beside its place and rename it; an unchanged one is left alone. Raises OSError.
 
     family: the `point` of every artifact of this build, for the report.
     """
     stages = {entry.name: entry for entry in done}
     parts = [entry.digest for entry in done] + [json.dumps(list(family), sort_keys=True)]
     key = hashlib.sha256("".join(parts).encode()).hexdigest()
-    if (existing := _unchanged(folder, key)) is not None:
+    if (existing := _unchanged(folder, key, console)) is not None:
         return existing
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+
+    def waiting() -> None:
+        console.say(f"another build writes '{folder}'; waiting for it")
+
+    with cache.working(folder.parent / f".{folder.name}", waiting) as work:
         for stage, names in (("finetune", ("plan.json", "model.safetensors")), ("profile", ("profile.json",))):
             for name in names:
                 shutil.copyfile(stages[stage].folder / name, work / name)
@@ -103,17 +107,9 @@ def publish(
         materials = {"dense.safetensors": artifact.sha256(stages["baseline"].folder / "dense.safetensors")}
         (work / provenance.STATEMENT).write_text(provenance.statement(manifest, materials), encoding="utf-8")
         manifest["files"] = _files(work)
-        (work / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        manifest = artifact.write_manifest(work, manifest)
         work.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
-            folder.rename(old / folder.name)
-            work.rename(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            work.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        cache.put(work, folder)
     return Artifact(folder, manifest)
 
 
@@ -123,11 +119,15 @@ def _files(work: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _unchanged(folder: Path, key: str) -> Artifact | None:
+def _unchanged(folder: Path, key: str, console: Console) -> Artifact | None:
+    """The artifact that is there, if it is this one and whole."""
+    if not (folder / "manifest.json").exists():
+        return None
     try:
         manifest = artifact.read_manifest(folder)
         artifact.check_files(folder, manifest)
-    except Exception:
+    except (EdgepruneError, OSError) as error:
+        console.warn(f"'{folder}' is replaced: {error}")
         return None
     return Artifact(folder, manifest) if manifest.get("key") == key else None
 

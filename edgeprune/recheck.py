@@ -7,6 +7,7 @@ import gzip
 import json
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, errors, images, regression, report
+from edgeprune import artifact, errors, images, onnxfile, regression, report
 from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import devices
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.device import usable_threads
-from edgeprune.latency.machine import Machine
+from edgeprune.latency.machine import Machine, here
 from edgeprune.latency.statistics import latency_ms, verdict
 from edgeprune.types import Check, Quiet, Target, Verdict
 
@@ -31,6 +32,7 @@ UNITS = {
     "accuracy drop": "points",
     regression.NAME: "%",
 }  # of a check's value and limit; of a latency: ms
+MAX_ONNX = (2 << 30) - 1  # bytes: protobuf's own limit
 BATCH = 16  # images per request to the worker, which must answer in time on the slowest board
 
 
@@ -107,13 +109,15 @@ def validate_artifact(
     most = regression.parse_share(max_regression) if max_regression else 0.0
     before = regression.read_baseline(baseline) if baseline else None
     manifest = artifact.read_manifest(folder)
-    artifact.check_files(folder, manifest)
+    artifact.check_manifest(folder, manifest)
+    artifact.check_files(folder, manifest, needed=_used(manifest))
     console.say(f"{len(manifest['files'])} files have their hashes")
-    profile = artifact.read_json(folder / "profile.json")
+    profile = read_profile(folder / "profile.json", manifest["runtime"])
     recorded = parse(Target, profile["target"], str(folder / "profile.json"))
     held_to = load_target(target) if target else recorded
     machine = devices.machine(device)
     _must_fit(held_to, manifest, machine)
+    onnxfile.refuse_external(folder / manifest["entry"])
     evaluation = images.for_artifact(manifest, data, data_dir)
     if out is not None:
         artifact.must_be_writable(out, "--out", folder=False)
@@ -128,7 +132,8 @@ def validate_artifact(
             devices.clock(device, runtime, console=console, precision=precision, threads=count, max_isa=max_isa)
         )
         anchor = Path(work) / "anchor.onnx"
-        anchor.write_bytes(gzip.decompress((folder / "anchor.onnx.gz").read_bytes()))
+        unpack(folder / "anchor.onnx.gz", anchor)
+        onnxfile.refuse_external(anchor)
         clock.load("dense", anchor, COPIES)
         clock.load("pruned", folder / manifest["entry"], COPIES)
         same = (
@@ -175,6 +180,46 @@ def validate_artifact(
         samples = {"pruned": measured.raw_ms[0].tolist(), "anchor": measured.raw_ms[1].tolist()}
         _write(out, {"exit_code": exit_code(gates), **found, "samples_ms": samples})
     return found
+
+
+def _used(manifest: dict[str, Any]) -> tuple[str, ...]:
+    """The files that are opened here; what is opened must have a hash."""
+    entry = manifest["entry"]
+    weights = (f"{Path(entry).stem}.bin",) if entry.endswith(".xml") else ()
+    return ("profile.json", "anchor.onnx.gz", entry, *weights)
+
+
+def read_profile(path: Path, runtime: str) -> dict[str, Any]:
+    """The profile document at `path`; UsageError when it lacks what is read of it here, or has it in no sound form."""
+    document = artifact.read_json(path)
+    try:
+        numbers = [document["anchor_ms"][runtime], document["anchor"]["slope"]]
+        if not all(type(number) in (int, float) and abs(number) < 1e12 for number in numbers) or numbers[0] <= 0:
+            raise ValueError(f"anchor_ms and slope are {numbers}")
+        if not isinstance(document["target"], dict) or not isinstance(document["worker"]["info"]["version"], str):
+            raise TypeError("target is no table, or the worker's version no text")
+        here().same(document)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise errors.UsageError(
+            f"{path}: the profile is damaged ({type(error).__name__}: {error}); build the artifact again"
+        ) from error
+    return document
+
+
+def unpack(source: Path, target: Path) -> None:
+    """Decompress `source`, piece by piece and up to what an ONNX file can have. Raises UsageError, StorageError."""
+    size = 0
+    try:
+        with gzip.open(source) as packed, target.open("wb") as file:
+            while piece := packed.read(1 << 20):
+                size += len(piece)
+                if size > MAX_ONNX:
+                    raise errors.UsageError(f"'{source}' unpacks to more than {MAX_ONNX >> 20} MiB, and is no model")
+                file.write(piece)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise errors.UsageError(f"'{source}' is not a gzip file: {error}; build the artifact again") from error
+    except OSError as error:
+        raise errors.StorageError(f"'{source}' cannot be unpacked to '{target}': {error.strerror or error}") from error
 
 
 def _must_fit(target: Target, manifest: dict[str, Any], machine: Machine) -> None:

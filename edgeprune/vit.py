@@ -9,8 +9,10 @@ width is never pruned. A removed sub-block leaves its bias behind and costs noth
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
+MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
 MAX_WIDTHS = 24  # MLP widths that are measured, besides 0
 
 
@@ -149,19 +152,20 @@ def create(
     hub = architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(architecture.split(".")[0]):
         raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+    check_kwargs(architecture, kwargs)
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
     if not hub:
         _check_early(architecture, kwargs)
     try:
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UsageError(
-            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
-        ) from error
     except OSError as error:
         raise UsageError(
             f"the weights of '{architecture}' cannot be fetched ({_first_line(error)}); give a file with --weights"
+        ) from error
+    except Exception as error:  # whatever its layers make of strange sizes
+        raise UsageError(
+            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
         ) from error
     check_anatomy(model, architecture)
     before = set(model.state_dict())
@@ -183,6 +187,25 @@ def _check_early(architecture: str, kwargs: dict[str, Any]) -> None:
     except Exception:
         return
     check_anatomy(model, architecture)
+
+
+def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
+    """Raise UsageError for what is no argument of the model itself: cards and plans come from elsewhere.
+
+    timm takes others with them, such as a checkpoint that it would unpickle.
+    """
+    known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self"}
+    for key, value in kwargs.items():
+        if key not in known:
+            raise UsageError(f"timm cannot make '{architecture}' with {kwargs}: {unknown('argument', key, known)}")
+        plain = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(one, (bool, int, float, str)) or one is None for one in plain):
+            raise UsageError(
+                f"the argument '{key}' in [kwargs] must be a number, a text, true or false, or a list of them"
+            )
+        most = MOST_BLOCKS if key == "depth" else MOST
+        if any(isinstance(one, (int, float)) and not -most <= one <= most for one in plain):
+            raise UsageError(f"the argument '{key}' in [kwargs] is beyond {most}: {str(value)[:40]}")
 
 
 def check_anatomy(model: Any, name: str) -> None:
@@ -286,6 +309,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
         else:
+            refuse_compressed(path)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols: what matters is said below
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -296,6 +320,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"'{path}' holds pickled code or is not a weights file; edgeprune never runs code from a file: "
             "save the state_dict alone, best as .safetensors"
         ) from error
+    except UsageError:
+        raise
     except OSError as error:
         raise StorageError(f"weights file '{path}' cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever else torch finds in a file that it cannot read
@@ -307,6 +333,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"'{path}' holds no state_dict (a mapping of names to tensors)")
     state = {str(k).removeprefix("module."): v for k, v in state.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def refuse_compressed(path: Path) -> None:
+    """Raise UsageError for a zip archive that is larger unpacked than packed: torch stores, and never compresses."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    size = path.stat().st_size
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise UsageError(
+            f"'{path}' is a compressed archive of {sum(e.file_size for e in entries)} bytes in {size}; torch writes none, "
+            "so it is not unpacked: save the state_dict again, best as .safetensors"
+        )
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

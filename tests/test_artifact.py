@@ -41,7 +41,7 @@ def saved(tmp_path: Path, tiny_vit: Any, tiny_kwargs: dict[str, Any]) -> tuple[P
         name: {"sha256": hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}
         for name in ("plan.json", "model.safetensors")
     }
-    (tmp_path / "manifest.json").write_text(json.dumps({"schema": artifact.MANIFEST_SCHEMA, "files": files}))
+    artifact.write_manifest(tmp_path, {"schema": artifact.MANIFEST_SCHEMA, "files": files})
     return tmp_path, model
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_the_manifest_does_not_know_is_not_used(saved: tuple[Path, A
     folder = saved[0]
     manifest = artifact.read_manifest(folder)
     del manifest["files"]["plan.json"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    artifact.write_manifest(folder, manifest)
     with pytest.raises(UsageError, match=r"plan\.json is not in the manifest"):
         artifact.load(folder)
 

@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 import small
 from small import Result, Workspace
+from test_docs import manifest  # noqa: F401  a fixture
 
+from edgeprune import artifact as artifacts
 from edgeprune import cli, errors, pipeline
 from edgeprune.config import tomllib
 
@@ -137,7 +139,7 @@ def test_profile_refuses(space: Workspace, arguments: list[str], says: str) -> N
 def test_an_onnx_file_that_is_none_is_refused(space: Workspace, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_text("no model")
     check(["profile", tmp_path / "model.onnx", "--target", space.target, "--runtime", "onnxruntime"], USAGE,
-          "onnxruntime cannot open")  # fmt: skip
+          "model.onnx' is not an ONNX model")  # fmt: skip
 
 
 def test_a_profile_that_is_not_there_is_refused(space: Workspace, tmp_path: Path) -> None:
@@ -508,19 +510,27 @@ def test_a_latency_below_what_is_reachable(space: Workspace, tmp_path: Path, lat
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Path:
-    """As much of an artifact as is read before anything is measured; two classes, on an image folder."""
+def artifact(tmp_path: Path, manifest: dict[str, Any]) -> Path:  # noqa: F811
+    """An artifact as far as it is read before anything is measured; two classes, on an image folder."""
     folder = tmp_path / "artifact"
     folder.mkdir()
     target = {**tomllib.loads(small.TARGET), "name": "here"}
-    (folder / "profile.json").write_text(json.dumps({"target": target}))
-    files = {"profile.json": {"sha256": hashlib.sha256((folder / "profile.json").read_bytes()).hexdigest()}}
-    document = {
-        "schema": "edgeprune.manifest/1", "files": files, "runtime": "onnxruntime", "precision": "fp32", "threads": 1,
-        "classes": ["ant", "bee"], "data": {"source": "folder data set", "evaluation": 16, "seed": 0},
-        "request": {"latency_ms": 1.0, "quantile": "p50", "max_drop": None},
+    profile = {
+        "target": target, "anchor_ms": {"onnxruntime": 1.0}, "anchor": {"slope": 0.5},
+        "worker": {"info": {"version": "1"}}, "device": {}, "conditions": {},
     }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(document))
+    (folder / "profile.json").write_text(json.dumps(profile))
+    for name in set(manifest["files"]) - {"profile.json"}:
+        (folder / name).write_bytes(b"\x3a\x00" if name == "model.onnx" else b"x")  # an empty graph
+    files = {
+        name: {
+            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+            "bytes": (folder / name).stat().st_size,
+        }
+        for name in manifest["files"]
+    }
+    data = {**manifest["data"], "source": "folder data set", "evaluation": 16}
+    artifacts.write_manifest(folder, {**manifest, "files": files, "classes": ["ant", "bee"], "data": data})
     return folder
 
 

@@ -29,10 +29,10 @@ ROWS = (
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
-     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers"),
+     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics"),
     ("config",),
     ("compat", "console", "methods"),
-    ("types", "extras", "modules", "families"),
+    ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

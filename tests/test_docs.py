@@ -274,6 +274,7 @@ def manifest() -> dict[str, Any]:
             name: {"sha256": digest, "bytes": 1}
             for name in ("plan.json", "model.safetensors", "model.onnx", "profile.json", "anchor.onnx.gz", "report.md", "report.html", "report.json", "provenance.json", "sbom.cdx.json")
         },
+        "sha256": digest,
     }  # fmt: skip
 
 

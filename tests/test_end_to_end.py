@@ -700,10 +700,9 @@ def test_validate_of_an_artifact_whose_latency_was_only_predicted(
     monkeypatch.setattr("edgeprune.checks.SECONDS", 1.0)
     folder = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
     document = manifest(folder)
-    document["predicted"] = True
     document["pruned"]["latency_ms"] = {"p50": None, "p90": None, "p99": None, "samples": 0}
     document["pruned"]["latency_ci_ms"] = document["pruned"]["drift"] = None
-    (folder / "manifest.json").write_text(json.dumps(document))
+    artifact.write_manifest(folder, document)
     found = api.validate(folder)
     assert found["same_device"] is True
     assert found["checks"][0]["value"] > 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune import modules, obs, vit
+from edgeprune import modules, numerics, obs, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.data import Batch
@@ -192,6 +192,7 @@ def observe(
     try:
         with torch.set_grad_enabled(generator is not None):
             logits = model(pixels)
+            numerics.refuse_not_finite(model, pixels, logits.detach(), "calibrate", "its weights are broken there")
             if generator is None:
                 return inputs, {}
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from edgeprune import sealed
 
 FILE = "quietest.json"
 
@@ -35,7 +35,7 @@ def key(anchor: Path, device: Mapping[str, Any], conditions: Mapping[str, Any]) 
 def recall(folder: Path, of: str) -> Remembered | None:
     """What is remembered in `folder` under a `key`; None when nothing is, or it cannot be read."""
     try:
-        entry = json.loads((folder / FILE).read_text(encoding="utf-8"))[of]
+        entry = _entries(folder)[of]
         found = Remembered(float(entry["ms"]), str(entry["when"]))
         return found if 0 < found.ms < float("inf") else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -47,13 +47,13 @@ def remember(folder: Path, of: str, ms: float) -> None:
     known = recall(folder, of)
     if known is not None and known.ms <= ms:
         return
+    entries = {**_entries(folder), of: {"ms": ms, "when": time.strftime("%Y-%m-%d %H:%M")}}
+    sealed.write(folder / FILE, entries)
+
+
+def _entries(folder: Path) -> dict[str, Any]:
+    """What is remembered; nothing where the file is missing or damaged: the next profile remembers anew."""
     try:
-        entries = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        entries = {}
-    entries = entries if isinstance(entries, dict) else {}
-    entries[of] = {"ms": ms, "when": time.strftime("%Y-%m-%d %H:%M")}
-    handle, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=folder)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(entries, file, indent=1)
-    os.replace(name, folder / FILE)
+        return sealed.read(folder / FILE)
+    except (OSError, sealed.Damaged):
+        return {}

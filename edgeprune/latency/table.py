@@ -191,7 +191,7 @@ def table_from_json(document: Mapping[str, Any]) -> LatencyTable:
         raise errors.UsageError(f"this is not a latency table (missing or unknown: {', '.join(wrong)}); profile again")
     try:
         table = _read(document)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise errors.UsageError(f"this latency table is damaged ({error}); profile again") from error
     return table
 
@@ -231,6 +231,8 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
     for name in ("dense_ms", "empty_ms"):
         if not 0 < float(getattr(table, name)) < float("inf"):
             raise ValueError(f"{name} must be above zero and finite")
+    if not isinstance(table.runtime, str) or not isinstance(table.precision, str):
+        raise ValueError("runtime and precision must be texts")
     if not np.isfinite(float(table.base_ms)):
         raise ValueError("base_ms must be finite")
     if type(table.blocks) is not int or type(table.threads) is not int or min(table.blocks, table.threads) < 1:

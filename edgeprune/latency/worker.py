@@ -27,12 +27,13 @@ import os
 import platform
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import errors, runtimes
+from edgeprune import errors, onnxfile, runtimes
 from edgeprune.latency import lines, noise
 
 #: Different inputs per model, so that no run sees the data of the run before it.
@@ -82,6 +83,7 @@ class Worker:
     def load(self, name: str, path: str, copies: int) -> dict[str, Any]:
         if not os.path.isfile(path):
             raise errors.StorageError(f"there is no model file {path}")
+        onnxfile.refuse_outside(Path(path))
         sessions = [self._runtime.open(path, self._threads, self._precision) for _ in range(copies)]
         session = sessions[0]
         self._sessions[name] = sessions

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
 
-from edgeprune import artifact, selections, vit
+from edgeprune import artifact, numerics, selections, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import ModelSpec, Request
 from edgeprune.console import Console
@@ -47,6 +48,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         chosen.save(out)
         dense = with_data(model, request, chosen)
     splits = dense.splits
+    pixels, _ = next(splits.calibration.batches(request.card.calibration.batch_size))
+    with torch.no_grad():
+        numerics.refuse_not_finite(model, pixels, model(pixels), "baseline", "the weights are broken there: use others")
     console.say(f"{request.card.architecture}: {sizes.blocks} blocks of {sizes.heads} heads and {sizes.neurons} neurons, "
                 f"{sizes.tokens} tokens, {vit.parameters(model) / 1e6:.2f} M parameters")  # fmt: skip
     console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "

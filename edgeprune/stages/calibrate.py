@@ -24,6 +24,7 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Batch
+from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 from edgeprune.types import Levels
 
@@ -38,7 +39,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
     criterion = criteria.get(request.criterion)
     evidence, found = gather(request, model, dense.sizes, batches, len(images), console)
+    refuse_not_finite(found)
     levels = criteria.score(criterion, evidence)
+    for level in levels:
+        if not np.isfinite(level.errors).all():
+            raise UsageError(f"criterion '{request.criterion}' scores {level.kind} of block {level.block} as NaN or infinite; "
+                             "choose another --criterion")  # fmt: skip
     labelled = "labelled" if "labels" in criterion.NEEDS else "unlabelled"
     console.say(f"criterion '{request.criterion}': {len(levels)} sub-blocks scored on {len(images)} {labelled} images")
     indices = ", ".join(f"{kind} {i} {index:.3f}" for (i, kind), index in pq.gauge(model).items())
@@ -56,6 +62,19 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     weights = {f"{block}.{kind}": torch.cat(parts).half() for (block, kind), parts in found.weights.items()}
     save_file(weights, out / "tokens.safetensors")
     dense.splits.report(out, console)
+
+
+def refuse_not_finite(found: criteria.Statistics) -> None:
+    """Raise UsageError naming the first layer whose inputs are not all numbers, or whose gradients are not."""
+    inputs = {at: torch.cat([own.mean[None], own.covariance[:, : len(own.mean)]]) for at, own in found.moments.items()}
+    for what, tensors in (("inputs", inputs), ("gradients", found.gradients)):
+        for (block, kind), own in sorted(tensors.items()):
+            if not bool(own.isfinite().all()):
+                layer = "attn.proj" if kind == "attn" else "mlp.fc2"
+                raise UsageError(
+                    f"stage calibrate: the {what} of blocks.{block}.{layer} hold NaN or infinity (or values beyond float32): "
+                    "the dense model's weights are broken there, or its preprocessing is; check both on the card"
+                )
 
 
 def gather(

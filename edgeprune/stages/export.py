@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeprune import artifact
+from edgeprune import artifact, numerics
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -67,7 +67,11 @@ def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, A
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     got = np.concatenate([session.run([OUTPUT], {INPUT: image[None].numpy()})[0] for image in images])
-    want = model(images).numpy()
+    wanted = model(images)
+    numerics.refuse_not_finite(
+        model, images, wanted, "export", "lower [finetune] learning_rate, or ask for a milder latency"
+    )
+    want = wanted.numpy()
     error = float(np.abs(got - want).max() / max(float(np.abs(want).max()), 1e-9))
     agreement = float((got.argmax(-1) == want.argmax(-1)).mean())
     if not error <= MAX_ERROR:

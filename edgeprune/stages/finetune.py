@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from edgeprune import adapters, artifact, recoveries, schedules, vit
+from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, vit
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
+from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 from edgeprune.tuning import launch
+from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.judge import divergence, divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import to_json
@@ -37,6 +40,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if adapted:
         adapters.attach(student, seed=request.seed)
     after = before = divergence(student, dense.model, check, recipe.batch_size)
+    if not math.isfinite(before):
+        pixels, _ = next(check.batches(recipe.batch_size))
+        numerics.refuse_not_finite(student, pixels, student(pixels).detach(), "prune", "choose another --recovery")
+        raise UsageError(
+            "stage finetune: the pruned model's divergence from the dense one is no number; choose another --recovery"
+        )
     history = History()
     if planned.plan == vit.dense_plan(dense.sizes):
         console.say("nothing was pruned: no tuning")
@@ -49,6 +58,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
     else:
         history = tune(student, planned, dense, recipe, request, out, console)
+        shutil.rmtree(out / cache.CHECKPOINT, ignore_errors=True)
         after = divergence(student, dense.model, check, recipe.batch_size)
         console.say(
             f"divergence from the dense model on {len(check)} images kept out of tuning: "
@@ -84,4 +94,5 @@ def tune(
     return fit(
         student, train, recipe, dense.transforms,
         teacher=dense.model, check=check, seed=request.seed, console=console,
+        checkpoint=Checkpoint(work / cache.CHECKPOINT, console),
     )  # fmt: skip

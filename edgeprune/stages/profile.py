@@ -150,7 +150,7 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
             raise ValueError("a latency of the anchor is no positive number")
         str(document["worker"]["info"]["version"])
         here().same(document)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"{path}: the profile is damaged ({type(error).__name__}: {error}); record it again"
         ) from error

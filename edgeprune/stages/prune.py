@@ -17,7 +17,7 @@ from edgeprune import allocators, polish, recoveries, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
 from edgeprune.console import Console
-from edgeprune.errors import Infeasible
+from edgeprune.errors import Infeasible, UsageError
 from edgeprune.latency import choose, devices
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
@@ -85,6 +85,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
                 polished = polish.polish(dense.model, pruned, found.batches, found.weights, request.polish, advance)
             console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
+    if broken := [k for k, v in pruned.state_dict().items() if not bool(v.isfinite().all())]:
+        raise UsageError(
+            f"stage prune: the recovery '{request.recovery}' left NaN or infinity in {', '.join(broken[:4])}; choose another --recovery"
+        )
     kept = plan.shape
     console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
                 f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip

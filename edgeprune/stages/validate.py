@@ -27,6 +27,7 @@ from edgeprune.stages import baseline, profile
 from edgeprune.types import Check, FloatArray, Quiet
 
 BATCH = 64
+LITTLE = 0.1  # nats: a model that diverges less does not lose most of its accuracy by it
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
@@ -65,6 +66,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     held_out = request.card.data.held_out_domain or None
     accuracy = checks.summary(*(own for name, own in answers.items() if name != held_out))
     domains = [checks.domain_facts(name, own, held_out=name == held_out) for name, own in answers.items() if held_out]
+    if checks.collapsed(accuracy, dense.sizes.num_classes):
+        console.warn(why_collapsed(accuracy, read["finetune"], planned.limit_ms / table.dense_ms))
     gates = [timed.check]
     if request.max_drop is not None:
         gates.append(checks.accuracy_check(accuracy, request.max_drop))
@@ -91,6 +94,23 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     (out / "validation.json").write_text(json.dumps(facts, indent=1))
     dense.splits.report(out, console)
     np.savez_compressed(out / "validation.npz", pruned=timed.samples_ms[0], dense=timed.samples_ms[1])
+
+
+def why_collapsed(accuracy: checks.Accuracy, tuned: Path, share: float) -> str:
+    """In words: how far accuracy fell, and which stage it fell in, as the divergence along the way tells."""
+    facts = artifact.read_json(tuned / "finetune.json")
+    before, after, steps = facts["divergence_before"], facts["divergence_after"], len(facts["losses"])
+    fell = f"accuracy has collapsed from {accuracy.dense:.2f} % to {accuracy.pruned:.2f} %"
+    if after < LITTLE:
+        return (
+            f"{fell}, though the torch model diverges from the dense one by {after:.4f} nats only: the cause is the export "
+            "or the runtime, or evaluation images unlike the training ones; this is worth a report"
+        )
+    tuning = f"{steps} steps of tuning brought it to {after:.2f}" if steps else "nothing was tuned"
+    return (
+        f"{fell}: at {share:.0%} of the dense latency pruning left a divergence of {before:.2f} nats, and {tuning}; "
+        "ask for a milder latency, give more --epochs, or prune in steps with --gradual"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -94,6 +95,11 @@ def wearing(model: nn.Module, state: State) -> Iterator[None]:
         model.load_state_dict(own)
 
 
+def number_or_inf(value: float) -> float:
+    """The value, or infinity for one that is no number: the worst there is, in every comparison."""
+    return math.inf if math.isnan(value) else value
+
+
 class Best:
     """The best weights met so far; at first those that the model starts with."""
 
@@ -114,7 +120,7 @@ class Best:
                 found.append((self.judge(model), average.state))
         if average is None or last:
             found.append((self.judge(model), model.state_dict()))
-        value, state = min(found, key=lambda one: one[0])
+        value, state = min(found, key=lambda one: number_or_inf(one[0]))
         self.offer(value, state)
         return value
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def fit(
         artifact.write_plan(planned, folder / "plan.json")
         job = {
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,
-            "verbose": console.verbose,
+            "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(to_json(job)))
         if chosen is not None:

@@ -111,19 +111,37 @@ class Lessons:
 
     def __iter__(self) -> Iterator[Lesson]:
         """Lessons; with `echo`, some are collected on the way and then given again, in another order."""
-        fresh = self._fresh()
+        return self.after(0)
+
+    def after(self, count: int) -> Iterator[Lesson]:
+        """The lessons that follow the first `count`; of those, only what later ones need is computed."""
         if self.echo < 2 or self.views:
-            yield from fresh
-        for chunk in itertools.count():
-            given: list[Lesson] = []
-            for lesson in fresh:
-                yield lesson
-                given.append(lesson)
-                if len(given) >= self._echoed(given[0]):
-                    break
-            for again in range(1, self.echo):
-                for i in np.random.default_rng([self.seed, chunk, again]).permutation(len(given)):
-                    yield given[i]
+            yield from self._fresh(count)
+        done = 0
+        if count:
+            per_chunk = self._echoed(next(self._fresh(0)))
+            done = count // (per_chunk * self.echo)
+            count -= done * per_chunk * self.echo
+            fresh = self._fresh(done * per_chunk)
+        else:
+            fresh = self._fresh(0)
+        for chunk in itertools.count(done):
+            for lesson in self._chunk(fresh, chunk):
+                if count:
+                    count -= 1
+                else:
+                    yield lesson
+
+    def _chunk(self, fresh: Iterator[Lesson], chunk: int) -> Iterator[Lesson]:
+        given: list[Lesson] = []
+        for lesson in fresh:
+            yield lesson
+            given.append(lesson)
+            if len(given) >= self._echoed(given[0]):
+                break
+        for again in range(1, self.echo):
+            for i in np.random.default_rng([self.seed, chunk, again]).permutation(len(given)):
+                yield given[i]
 
     def _echoed(self, lesson: Lesson) -> int:
         """How many lessons are collected before they are given again."""
@@ -131,7 +149,8 @@ class Lessons:
         fit = int(CACHE_BYTES // max(1, share * _bytes_per_image(lesson)))
         return max(1, min(ECHO_LESSONS, fit, math.ceil(self.per_epoch * self.epochs / self.echo)))
 
-    def _fresh(self) -> Iterator[Lesson]:
+    def _fresh(self, skip: int) -> Iterator[Lesson]:
+        """New lessons, without the first `skip`: their answers are only computed where they are kept."""
         stores: dict[int, Store] = {}
         for epoch in itertools.count():
             view = epoch if self.keep is False or not self.views else epoch % self.views
@@ -139,7 +158,12 @@ class Lessons:
             batches = [
                 order[i : i + self.batch_size][self.rank :: self.size] for i in range(0, len(order), self.batch_size)
             ]
-            yield from self._epoch(view, batches, stores)
+            drop = min(skip, len(batches))
+            skip -= drop
+            if self.keep is False or not self.views or epoch >= self.views:
+                batches, drop = batches[drop:], 0
+            if batches:
+                yield from itertools.islice(self._epoch(view, batches, stores), drop, None)
 
     def _epoch(self, view: int, batches: list[np.ndarray], stores: dict[int, Store]) -> Iterator[Lesson]:
         store = stores.get(view)

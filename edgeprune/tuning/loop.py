@@ -19,12 +19,15 @@ from edgeprune.config import Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.data import Images, train_transform
 from edgeprune.errors import UsageError
+from edgeprune.tuning import checkpoint as saved
 from edgeprune.tuning import loss as losses
+from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.coach import Coach
 from edgeprune.tuning.group import Group, alone, loader_workers
-from edgeprune.tuning.judge import Average, Best, Judge
+from edgeprune.tuning.judge import Average, Best, Judge, number_or_inf
 from edgeprune.tuning.lessons import Lesson, Lessons
 from edgeprune.tuning.precision import Precision
+from edgeprune.types import to_json
 
 SEARCH_RATES = (0.3, 1.0, 3.0)  # times the recipe's learning rate
 SEARCH_SHARE = 0.2  # of a phase's steps, for all rates together
@@ -54,6 +57,10 @@ class History:
         return History(**{**document, "checks": [(step, value) for step, value in document["checks"]]})
 
 
+class Diverged(Exception):
+    """The loss stopped being a number; the message says when."""
+
+
 def fit(
     student: VisionTransformer,
     train: Images,
@@ -66,6 +73,7 @@ def fit(
     console: Console = SILENT,
     group: Group | None = None,
     coach: Coach | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Tune `student` in place on `train`, phase after phase of the recipe; leaves it in eval mode, on the CPU.
 
@@ -73,7 +81,9 @@ def fit(
     diverged least from the teacher on them: the last, an average, earlier ones, or those it came with.
     `config` is timm's data config. `group` is this process unless `accelerate launch` started several.
     `coach` sees every step and may add to the loss; it is meant for one process, and for no `check`.
-    Raises UsageError when the recipe does not fit, or when the loss stops being a number.
+    `checkpoint`: where the state is kept from time to time, and gone on from when there is one; for one process too.
+    With `check` images a loss that stops being a number ends the phase, and the best weights stay; without them
+    UsageError is raised, as it is when the recipe does not fit.
     """
     group = group or alone()
     own_size = student.patch_embed.img_size
@@ -88,22 +98,28 @@ def fit(
     np.random.seed(seed)
     torch.manual_seed(seed)
     history = History()
+    resumed = checkpoint.load() if checkpoint is not None else None
+    if resumed is not None:
+        history = History.of(resumed[0]["history"])
+        train.corrupt.update(resumed[0]["corrupt"])
+        console.say(f"going on from the checkpoint after {len(history.losses)} steps")
     try:
         student.to(group.device)
         if teacher is not None:
             teacher.to(group.device)
         judge = Judge(teacher, check, recipe.batch_size, group) if teacher is not None and check is not None else None
         for number, (size, epochs) in enumerate(zip(sizes, recipe.epochs, strict=True)):
-            if epochs <= 0:
+            if epochs <= 0 or (resumed is not None and number < resumed[0]["phase"]):
                 continue
             if size is not None:
                 student.set_input_size(img_size=(size, size))
             images = train.with_transform(train_transform(config, recipe.augment, size))
             phase = Phase(
                 student, images, recipe, epochs, teacher, judge, seed + 1000 * number, console, group, history,
-                coach or Coach(),
+                coach or Coach(), checkpoint, number,
             )  # fmt: skip
-            phase.run(f"tuning at {size or own_size[0]} px")
+            phase.run(f"tuning at {size or own_size[0]} px", resumed)
+            resumed = None
         if student.patch_embed.img_size != own_size:
             student.set_input_size(img_size=own_size)
     finally:
@@ -111,6 +127,14 @@ def fit(
         if teacher is not None:
             teacher.cpu()
     return history
+
+
+#: A checkpoint: facts and tensors.
+Resumed = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def _on(state: dict[str, Tensor], where: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(where) for name, value in state.items()}
 
 
 @dataclass
@@ -128,8 +152,11 @@ class Phase:
     group: Group
     history: History
     coach: Coach
+    checkpoint: Checkpoint | None = None
+    number: int = 0
 
     def __post_init__(self) -> None:
+        self.taken = 0  # lessons, before the schedule that is running
         self.lessons = Lessons(
             self.images,
             self.recipe.batch_size,
@@ -149,16 +176,30 @@ class Phase:
         self.teaching = Precision("teacher", asked, self.steps, where, self.console)
         self.read = losses.read_tokens(self.student if self.teacher is None else self.teacher)
 
-    def run(self, what: str) -> None:
+    def run(self, what: str, resumed: Resumed | None = None) -> None:
         self.student.train()
-        lessons = iter(self.lessons)
         best = None if self.judge is None else Best(self.student, self.judge)
-        rate, left = self.recipe.learning_rate, self.steps
+        rate, left, start = self.recipe.learning_rate, self.steps, 0
+        if resumed is not None:
+            rate, left, start = (resumed[0][key] for key in ("rate", "steps", "step"))
+            self.taken = resumed[0]["lessons"]
+            self.precision.restore(resumed[0]["precision"])
+            self.teaching.restore(resumed[0]["teaching"])
+        lessons = self.lessons.after(self.taken)
         with self.console.progress(what, self.steps * self.recipe.batch_size, "images") as self.advance:
-            if best is not None and self.recipe.learning_rate_search:
-                rate, left = self._search(lessons, best)
-            self.history.learning_rates.append(rate)
-            self._train(itertools.islice(lessons, left), left, rate, best)
+            try:
+                if resumed is None:
+                    if best is not None and self.recipe.learning_rate_search:
+                        rate, left = self._search(lessons, best)
+                    self.history.learning_rates.append(rate)
+                self._train(itertools.islice(lessons, left - start), left, rate, best, resumed)
+            except Diverged as diverged:
+                if best is None:
+                    raise UsageError(f"{diverged}; lower [finetune] learning_rate") from diverged
+                self.console.warn(
+                    f"{diverged}: tuning stops, and the best weights so far stay (divergence {best.value:.4f} nats); "
+                    "lower [finetune] learning_rate"
+                )
         self.history.precision = self.precision.name
         self.history.teacher_precision = self.teaching.name
         if best is not None:
@@ -176,11 +217,15 @@ class Phase:
         left = self.steps - each * len(SEARCH_RATES)
         shorter = (each / left) ** HORIZON
         part = list(itertools.islice(lessons, each))
+        self.taken += each
         start, found = copy.deepcopy(self.student.state_dict()), []
         for rate in (factor * self.recipe.learning_rate for factor in SEARCH_RATES):
             self.student.load_state_dict(start)
-            self._train(part, each, shorter * rate, None)
-            found.append((best.judge(self.student), rate, copy.deepcopy(self.student.state_dict())))
+            try:
+                self._train(part, each, shorter * rate, None)
+                found.append((number_or_inf(best.judge(self.student)), rate, copy.deepcopy(self.student.state_dict())))
+            except Diverged:
+                found.append((math.inf, rate, start))
         value, rate, state = min(
             found, key=lambda trial: trial[0] * (1 - SEARCH_MARGIN * (trial[1] == self.recipe.learning_rate))
         )
@@ -194,18 +239,27 @@ class Phase:
         )
         return rate, left
 
-    def _train(self, lessons: Iterable[Lesson], steps: int, rate: float, best: Best | None) -> None:
-        """`steps` steps of a schedule of that length; with `best`, checked along the way and perhaps ended early."""
+    def _train(
+        self, lessons: Iterable[Lesson], steps: int, rate: float, best: Best | None, resumed: Resumed | None = None
+    ) -> None:
+        """`steps` steps of a schedule of that length; with `best`, checked along the way and perhaps ended early.
+
+        Raises Diverged when the loss stops being a number.
+        """
         optimizer, schedule = self._optimizer(steps, rate)
         average = Average(self.student, self.recipe.ema) if best is not None and self.recipe.ema else None
         checks = {round((i + 1) * steps / self.recipe.checks) for i in range(self.recipe.checks)} if best else set()
-        for step, lesson in enumerate(lessons, 1):
+        start = 0
+        if resumed is not None:
+            start = resumed[0]["step"]
+            self._restore(resumed, optimizer, schedule, average, best)
+        for step, lesson in enumerate(lessons, start + 1):
             self.coach.before(step - 1, steps)
+            if self.checkpoint is not None:
+                torch.manual_seed(self.seed * 1_000_003 + step)  # what a step draws, if anything, is the step's own
             loss = self._backward(lesson)
             if not math.isfinite(loss):
-                raise UsageError(
-                    f"the loss became {loss} at step {step - 1} of {steps}; lower [finetune] learning_rate"
-                )
+                raise Diverged(f"the loss became {loss} at step {step - 1} of {steps}")
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_NORM)
             optimizer.step()
             schedule.step()
@@ -221,6 +275,50 @@ class Phase:
                 if self.recipe.patience and best.stale >= self.recipe.patience and step < steps:
                     self.console.say(f"stopped at step {step} of {steps}: no better for {best.stale} checks")
                     return
+            if best is not None and self.checkpoint is not None and self.checkpoint.due():
+                self._save(self.checkpoint, step, steps, rate, optimizer, schedule, average, best)
+
+    def _save(
+        self, checkpoint: Checkpoint, step: int, steps: int, rate: float, optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler, average: Average | None, best: Best,
+    ) -> None:  # fmt: skip
+        """Keep all that the steps after `step` depend on."""
+        facts = {
+            "phase": self.number, "step": step, "steps": steps, "rate": rate, "lessons": self.taken + step,
+            "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+            "rates": [group["lr"] for group in optimizer.param_groups],
+            "averaged": average.steps if average is not None else 0, "best": best.value, "stale": best.stale,
+            "precision": self.precision.state(), "teaching": self.teaching.state(),
+            "history": to_json(self.history), "corrupt": self.images.corrupt,
+        }  # fmt: skip
+        moments = {f"{i}.{k}": v for i, own in optimizer.state_dict()["state"].items() for k, v in own.items()}
+        tensors = {
+            **saved.named("student", self.student.state_dict()), **saved.named("best", best.state),
+            **saved.named("optimizer", moments), **saved.named("average", average.state if average is not None else {}),
+        }  # fmt: skip
+        checkpoint.save(facts, tensors)
+
+    def _restore(
+        self, resumed: Resumed, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
+        average: Average | None, best: Best | None,
+    ) -> None:  # fmt: skip
+        facts, tensors = resumed
+        self.taken -= facts["step"]
+        self.student.load_state_dict(saved.part(tensors, "student"))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in saved.part(tensors, "optimizer").items():
+            index, _, name = key.partition(".")
+            moments.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        schedule.load_state_dict({**schedule.state_dict(), **facts["schedule"]})
+        for group, rate in zip(optimizer.param_groups, facts["rates"], strict=True):
+            group["lr"] = rate
+        if average is not None:
+            average.steps, average.state = facts["averaged"], _on(saved.part(tensors, "average"), self.group.device)
+        if best is not None:
+            best.value, best.stale = facts["best"], facts["stale"]
+            best.state = _on(saved.part(tensors, "best"), self.group.device)
+        self.advance(facts["step"] * self.recipe.batch_size, "resumed")
 
     def _backward(self, lesson: Lesson) -> float:
         """Gradients of the mean loss over the whole batch; returns that loss."""

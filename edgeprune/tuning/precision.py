@@ -55,6 +55,13 @@ class Precision:
         self.seconds[self.turns.pop(0)].append((time.perf_counter() - start) / images)
         self.name = self.turns[0] if self.turns else self._choose()
 
+    def state(self) -> dict[str, Any]:
+        """What has been found out so far, for `restore`."""
+        return {"name": self.name, "turns": self.turns, "seconds": self.seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.name, self.turns, self.seconds = state["name"], list(state["turns"]), state["seconds"]
+
     def _wait(self) -> None:
         if self.where.type == "cuda":
             torch.cuda.synchronize(self.where)

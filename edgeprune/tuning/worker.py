@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.tuning import judge, loop
 from edgeprune.tuning.group import Group, launched
 from edgeprune.types import to_json
+
+WATCH_S = 1.0
 
 
 def main(folder: Path) -> int:
@@ -37,9 +43,30 @@ def main(folder: Path) -> int:
     return 0
 
 
+def end_with(parent: dict[str, Any]) -> None:
+    """End this process once the build that started the group is gone; only seen where it runs on the same machine.
+
+    A build that is killed can end nobody.
+    """
+
+    def watch() -> None:
+        while True:
+            time.sleep(WATCH_S)
+            try:
+                os.kill(parent["pid"], 0)
+            except ProcessLookupError:
+                os._exit(1)
+            except OSError:
+                return
+
+    if parent["node"] == platform.node():
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def tune(folder: Path, group: Group) -> None:
     """The job in `folder`, as one of the group; its first process writes the result."""
     job: dict[str, Any] = artifact.read_json(folder / "job.json")
+    end_with(job["parent"])
     card = config.parse(ModelSpec, job["card"], "job.json")
     recipe = config.parse(Recipe, job["recipe"], "job.json")
     planned = artifact.read_plan(folder / "plan.json")

@@ -23,7 +23,7 @@ def test_only_a_quieter_latency_is_kept(tmp_path: Path) -> None:
         assert found is not None
         assert found.ms == kept
     memory.remember(tmp_path, "b", 5.0)
-    assert set(json.loads((tmp_path / memory.FILE).read_text())) == {"a", "b"}
+    assert set(json.loads((tmp_path / memory.FILE).read_text())) == {"a", "b", "sha256"}
     assert [path.name for path in tmp_path.iterdir()] == [memory.FILE]
 
 
