@@ -74,7 +74,7 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
         where=figures.where(profile["table"]),
         staircase=figures.staircase(profile["table"]),
         roofline=figures.roofline(survey),
-        no_roofline="the profile is of another device" if survey is None else "; ".join(survey["left_out"]),
+        no_roofline="it was built from a recorded profile, which has none" if survey is None else "; ".join(survey["left_out"]),
         device_tables=[s for s in profiling.sections({**profile, "survey": survey}) if s.rows],
         **_predicted(facts["family"], profile),
         classes=figures.classes(facts["classes"]),
