@@ -129,8 +129,8 @@ def flips(said: Predictions, most: int) -> dict[str, Any]:
     }
 
 
-def paired(dense: NDArray[np.bool_], pruned: NDArray[np.bool_]) -> dict[str, Any]:
-    """Both models on the same n images: percent right, and the drop in points with its 95 % interval."""
+def paired(dense: NDArray[Any], pruned: NDArray[Any]) -> dict[str, Any]:
+    """Both models on the same n images `[n]`, right (1) or wrong (0): percent right, and the drop in points with its 95 % interval."""
     drop = dense.astype(float) - pruned.astype(float)
     margin = 1.96 * float(drop.std()) / np.sqrt(len(drop))
     mean = float(drop.mean())

@@ -182,6 +182,20 @@ def test_the_page_says_what_the_manifest_says(artifacts: list[Path]) -> None:
     assert not re.search(r"""(?:src|href)=["']?https?:""", text), "a link to somewhere"
 
 
+def test_the_patches_that_each_block_sees(artifacts: list[Path]) -> None:
+    """A block without a number has what came in; a plan without any keeps all."""
+    manifest = json.loads((artifacts[0] / "manifest.json").read_text())
+    documents = page.read(artifacts[0], manifest)
+    plan, profile = documents["plan"], documents["profile"]
+    assert page.patches(plan, profile) == []
+    profile["table"]["patches"] = [4, 8, 16]
+    plan["blocks"][1]["patches"] = 8
+    assert page.patches(plan, profile) == [16, 8, 8]
+    text = page.artifact_page(manifest, documents)
+    assert "Patches that each block sees" in text
+    assert "<td>8 of 16</td>" in text
+
+
 def test_hostile_names_do_not_become_markup(artifacts: list[Path]) -> None:
     """Names of classes, domains and devices come from folders and files of strangers."""
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"

@@ -74,7 +74,7 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
         where=figures.where(profile["table"]),
         staircase=figures.staircase(profile["table"]),
         roofline=figures.roofline(survey),
-        no_roofline="the profile is of another device" if survey is None else "; ".join(survey["left_out"]),
+        no_roofline="it was built from a recorded profile, which has none" if survey is None else "; ".join(survey["left_out"]),
         device_tables=[s for s in profiling.sections({**profile, "survey": survey}) if s.rows],
         **_predicted(facts["family"], profile),
         classes=figures.classes(facts["classes"]),
@@ -292,24 +292,35 @@ def _family_row(point: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
 
 def _plan_figures(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[tuple[str, str]]:
     sizes, blocks = profile["model"], plan["blocks"]
-    tokens = [block.get("tokens", sizes["tokens"]) for block in blocks]
     found = [
         (figures.heads([block["heads"] for block in blocks], sizes["heads"]), "Heads: filled ones are kept."),
         (figures.kept_bars("neurons", [len(block["neurons"]) for block in blocks], [sizes["neurons"]] * len(blocks)), "MLP neurons kept per block."),
     ]  # fmt: skip
-    if any(isinstance(count, int) and count != sizes["tokens"] for count in tokens):
-        found.append((figures.kept_bars("tokens", tokens, [sizes["tokens"]] * len(blocks)), "Tokens kept per block."))
+    if passing := patches(plan, profile):
+        most = profile["table"]["patches"][-1]
+        found.append((figures.kept_bars("patches", passing, [most] * len(blocks)), "Patches that each block sees."))
     return found
+
+
+def patches(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[int]:
+    """How many patch tokens each block sees; empty where every block sees all. A block that names none has what came in."""
+    if not any("patches" in block for block in plan["blocks"]):
+        return []
+    now, seen = int(profile["table"]["patches"][-1]), []
+    for block in plan["blocks"]:
+        now = int(block.get("patches", now))
+        seen.append(now)
+    return seen
 
 
 def _plan_rows(
     manifest: Mapping[str, Any], plan: Mapping[str, Any], profile: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-    sizes = profile["model"]
+    sizes, passing = profile["model"], patches(plan, profile)
     return [
         (
             i, f"{len(block['heads'])} of {sizes['heads']}", f"{len(block['neurons'])} of {sizes['neurons']}",
-            f"{block.get('tokens', sizes['tokens'])} of {sizes['tokens']}", block.get("precision", manifest["precision"]),
+            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", block.get("precision", manifest["precision"]),
         )
         for i, block in enumerate(plan["blocks"])
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from edgeprune.latency.clock import Clock
 from edgeprune.stages import baseline, profile, validate
 
 SEVERITY = 3
-#: How long both models run on corrupted images; it decides how many, within these bounds.
+#: How long both models run on corrupted images; it decides how many, a chunk at least.
 ROBUSTNESS_SECONDS = 20.0
-ROBUSTNESS_IMAGES = (16, 256)
+ROBUSTNESS_IMAGES = 256  # at most
+CHUNK = 16
 GEOMETRY_IMAGES = 64
 EXAMPLES = 12  # flipped images shown, of each kind
 THUMBNAIL = 96  # pixels
@@ -41,7 +43,6 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense = baseline.load(request, read["baseline"])
     document, table = profile.read_profile(read["profile"])
     compiled = artifact.read_json(read["compile"] / "compile.json")
-    validation = artifact.read_json(read["validate"] / "validation.json")
     here = device.same(document)
     parts = dense.splits.domains or {"": dense.splits.evaluation}
     held_out = request.card.data.held_out_domain or None
@@ -66,19 +67,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         ]
         for kind, rows in flipped["examples"].items()
     }
-    runtime_ms = [validation[model][key]["p50"] for model, key in (("dense", "latency_ms"), ("pruned", "latency"))]
     with clock() as answering:
         answering.load("dense", read["baseline"] / "dense.onnx")
         answering.load("pruned", entry)
-        robust = robustness(
-            answering,
-            parts,
-            said,
-            dense.transforms,
-            sum(ms or runtime_ms[0] for ms in runtime_ms),
-            request.seed,
-            console,
-        )
+        robust = robustness(answering, parts, said, dense.transforms, request.seed, console)
     first = next(iter(parts.values()))
     few = next(first.take(GEOMETRY_IMAGES).batches(GEOMETRY_IMAGES))[0]
     planned = artifact.read_plan(read["finetune"] / "plan.json")
@@ -106,39 +98,55 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 
 def robustness(
-    clock: Clock, parts: Mapping[str, Images], said: Mapping[str, Predictions], transforms: Mapping[str, Any],
-    both_ms: float, seed: int, console: Console,
+    clock: Clock, parts: Mapping[str, Images], said: Mapping[str, Predictions], transforms: Mapping[str, Any], seed: int,
+    console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    """Accuracy of both loaded models on corrupted copies of the same images, drawn by the seed.
+    """Accuracy of both loaded models on corrupted copies of the same images, drawn by the seed, as many as time allows.
 
     Each kind is compared pair by pair, and all of them together; `clean` is the same images as they are.
     """
     if transforms["input_size"][0] != 3:
         return {"severity": SEVERITY, "images": 0, "kinds": [], "left_out": "corruptions are for RGB images"}
-    total = sum(len(own.labels) for own in said.values())
-    affordable = int(1000 * ROBUSTNESS_SECONDS / (len(corruptions.KINDS) * both_ms))
-    count = min(max(affordable, ROBUSTNESS_IMAGES[0]), ROBUSTNESS_IMAGES[1], total)
-    drawn = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
-    pixels, labels = _drawn(parts, said, drawn)
-    clean = inspection.joined(list(said.values())).right[:, drawn]
+    total, rng = sum(len(own.labels) for own in said.values()), np.random.default_rng(seed)
+    drawn = rng.permutation(total)[:ROBUSTNESS_IMAGES]
     mean, std = (np.array(transforms[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
-    images = np.round(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
-    rows, rights = [], []
-    with console.progress("corruptions", len(corruptions.KINDS), "kinds") as advance:
-        for kind in corruptions.KINDS:
-            rng = np.random.default_rng(seed)
-            changed = np.stack([corruptions.corrupt(kind, image, rng, SEVERITY) for image in images])
-            inputs = (changed.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - mean) / std
-            right = np.stack([clock.predict(name, inputs).argmax(-1) == labels for name in inspection.MODELS])
-            rows.append({"name": kind, **inspection.paired(*right)})
-            rights.append(right)
-            advance(1, kind)
-    # An image counts once: its kinds are no independent draws.
-    shares = np.mean(rights, axis=0)
+    chunks: list[NDArray[np.bool_]] = []  # [kinds, 2, images] each
+    seen: list[NDArray[np.int64]] = []
+    start = time.monotonic()
+    with console.progress("corruptions", len(drawn), "images") as advance:
+        for at in range(0, len(drawn), CHUNK):
+            if chunks and time.monotonic() - start > ROBUSTNESS_SECONDS:
+                break
+            mine = np.sort(drawn[at : at + CHUNK])
+            pixels, labels = _drawn(parts, said, mine)
+            images = np.round(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
+            chunks.append(np.stack([_right(clock, kind, images, labels, rng, mean, std) for kind in corruptions.KINDS]))
+            seen.append(mine)
+            advance(len(mine), "")
+    right = np.concatenate(chunks, axis=-1)
+    clean = inspection.joined(list(said.values())).right[:, np.concatenate(seen)]
+    # An image counts once in the whole: its kinds are no independent draws.
+    together = right.mean(axis=0)
     return {
-        "severity": SEVERITY, "images": count, "clean": inspection.paired(*clean),
-        "kinds": rows, "all": inspection.paired(*shares),
-    }  # fmt: skip
+        "severity": SEVERITY,
+        "images": right.shape[-1],
+        "clean": inspection.paired(clean[0], clean[1]),
+        "kinds": [
+            {"name": kind, **inspection.paired(own[0], own[1])}
+            for kind, own in zip(corruptions.KINDS, right, strict=True)
+        ],
+        "all": inspection.paired(together[0], together[1]),
+    }
+
+
+def _right(
+    clock: Clock, kind: str, images: NDArray[np.uint8], labels: NDArray[np.int64], rng: np.random.Generator,
+    mean: NDArray[np.float32], std: NDArray[np.float32],
+) -> NDArray[np.bool_]:  # fmt: skip
+    """`[2, n]`: whether the dense and the pruned model name the corrupted images `[n, height, width, 3]` rightly."""
+    changed = np.stack([corruptions.corrupt(kind, image, rng, SEVERITY) for image in images])
+    inputs = (changed.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - mean) / std
+    return np.stack([clock.predict(name, inputs).argmax(-1) == labels for name in inspection.MODELS])
 
 
 def _drawn(
