@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 #: Of edgeprune. The tests run the archive outside of it, so that nothing is missing.
 FILES = (
-    "errors.py", "types.py", "latency/__init__.py", "latency/agent.py", "latency/device.py", "latency/lines.py",
+    "errors.py", "types.py", "onnxfile.py", "latency/__init__.py", "latency/agent.py", "latency/device.py", "latency/lines.py",
     "latency/machine.py", "latency/noise.py", "latency/statistics.py", "latency/worker.py", "runtimes/*.py",
 )  # fmt: skip
 MAIN = """\
