@@ -30,6 +30,7 @@ from test_docs import manifest_errors
 
 import edgeprune
 from edgeprune import api, artifact, config, errors, pipeline, report
+from edgeprune.latency.machine import here
 from edgeprune.stages import profile, prune, validate
 
 LATENCIES = ("2x", "70%")
@@ -589,7 +590,7 @@ def test_predictions_cannot_be_checked_on_another_device(
     space: Workspace, elsewhere: tuple[Path, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(errors.UsageError, match="a board: this machine cannot check predictions for it"):
-        profile.refuse_recorded(json.loads(elsewhere[0].read_text()), "check predictions")
+        profile.refuse_recorded(json.loads(elsewhere[0].read_text()), "check predictions", here())
 
 
 @pytest.mark.parametrize(
