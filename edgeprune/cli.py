@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ CRASH_HELP = "this is a defect in edgeprune"
 
 def main() -> None:
     """Run the command line and exit with the code of the contract."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
+    with _interruptible():
+        _run()
+
+
+def _run() -> None:
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and _in_a_group():
             sys.exit(errors.PASSED)
@@ -58,10 +62,36 @@ def _verbose() -> bool:
     return "-v" in sys.argv or "--verbose" in sys.argv
 
 
-def _terminate(number: int, frame: Any) -> None:
-    """SIGTERM is Ctrl-C: workers end, and work folders go. Once: what ends a build is not interrupted again."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: workers end, and work folders go. Neither gets lost where Python swallows exceptions.
+
+    An interrupt that comes while an object is being deleted is only reported, and the work would go on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    report = sys.unraisablehook
+
+    def terminate(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what cleans up is not interrupted
+        raise KeyboardInterrupt
+
+    def swallowed(found: Any) -> None:
+        if found.exc_type is KeyboardInterrupt:
+            signal.signal(signal.SIGTERM, terminate)
+            # Later: one that came at once would be raised in here, and swallowed as well.
+            threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
+        else:
+            report(found)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = swallowed
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_a_group() -> bool:

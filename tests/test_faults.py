@@ -420,6 +420,30 @@ def interrupt(space: Workspace, root: Path, count: int, seed: int) -> None:
             assert not [path for path in (here / "cache").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_that_python_swallows_is_not_lost(number: int) -> None:
+    """It comes while an object is being deleted, whose exceptions are ignored."""
+    code = """
+import time
+from edgeprune import cli
+class Deleted:
+    def __del__(self):
+        print("now", flush=True)
+        time.sleep(60)
+def work(**_):
+    Deleted()
+    time.sleep(60)
+cli.cli.main = work
+cli.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == errors.INTERRUPTED
+    assert err.startswith("edgeprune: interrupted") and "Traceback" not in err
+
+
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return small.workspace(tmp_path_factory.getbasetemp())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from edgeprune import artifact, criteria, pipeline
+from edgeprune import artifact, config, criteria, pipeline
 from edgeprune.compat import VisionTransformer
 from edgeprune.types import Latency
 from rivals import TOLERANCE, Task
@@ -21,7 +21,8 @@ class Edgeprune:
 
     def prepare(self, task: Task) -> None:
         self.task = task
-        self.request = replace(task.request, criterion=self.criterion) if self.criterion else task.request
+        # widths alone: a row's plan is (heads, head_dim, neurons) per block; tokens are for dims.py
+        self.request = replace(task.request, dims=config.WIDTHS, criterion=self.criterion or task.request.criterion)
         done = pipeline.run_stages(self.upto("calibrate"), self.request, task.cache)
         self.seconds = done["calibrate"].seconds  # of the run that made it, if it was kept from an earlier one
 
