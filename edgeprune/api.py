@@ -309,6 +309,8 @@ def report(artifacts: Sequence[str | Path], *, html: str | Path | None = None) -
 
     folders = [Path(folder) for folder in artifacts]
     manifests = [artifact.read_manifest(folder) for folder in folders]
+    for folder, manifest in zip(folders, manifests, strict=True):
+        artifact.check_manifest(folder, manifest)
     if html is not None:
         from edgeprune.report import page
 

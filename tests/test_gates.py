@@ -24,7 +24,7 @@ import pytest
 import small
 from small import Result, Workspace
 
-from edgeprune import ci, errors, images, regression
+from edgeprune import artifact, ci, errors, images, regression
 from edgeprune.stages import validate
 
 CODES = {"pass": errors.PASSED, "fail": errors.GATE_FAILED, "inconclusive": errors.INCONCLUSIVE}
@@ -59,7 +59,7 @@ def edited(artifacts: list[Path], tmp_path: Path) -> Callable[..., Path]:
             content = json.dumps(profiled).encode()
             (folder / "profile.json").write_bytes(content)
             document["files"]["profile.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        (folder / "manifest.json").write_text(json.dumps(document))
+        artifact.write_manifest(folder, document)
         return folder
 
     return copy

@@ -209,7 +209,8 @@ def sound(tmp_path: Path, manifest: dict[str, Any]) -> Path:  # noqa: F811
     (folder / "profile.json").write_text(json.dumps(profile))
     add_model(folder / "model.onnx")
     (folder / "anchor.onnx.gz").write_bytes(gzip.compress(add_model(tmp_path / "anchor.onnx").read_bytes()))
-    for name in ("plan.json", "model.safetensors", "report.md"):
+    made = ("report.md", "report.html", "report.json", "provenance.json", "sbom.cdx.json")
+    for name in ("plan.json", "model.safetensors", *made):
         (folder / name).write_text("x")
     reseal(folder, manifest)
     return folder

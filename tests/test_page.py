@@ -18,7 +18,7 @@ import pytest
 import small
 from small import Workspace
 
-from edgeprune import errors
+from edgeprune import artifact, errors
 from edgeprune.report import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -214,7 +214,7 @@ def test_hostile_names_do_not_become_markup(artifacts: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda folder, document: document["files"].pop(page.FACTS), "an older edgeprune built it"),
+        (lambda folder, document: document["files"].pop(page.FACTS), "'report.json' is missing"),
         (lambda folder, document: (folder / page.FACTS).write_text("{}"), "report.json has changed"),
         (lambda folder, document: (folder / page.FACTS).unlink(), "report.json is missing"),
     ],
@@ -223,7 +223,7 @@ def test_what_has_no_page_says_so(artifacts: list[Path], tmp_path: Path, change:
     folder = Path(shutil.copytree(artifacts[0], tmp_path / "artifact"))
     document = json.loads((folder / "manifest.json").read_text())
     change(folder, document)
-    (folder / "manifest.json").write_text(json.dumps(document))
+    artifact.write_manifest(folder, document)
     ran = small.run("report", folder, "--html", tmp_path / "page.html")
     assert ran.code == errors.UsageError.exit_code
     assert says in ran.err

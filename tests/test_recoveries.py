@@ -416,15 +416,20 @@ def test_the_file_is_published_if_there_is_one(
     done = []
     for stage, files in (
         ("finetune", ["plan.json", "model.safetensors", *(["adapters.safetensors"] if learnt else [])]),
-        ("profile", ["profile.json"]), ("compile", ["model.onnx"]), ("baseline", ["dense.onnx"]),
+        ("profile", ["profile.json"]), ("compile", ["model.onnx"]), ("baseline", ["dense.onnx", "dense.safetensors"]),
+        ("inspect", ["inspection.json"]),
     ):  # fmt: skip
         (tmp_path / stage).mkdir()
         for name in files:
-            (tmp_path / stage / name).write_text(name)
+            (tmp_path / stage / name).write_text("{}" if name == "inspection.json" else name)
         done.append(Done(stage, "key", tmp_path / stage, 1.0, False, "digest"))
     monkeypatch.setattr(publish, "write_anchor", lambda _, path: path.write_text("anchor"))
     monkeypatch.setattr(publish, "make_manifest", lambda *_: {})
     monkeypatch.setattr("edgeprune.report.markdown", lambda _: "report")
+    monkeypatch.setattr("edgeprune.report.page.artifact_page", lambda *_: "page")
+    monkeypatch.setattr("edgeprune.report.page.read", lambda *_: {})
+    monkeypatch.setattr("edgeprune.provenance.sbom", lambda _: "sbom")
+    monkeypatch.setattr("edgeprune.provenance.statement", lambda *_: "statement")
     made = publish.publish(request_, done, tmp_path / "artifact", {})
     assert ("adapters.safetensors" in made.manifest["files"]) == learnt
     assert (made.folder / "adapters.safetensors").exists() == learnt
