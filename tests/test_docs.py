@@ -259,7 +259,7 @@ def manifest() -> dict[str, Any]:
             "input_size": [3, 32, 32], "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "crop_pct": 1.0,
         },
         "classes": ["a"], "shape": [[1, 2]],
-        "export": {"max_error": 0.0, "agreement": 1.0, "images": 1, "opset": 20},
+        "export": {"max_error": 0.0, "agreement": 1.0, "images": 1, "opset": 20, "ties": 0},
         "worker": {
             "runtime": "onnxruntime", "version": "1", "precision": "fp32", "threads": 1, "max_isa": "", "python": "3",
             "machine": "x", "pid": 1,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edgeprune import artifact, reducers, vit
-from edgeprune.errors import UsageError
+from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.reducers import Seen, tome, zero_tprune
 from edgeprune.stages import export, simplify
 from edgeprune.types import BlockPlan, Plan
@@ -172,6 +172,29 @@ def test_a_reduced_model_exports_with_static_shapes(
     kinds = {node.op_type for node in graph.node}
     assert "Loop" not in kinds and "NonZero" not in kinds
     assert name not in ("cls", "evit") or "TopK" in kinds
+
+
+def test_few_images_may_keep_other_tokens_that_matter_alike(
+    tiny_vit: Any, make_images: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of a reduced model one in 16, of another none; more are a difference."""
+    images = make_images(32)
+    plain = Plan(tuple(replace(block, patches=None) for block in REDUCED.blocks))
+    for plan, broken, fits in ((REDUCED, 1, True), (REDUCED, 3, False), (plain, 1, False)):
+        model = vit.slice_model(tiny_vit, plan)
+        export.to_onnx(model, (3, 32, 32), tmp_path / "a.onnx")
+
+        def other(x: torch.Tensor, model: Any = model, broken: int = broken) -> torch.Tensor:
+            logits = type(model).forward(model, x)
+            logits[:broken] += 0.1 * logits.abs().max()
+            return logits
+
+        model.forward = other
+        if fits:
+            assert export.compare(model, tmp_path / "a.onnx", images)["ties"] == 1
+        else:
+            with pytest.raises(EdgepruneError, match="differs from torch"):
+                export.compare(model, tmp_path / "a.onnx", images)
 
 
 def test_a_reduced_plan_survives_the_disk(tiny_vit: Any, tiny_kwargs: dict[str, Any], tmp_path: Path) -> None:
