@@ -328,10 +328,13 @@ def _plan_rows(
 
 def _device(manifest: Mapping[str, Any], profile: Mapping[str, Any]) -> str:
     device, table = profile["device"], profile["table"]
+    cpus = f", {device['cpus']} CPUs" if "cpus" in device else ""  # a recorded profile need not say everything
+    system = " ".join(str(device[key]) for key in ("system", "machine") if key in device)
+    how = profile["anchor"].get("how", "as it was recorded")
     return (
-        f"{device['cpu']}, {device['cpus']} CPUs, {device['system']} {device['machine']}; target {profile['target']['name']}; "
+        f"{device['cpu']}{cpus}{f', {system}' if system else ''}; target {profile['target']['name']}; "
         f"{table['runtime']}, {table['precision']}, {table['threads']} threads. Dense {table['dense_ms']:.2f} ms: "
-        f"{profile['anchor']['how']}. Table of {table['samples']} rounds per entry."
+        f"{how}. Table of {table['samples']} rounds per entry."
     )
 
 
