@@ -398,6 +398,7 @@ def descendants(pid: int) -> list[int]:
 def interrupt(space: Workspace, root: Path, count: int, seed: int) -> None:
     """Interrupt builds that measure, at random moments; no process of theirs is left, and nothing half-made."""
     rng = np.random.default_rng(seed)
+    interrupted = 0
     for i in range(count):
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
         here = root / str(i)
@@ -410,7 +411,7 @@ def interrupt(space: Workspace, root: Path, count: int, seed: int) -> None:
             )  # fmt: skip
         wait_for(lambda path=here / "err": "▸" in path.read_text(), 120, "the first stage")
         seen: set[int] = set()
-        end = time.monotonic() + float(rng.uniform(0, 15))
+        end = time.monotonic() + float(rng.uniform(0, 9))
         while time.monotonic() < end and process.poll() is None:
             seen.update(descendants(process.pid))
             time.sleep(0.05)
@@ -422,10 +423,15 @@ def interrupt(space: Workspace, root: Path, count: int, seed: int) -> None:
         while time.monotonic() < over and any(Path(f"/proc/{pid}").exists() for pid in seen):
             time.sleep(0.05)
         assert not [pid for pid in seen if Path(f"/proc/{pid}").exists()], err
-        assert "Traceback" not in err
-        assert process.returncode in (errors.INTERRUPTED, 0, 1, 4, 6), err  # or it was quicker
+        # Else it was quicker (built, or found the latency infeasible), and the signal met Python on its way out.
+        if "artifact: " not in err and "cannot be reached" not in err and "no plan was measured" not in err:
+            assert "Traceback" not in err
+            assert process.returncode == errors.INTERRUPTED, (process.returncode, err)
+            interrupted += 1
         if (here / "cache").exists():
             assert not [path for path in (here / "cache").iterdir() if path.name.startswith(".")]
+    print(f"{interrupted} of {count} builds were interrupted before they ended")
+    assert interrupted >= count / 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
