@@ -260,6 +260,8 @@ def cli() -> None:
               help="Tune in the processes that a file of `accelerate config` describes.")  # fmt: skip
 @DEVICE
 @ACCURACY_ON
+@click.option("--sibling", type=click.Path(), multiple=True, metavar="ARTIFACT",
+              help="An artifact of a smaller or larger model on the same data; the report draws its dense model as a baseline. Repeatable.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
 @CI
 @OUTPUT

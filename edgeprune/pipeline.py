@@ -449,6 +449,8 @@ def check_request(request: Request) -> None:
                 f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`"
             )
         artifact.read_json(request.profile)  # unreadable or no JSON: said before any work
+    for sibling in request.siblings:
+        artifact.check_manifest(sibling, artifact.read_manifest(sibling))
     if request.profile is None and (reason := devices.machine(request.device).unfit(request.target)):
         where = f"on {request.device}" if request.device else "here"
         raise TargetUnavailable(

@@ -247,6 +247,7 @@ def manifest() -> dict[str, Any]:
         "schema": "edgeprune.manifest/1", "key": digest, "model": "digits", "architecture": "vit", "target": "cpu",
         "request": {"latency": "2x", "latency_ms": 1.0, "quantile": "p50", "max_drop": None},
         "runtime": "onnxruntime", "entry": "model.onnx", "precision": "fp32", "threads": 1, "method": "edgeprune", "criterion": "fisher", "allocator": "search", "schedule": "one-shot", "recovery": "refit",
+        "dims": ["heads"], "reducer": "cls",
         "dense": {"accuracy": 97.0, "latency_ms": {"p50": 2.0, "p90": 2.1}, "params": 10, "macs": 10},
         "pruned": {
             "accuracy": 96.0, "latency_ms": latency, "latency_ci_ms": [0.9, 1.1], "predicted_ms": 1.0, "ratio": 0.5,

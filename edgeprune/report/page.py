@@ -49,12 +49,6 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
     """The page of one artifact, as HTML. documents: what `read` returns."""
     facts, plan, profile = documents["facts"], documents["plan"], documents["profile"]
     survey = facts["survey"] or profile.get("survey")
-    accuracy = manifest["accuracy"]
-    dense_point = {
-        "name": manifest["architecture"],
-        "ms": manifest["dense"]["latency_ms"]["p50"],
-        "accuracy": accuracy["dense"],
-    }
     robust = facts["robustness"]
     return _render(
         "artifact.html",
@@ -66,8 +60,13 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
         headline=_headline(manifest),
         compare=_compare(manifest, facts),
         compare_notes=_compare_notes(manifest, facts),
-        pareto=figures.pareto(facts["family"], [dense_point], manifest["request"]["latency_ms"]),
-        family=[_family_row(point) for point in facts["family"]],
+        pareto=figures.pareto(facts["family"], [dense_point(manifest), *facts["siblings"]], manifest["request"]["latency_ms"]),
+        family=[_family_row(point) for point in facts["family"]]
+        + [
+            (f"dense {point['name']}", report.ms(point["ms"]), NO_COUNT, _percent(point["accuracy"]), "")
+            for point in (dense_point(manifest), *facts["siblings"])
+        ],
+        pareto_notes=facts["siblings_notes"],
         plan=_plan_figures(plan, profile),
         plan_rows=_plan_rows(manifest, plan, profile),
         device=_device(manifest, profile),
@@ -115,6 +114,12 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
     )  # fmt: skip
 
 
+def dense_point(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense model that an artifact was made from, as a point between latency (ms, may be None) and accuracy (%)."""
+    dense = manifest["dense"]
+    return {"name": manifest["architecture"], "ms": dense["latency_ms"]["p50"], "accuracy": dense["accuracy"]}
+
+
 def comparison_page(artifacts: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """The page of several artifacts (folder, manifest): one front, the dense models as baselines, one table."""
     manifests = [manifest for _, manifest in artifacts]
@@ -127,10 +132,11 @@ def comparison_page(artifacts: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     ]  # fmt: skip
     dense = {
         (m["architecture"], m["model"], m["dense"]["latency_ms"]["p50"]): {
-            "name": f"{m['model']} ({m['architecture']})", "ms": m["dense"]["latency_ms"]["p50"], "accuracy": m["dense"]["accuracy"],
+            **dense_point(m),
+            "name": f"{m['model']} ({m['architecture']})",
         }
         for m in manifests
-    }  # fmt: skip
+    }
     head, *rows = report.comparison_rows(manifests)
     found = changes.between(manifests[0], manifests[1]) if len(manifests) == 2 else []
     sections = [("pareto", "Accuracy and latency"), ("artifacts", "Artifacts")]
@@ -156,7 +162,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--runtime", manifest["runtime"], "--precision", manifest["precision"]]
     if asked["max_drop"] is not None:
         words += ["--max-drop", f"{asked['max_drop']:g}"]
-    words += ["--method", manifest["method"]]
+    words += ["--method", manifest["method"], "--dims", ",".join(manifest["dims"]), "--reducer", manifest["reducer"]]
     known = {method.name: method for method in methods.METHODS}.get(manifest["method"])
     for kind in ("criterion", "allocator", "schedule", "recovery"):
         if getattr(known, kind, None) != manifest[kind]:
@@ -365,7 +371,7 @@ def _robustness_line(robust: Mapping[str, Any]) -> str:
         return f"Not measured: {robust['left_out']}."
     return (
         f"In the manner of ImageNet-C, generated: {len(robust['kinds'])} kinds at severity {robust['severity']} of 5, {robust['images']} images "
-        "each, the same for both models. Glass blur, elastic transform, snow and frost are not among them."
+        "each, the same for both models."
     )
 
 
