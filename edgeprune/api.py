@@ -148,6 +148,24 @@ def build(
     return pipeline.build(made, latencies, out=Path(out), cache_dir=cache, rebuild=rebuild, console=console)
 
 
+def join(
+    accelerate_config: str | Path, *, cache_dir: str | Path | None = None, jobs: int = 0, console: Console = SILENT
+) -> dict[str, int]:
+    """Start this machine's processes of the tunings of a build that runs elsewhere and shares `cache_dir`.
+
+    Until `jobs` are done, 0 = for ever. Returns how many `tunings` were joined and how many `failed`.
+    """
+    need_build_packages()
+    from edgeprune import pipeline
+
+    if jobs < 0:
+        raise UsageError(f"jobs must be 0 (until interrupted) or more, not {jobs}")
+    cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
+    if not cache.is_dir():
+        raise UsageError(f"there is no folder '{cache}'; give the --cache-dir of the build, which both machines see")
+    return launch.join(Path(accelerate_config), cache, jobs, console)
+
+
 def profile(
     model: str = "digits",
     *,

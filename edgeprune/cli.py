@@ -358,6 +358,29 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
 
 
 @cli.command()
+@click.option("--accelerate-config", type=click.Path(), required=True, metavar="FILE",
+              help="This machine's file of `accelerate config`: as the build's, but with a machine_rank of its own.")  # fmt: skip
+@click.option("--cache-dir", type=click.Path(), metavar="DIR",
+              help="The build's cache, in a folder that all machines share (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune).")  # fmt: skip
+@click.option("--jobs", default=0, metavar="N", help="Leave after so many tunings; 0 = stay until interrupted.")
+@OUTPUT
+def join(output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Tune with a build that runs on another machine, under `edgeprune build --accelerate-config FILE`.
+
+    Example: edgeprune join --accelerate-config second.yaml --cache-dir /shared/edgeprune
+    """
+    from edgeprune import api
+    from edgeprune.console import Console
+
+    joined = api.join(console=Console(quiet=quiet, verbose=verbose), **options)
+    if output_format == "json":
+        click.echo(json.dumps(joined, indent=1))
+    else:
+        click.echo(f"{joined['tunings']} tunings joined, {joined['failed']} of them failed")
+    return errors.EdgepruneError.exit_code if joined["failed"] else errors.PASSED
+
+
+@cli.command()
 @MODEL
 @CONFIG
 @click.option("--target", default="", metavar="NAME",
