@@ -14,6 +14,7 @@ from edgeprune.config import ModelSpec, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.extras import need_build_packages
+from edgeprune.latency.statistics import QUANTILES
 from edgeprune.tuning import launch
 from edgeprune.types import Latency
 
@@ -55,7 +56,7 @@ def request(
     accelerate_config: str | Path | None = None,
     device: str = "",
     accuracy_on: str = "build",
-    sibling: Sequence[str | Path] = (),
+    sibling: Sequence[str | Path] | str | Path = (),
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
@@ -88,7 +89,18 @@ def request(
     known = methods.get(method)
     given = {"criterion": criterion, "allocator": allocator, "schedule": schedule, "recovery": recovery}
     parts: Any = {kind: name or getattr(known, kind) for kind, name in given.items()}
-    chosen = dims_of(dims or (known.dims if parts["allocator"] == known.allocator else ""), parts["allocator"])
+    dims = dims or (known.dims if parts["allocator"] == known.allocator else "")
+    chosen = dims_of(dims, parts["allocator"])
+    if gradual and "tokens" in chosen:
+        if "tokens" in dims:
+            raise UsageError(
+                "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
+            )
+        chosen = tuple(dim for dim in chosen if dim != "tokens")
+    if quantile and quantile not in QUANTILES:
+        raise unknown("quantile", quantile, QUANTILES)
+    if accuracy_on not in ("build", "device"):
+        raise unknown("accuracy-on", accuracy_on, ("build", "device"))
     modules.check("reducer", reducer := reducer or known.reducer)
     group = Path(accelerate_config) if accelerate_config else None
     launch.check_request(processes, group)
@@ -98,7 +110,7 @@ def request(
         dims=chosen, reducer=reducer, search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
-        siblings=tuple(map(Path, sibling)),
+        siblings=tuple(map(Path, [sibling] if isinstance(sibling, (str, Path)) else sibling)),
     )  # fmt: skip
     return made, latencies
 

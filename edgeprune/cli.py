@@ -282,7 +282,7 @@ def build(
 
     Example: edgeprune build digits --target cpu-avx2 --latency 10ms
     """
-    from edgeprune import api, ci, report
+    from edgeprune import api, checks, ci, report
     from edgeprune.console import Console
 
     options["quantile"] = options["quantile"] or ""
@@ -311,8 +311,7 @@ def build(
             for a in artifacts
         ]
         outcome.summary = report.summary([a.manifest for a in artifacts])
-    codes = [built.exit_code for built in artifacts]
-    code = errors.GATE_FAILED if errors.GATE_FAILED in codes else max(codes)
+    code = checks.worst(built.exit_code for built in artifacts)
     if output_format == "json":
         click.echo(
             json.dumps(
@@ -538,7 +537,12 @@ def _listing(kind: str, load: Callable[[str], Any], describe: Callable[[Any], st
 
         load(name)
         path = config.shipped(kind) / f"{name}.toml"
-        click.echo((path if path.is_file() else Path(name)).read_text(encoding="utf-8").rstrip())
+        path = path if path.is_file() else Path(name)
+        if not path.is_file():
+            raise errors.UsageError(
+                f"'{name}' needs no card: it is a name of timm's, and `edgeprune build {name}` takes it"
+            )
+        click.echo(path.read_text(encoding="utf-8").rstrip())
 
     return group
 

@@ -145,10 +145,11 @@ def validate_artifact(
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
         answers, worker = None, clock.info
         if evaluation is not None:
+            answering = clock
             if device and accuracy_on == "build":
-                clock = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
-                clock.load("pruned", folder / manifest["entry"])
-            answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))
+                answering = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
+                answering.load("pruned", folder / manifest["entry"])
+            answers = measured_accuracy(answering, "pruned", _batches(evaluation, manifest, console))
         anchor_ms = None
         now = float(np.median(measured.anchor_ms))
         if same:
@@ -159,7 +160,7 @@ def validate_artifact(
             )
         gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
         if before is not None:
-            gates.append(regression.check(clock, before, latency_ms(measured, anchor_ms), most, console))
+            gates.append(regression.check(clock, machine, before, latency_ms(measured, anchor_ms), most, console))
     found = {
         "artifact": str(folder),
         "files": len(manifest["files"]),
@@ -184,9 +185,7 @@ def validate_artifact(
 
 def _used(manifest: dict[str, Any]) -> tuple[str, ...]:
     """The files that are opened here; what is opened must have a hash."""
-    entry = manifest["entry"]
-    weights = (f"{Path(entry).stem}.bin",) if entry.endswith(".xml") else ()
-    return ("profile.json", "anchor.onnx.gz", entry, *weights)
+    return ("profile.json", "anchor.onnx.gz", *artifact.model_files(manifest))
 
 
 def read_profile(path: Path, runtime: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ import pytest
 
 if TYPE_CHECKING:
     from small import Result, Workspace
+
+# A shell that runs the tests in the background has its processes ignore Ctrl-C, which some of them are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: 3 blocks of 3 heads and 24 neurons, 48 wide, 32 pixels in patches of 8: 17 tokens, 5 classes.
 TINY: dict[str, Any] = {

@@ -160,7 +160,7 @@ def test_the_page_says_what_the_manifest_says(artifacts: list[Path]) -> None:
     facts = json.loads((artifacts[0] / page.FACTS).read_text())
     assert f"{document['pruned']['accuracy']:.2f} %" in text
     assert f"{1 / document['pruned']['ratio']:.2f} x" in text
-    assert document["environment"]["device"]["cpu"] in text
+    assert document["device"]["cpu"] in text
     assert {point["name"] for point in facts["family"]} == {folder.name for folder in artifacts}
     assert sum(row["images"] for row in facts["classes"]) == facts["images"] == document["accuracy"]["images"]
     gained, lost = facts["flips"]["gained"], facts["flips"]["lost"]
@@ -170,7 +170,7 @@ def test_the_page_says_what_the_manifest_says(artifacts: list[Path]) -> None:
     assert not re.search(r"""(?:src|href)=["']?https?:""", text), "a link to somewhere"
 
 
-def test_the_patches_that_each_block_sees(artifacts: list[Path]) -> None:
+def test_the_patches_that_each_block_leaves(artifacts: list[Path]) -> None:
     """A block without a number has what came in; a plan without any keeps all."""
     manifest = json.loads((artifacts[0] / "manifest.json").read_text())
     documents = page.read(artifacts[0], manifest)
@@ -180,7 +180,7 @@ def test_the_patches_that_each_block_sees(artifacts: list[Path]) -> None:
     plan["blocks"][1]["patches"] = 8
     assert page.patches(plan, profile) == [16, 8, 8]
     text = page.artifact_page(manifest, documents)
-    assert "Patches that each block sees" in text
+    assert "Patches that each block leaves" in text
     assert "<td>8 of 16</td>" in text
 
 

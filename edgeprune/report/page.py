@@ -36,8 +36,6 @@ def read(folder: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, A
     """
     names = (FACTS, "plan.json", "profile.json")
     if manifest is not None:
-        if FACTS not in manifest["files"]:
-            raise UsageError(f"'{folder}' has no {FACTS}: an older edgeprune built it; build it again for its page")
         check_files(folder, dict(manifest), names)
     facts, plan, profile = (read_json(folder / name) for name in names)
     if facts.get("schema") != SCHEMA:
@@ -162,6 +160,11 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--runtime", manifest["runtime"], "--precision", manifest["precision"]]
     if asked["max_drop"] is not None:
         words += ["--max-drop", f"{asked['max_drop']:g}"]
+    if len(asked["epochs"]) == 1:
+        words += ["--epochs", f"{asked['epochs'][0]:g}"]
+    if asked["search_seconds"] is not None:
+        words += ["--search-seconds", f"{asked['search_seconds']:g}"]
+    words += ["--polish", str(asked["polish"])] * bool(asked["polish"]) + ["--gradual"] * asked["gradual"]
     words += ["--method", manifest["method"], "--dims", ",".join(manifest["dims"]), "--reducer", manifest["reducer"]]
     known = {method.name: method for method in methods.METHODS}.get(manifest["method"])
     for kind in ("criterion", "allocator", "schedule", "recovery"):
@@ -261,7 +264,7 @@ def _compare_notes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> lis
     used = facts["resources"]
     notes = [
         f"{manifest['runtime']} {manifest['worker']['version']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
-        f"{manifest['environment']['device']['cpu']}; {report.interval(dict(manifest['pruned']))}. Accuracy: "
+        f"{manifest['device']['cpu']}; {report.interval(dict(manifest['pruned']))}. Accuracy: "
         f"{manifest['accuracy']['images']} images of {manifest['data']['source']}. A dash: too few samples, or not shown by this system."
     ]  # fmt: skip
     if not used:
@@ -304,12 +307,12 @@ def _plan_figures(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[t
     ]  # fmt: skip
     if passing := patches(plan, profile):
         most = profile["table"]["patches"][-1]
-        found.append((figures.kept_bars("patches", passing, [most] * len(blocks)), "Patches that each block sees."))
+        found.append((figures.kept_bars("patches", passing, [most] * len(blocks)), "Patches that each block leaves."))
     return found
 
 
 def patches(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[int]:
-    """How many patch tokens each block sees; empty where every block sees all. A block that names none has what came in."""
+    """How many patch tokens each block leaves; empty where every block leaves all. One that names none has what came in."""
     if not any("patches" in block for block in plan["blocks"]):
         return []
     now, seen = int(profile["table"]["patches"][-1]), []
@@ -326,7 +329,7 @@ def _plan_rows(
     return [
         (
             i, f"{len(block['heads'])} of {sizes['heads']}", f"{len(block['neurons'])} of {sizes['neurons']}",
-            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", block.get("precision", manifest["precision"]),
+            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", manifest["precision"],
         )
         for i, block in enumerate(plan["blocks"])
     ]  # fmt: skip
