@@ -24,8 +24,8 @@ import small
 from small import Result, Workspace
 from test_docs import manifest  # noqa: F401  a fixture
 
+from edgeprune import api, cli, config, errors, pipeline
 from edgeprune import artifact as artifacts
-from edgeprune import cli, errors, pipeline
 from edgeprune.config import tomllib
 
 USAGE, TARGET, INFEASIBLE, STORAGE = (
@@ -105,6 +105,28 @@ def test_a_name_or_number_that_means_nothing(
 def test_two_ways_to_go_gradually(space: Workspace) -> None:
     command = ["build", space.card, "--target", space.target, "--latency", "2x", "--gradual", "--schedule", "gradual"]
     check(command, USAGE, "--gradual prunes from tuned models, the schedule 'gradual' from the dense one; give one")
+
+
+def test_a_gradual_family_keeps_its_tokens(space: Workspace) -> None:
+    command = ["build", space.card, "--target", space.target, "--latency", "2x", "--gradual", "--dims", "mlp,tokens"]
+    check(
+        command, USAGE, "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
+    )
+    made, _ = api.request(str(space.card), target=str(space.target), latency="2x", gradual=True)
+    assert made.dims == config.WIDTHS
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"quantile": "p95"}, "unknown quantile 'p95'; "), ({"accuracy_on": "moon"}, "unknown accuracy-on 'moon'; ")],
+)
+def test_what_python_callers_may_get_wrong(space: Workspace, options: dict[str, str], says: str) -> None:
+    with pytest.raises(errors.UsageError, match=says):
+        api.request(str(space.card), target=str(space.target), latency="2x", **options)
+
+
+def test_a_name_of_timms_has_no_file_to_show() -> None:
+    refused(small.run("models", "show", "vit_tiny_patch16_224"), USAGE, "'vit_tiny_patch16_224' needs no card")
 
 
 @pytest.mark.parametrize("command", ["profile", "train", "models", "targets"])

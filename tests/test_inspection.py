@@ -10,6 +10,8 @@ import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +155,21 @@ def test_what_keeps_the_mean_keeps_it(picture: np.ndarray) -> None:
 # Memory and energy --------------------------------------------------------------------------
 
 
-def test_peak_memory_of_this_process() -> None:
-    before = resources.peak_bytes(os.getpid())
-    if before is None:
+def test_peak_memory_of_a_process() -> None:
+    if resources.peak_bytes(os.getpid()) is None:
         pytest.skip("this system has no /proc/PID/status")
-    block = np.ones(60_000_000, np.uint8)
-    after = resources.peak_bytes(os.getpid())
-    assert block.sum() == 60_000_000
-    assert after is not None and before <= after
-    assert 1e7 < after < 1e11
+    peaks = []
+    for megabytes in (1, 200):
+        held = f"block = b'x' * ({megabytes} << 20); print(len(block), flush=True); input()"
+        command = [sys.executable, "-c", held]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            peaks.append(resources.peak_bytes(process.pid))
+            process.communicate("\n")
+    small, large = peaks
+    assert small is not None and large is not None
+    assert 190 << 20 < large - small < 230 << 20
 
 
 def test_peak_memory_that_is_not_shown(tmp_path: Path) -> None:

@@ -228,7 +228,6 @@ def test_a_sweep_builds_what_can_be_built(space: Workspace, tmp_path: Path) -> N
     report = (tmp_path / "out" / "sweep.md").read_text()
     assert "1 of 2 artifacts" in report and "cannot be reached" in report
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == document
-    assert "Infeasible" not in (tmp_path / "out" / "logs" / "one-here-80pct.txt").read_text()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["logs", "one-here-80pct", "sweep.json", "sweep.md"]
 
 

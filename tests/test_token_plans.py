@@ -205,7 +205,8 @@ def test_plans_drop_tokens_within_the_budget(task: allocators.Task, seconds: flo
 
 def test_widths_alone_never_drop(task: allocators.Task) -> None:
     own = allocators.task(task.found, TABLE, ((3, 24),) * 3, task.model, task.model, 0.0, 0, parts.SILENT)
-    assert own.drops == [] and all(None in set(row) for row in own.patches)
+    assert own.drops == []
+    assert {left for row in own.patches for left in row} == {None}
 
 
 @pytest.mark.parametrize("dims, attn, mlp", [(("heads",), (1, 2, 3), (24,)), (("mlp", "depth"), (0, 3), TABLE.mlp_widths), (("depth",), (0, 3), (0, 24))])  # fmt: skip
