@@ -30,6 +30,7 @@ def request(
     data: str = "",
     data_dir: str | Path = "",
     held_out_domain: str = "",
+    task: str = "",
     dims: str = "",
     reducer: str = "",
     selection: str = "random",
@@ -59,7 +60,7 @@ def request(
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
     criterion, allocator, schedule, recovery: "" = the method's. held_out_domain: of the folder's domains, the one that
-    is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
+    is judged only. task: "classify" or "features", "" = the card's. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
     chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
     tokens stay where some go. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
     "build" or "device", where accuracy is judged then.
@@ -70,6 +71,8 @@ def request(
         raise UsageError("no latency is asked for; add --latency 10ms, 2x or 40%")
     spec = config.load_target(target)
     card = with_data(config.load_card(model), data, data_dir, held_out_domain)
+    if task:
+        card = card.as_task(task)
     if epochs is not None:
         if not 0 <= epochs < float("inf"):
             raise UsageError(f"epochs must be 0 or more, not {epochs}")

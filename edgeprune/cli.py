@@ -151,6 +151,8 @@ DATA = _options(
     click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/)."),
     click.option("--held-out-domain", default="", metavar="NAME", help="DIR/<domain>/<class>/*: train and calibrate on the other domains only, and judge this one apart."),
 )  # fmt: skip
+TASK = click.option("--task", default="", metavar="NAME",
+                    help="classify, or features: an embedding model without its classifier, judged by cosine similarity and nearest neighbours (default: the card's).")  # fmt: skip
 STRICT = click.option("--strict-clock", is_flag=True,
                       help="Take the machine as slow or fast as it is now, instead of correcting for drift since it was profiled.")  # fmt: skip
 MACHINE = _options(
@@ -196,6 +198,7 @@ def cli() -> None:
 @click.option("--latency", "latency", required=True, multiple=True, metavar="LIMIT",
               help="10ms, 2.5x (speed-up over dense) or 40% (of dense). Repeat it to build a family in one run.")  # fmt: skip
 @DATA
+@TASK
 @click.option("--max-drop", type=float, metavar="POINTS", help="Second gate: accuracy points the artifact may lose.")
 @click.option(
     "--quantile",
@@ -369,6 +372,7 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
 )
 @DEVICE
 @DATA
+@TASK
 @MACHINE
 @OUTPUT
 def profile(model: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:

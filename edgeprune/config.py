@@ -27,6 +27,7 @@ else:
 
 T = TypeVar("T")
 WIDTHS = ("heads", "mlp", "depth")  # what every allocator chooses
+CLASSIFY, FEATURES = TASKS = ("classify", "features")  # what a model is for: to name classes, or to embed
 DIMS = (*WIDTHS, "tokens")  # what a plan can have less of
 
 #: What becomes a part of a folder's name, and is read on terminals.
@@ -100,6 +101,17 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True)
+class FeaturesSpec:
+    """How an embedding model is judged: by the classes of its nearest neighbours among labelled training images."""
+
+    neighbours: int = 20
+    reference: int = 5000  # training images that are embedded, at most
+
+    def __post_init__(self) -> None:
+        within(self, 1, "neighbours reference")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is tuned. One entry of `epochs` and `sizes` per phase; `sizes` empty = the model's own.
 
@@ -147,17 +159,43 @@ class ModelSpec:
     name: str
     description: str
     architecture: str
-    num_classes: int
+    num_classes: int  # 0 = timm's own number; of an embedding model the dimensions of a projection, 0 = it has none
     data: DataSpec
+    task: str = CLASSIFY  # or "features": an embedding model, without a classifier
     weights: str = ""  # a file beside the card, "hub" = timm's pretrained weights, "" = give --weights
     kwargs: dict[str, Any] = field(default_factory=dict)
     transforms: TransformSpec = TransformSpec()
     calibration: CalibrationSpec = CalibrationSpec()
+    features: FeaturesSpec = FeaturesSpec()
     finetune: Recipe = Recipe()
     train: Recipe = Recipe(label_weight=1.0, logit_weight=0.0, token_weight=0.0)
 
     def __post_init__(self) -> None:
         within(self, 0, "num_classes", 1_000_000)
+        if self.task not in TASKS:
+            raise BadValue(str(unknown("task", self.task, TASKS)))
+        if self.task == FEATURES and self.finetune.label_weight:
+            raise BadValue("an embedding model has no classes to learn: set [finetune] label_weight to 0")
+
+    def as_task(self, task: str) -> ModelSpec:
+        """The same model for a task: a classifier loses its last layer to embed. Raises UsageError."""
+        if task not in TASKS:
+            raise unknown("task", task, TASKS)
+        if task == self.task:
+            return self
+        if task == CLASSIFY:
+            raise UsageError(f"the card '{self.name}' is of an embedding model; to name classes it needs task = \"classify\" "
+                             "and num_classes in the card, and weights that have been trained for them")  # fmt: skip
+        if self.finetune.label_weight:
+            raise UsageError(f"the card '{self.name}' tunes with labels, and an embedding model has no classes to learn: "
+                             "set [finetune] label_weight to 0")  # fmt: skip
+        return dataclasses.replace(self, task=task, num_classes=0)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What timm makes the model with; without a classifier where it embeds and has no projection."""
+        headless = self.task == FEATURES and not self.num_classes
+        return {**self.kwargs, "num_classes": 0} if headless else self.kwargs
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgeprune import artifact, cache, modules, publish, recoveries, runtimes, schedules
-from edgeprune.config import Request
+from edgeprune.config import FEATURES, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
 from edgeprune.latency import device, devices
@@ -113,7 +113,7 @@ PIPELINE = (
         "validate",
         validate.run,
         ("baseline", "profile", "finetune", "compile"),
-        ("quantile", "max_drop", "strict_clock", "accuracy_on"),
+        ("quantile", "max_drop", "strict_clock", "accuracy_on", "judging"),
         per_latency=True,
     ),
     # for the report: what this device can do, and its noise; not where the profile is of another device
@@ -140,7 +140,8 @@ PROFILING = (
 )
 
 ASKS: dict[str, Callable[[Request], Any]] = {
-    "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
+    "model": lambda r: (r.card.architecture, r.card.arguments, r.card.num_classes, r.card.transforms, r.card.task),
+    "judging": lambda r: r.card.task == FEATURES and r.card.features,
     "weights": lambda r: _weights_key(r),
     "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),
     "calibration": lambda r: r.card.calibration,
@@ -428,6 +429,12 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"the schedule '{request.schedule}' trains, but 0 epochs were asked for; give --epochs, or --schedule one-shot"
         )
+    if request.card.task == FEATURES:
+        for kind in ("criterion", "allocator", "schedule", "recovery"):
+            name = getattr(request, kind)
+            if {"labels", "classes"} & set(modules.needs(kind, name)):
+                raise UsageError(f"the {kind} '{name}' looks at classes, and an embedding model names none; "
+                                 f"choose another --{kind} (`edgeprune methods` says what each looks at)")  # fmt: skip
     if request.gradual and request.schedule != schedules.DEFAULT:
         raise UsageError(
             f"--gradual prunes from tuned models, the schedule '{request.schedule}' from the dense one; give one of the two"

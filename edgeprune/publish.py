@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, cache, checks, methods, provenance, report
+from edgeprune import artifact, cache, checks, methods, neighbours, provenance, report
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
@@ -87,6 +87,8 @@ def publish(
                 shutil.copyfile(stages[stage].folder / name, work / name)
         if (learnt := stages["finetune"].folder / artifact.ADAPTERS).is_file():
             shutil.copyfile(learnt, work / learnt.name)
+        if (reference := stages["validate"].folder / f"pruned-{neighbours.FILE}").is_file():
+            shutil.copyfile(reference, work / neighbours.FILE)
         for path in stages["compile"].folder.iterdir():
             if path.name.startswith("model."):
                 shutil.copyfile(path, work / path.name)
@@ -178,7 +180,7 @@ def make_manifest(
         "accuracy": facts["accuracy"],
         "checks": facts["checks"],
         "data": {**facts["data"], "unreadable": _unreadable(stages)},
-        **({"domains": facts["domains"]} if "domains" in facts else {}),
+        **({key: facts[key] for key in ("domains", "features") if key in facts}),
         **({"selection": {"name": request.selection, "tune_on": request.tune_on}} if request.selects else {}),
         "preprocessing": dense["transforms"],
         "classes": dense["classes"],

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, errors, images, onnxfile, regression, report
+from edgeprune import artifact, errors, images, neighbours, onnxfile, regression, report
 from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
@@ -36,7 +36,9 @@ MAX_ONNX = (2 << 30) - 1  # bytes: protobuf's own limit
 BATCH = 16  # images per request to the worker, which must answer in time on the slowest board
 
 
-def measured_accuracy(clock: Clock, name: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
+def measured_accuracy(
+    clock: neighbours.Predictor, name: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> tuple[int, int]:
     """How many images a loaded model names rightly, and how many it saw; batches as for `accuracy`.
 
     Raises UsageError when there was no image at all.
@@ -119,6 +121,9 @@ def validate_artifact(
     _must_fit(held_to, manifest, machine)
     onnxfile.refuse_external(folder / manifest["entry"])
     evaluation = images.for_artifact(manifest, data, data_dir)
+    reference = None
+    if evaluation is not None and (embedded := manifest.get("features")):
+        reference = neighbours.load(folder / neighbours.FILE, embedded["neighbours"], embedded["classes"])
     if out is not None:
         artifact.must_be_writable(out, "--out", folder=False)
     runtime, request = manifest["runtime"], manifest["request"]
@@ -148,7 +153,10 @@ def validate_artifact(
             if device and accuracy_on == "build":
                 clock = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
                 clock.load("pruned", folder / manifest["entry"])
-            answers = measured_accuracy(clock, "pruned", _batches(evaluation, manifest, console))
+            judge: neighbours.Predictor = clock
+            if reference is not None:
+                judge = neighbours.Judge(clock, {"pruned": reference})
+            answers = measured_accuracy(judge, "pruned", _batches(evaluation, manifest, console))
         anchor_ms = None
         now = float(np.median(measured.anchor_ms))
         if same:
@@ -186,7 +194,8 @@ def _used(manifest: dict[str, Any]) -> tuple[str, ...]:
     """The files that are opened here; what is opened must have a hash."""
     entry = manifest["entry"]
     weights = (f"{Path(entry).stem}.bin",) if entry.endswith(".xml") else ()
-    return ("profile.json", "anchor.onnx.gz", entry, *weights)
+    reference = (neighbours.FILE,) if "features" in manifest else ()
+    return ("profile.json", "anchor.onnx.gz", entry, *weights, *reference)
 
 
 def read_profile(path: Path, runtime: str) -> dict[str, Any]:

@@ -30,6 +30,10 @@ def train(
     recipe = replace(card.train, epochs=tuple(epochs)) if epochs else card.train
     path = Path(out or f"{card.name}.safetensors")
     artifact.must_be_writable(path, "--out", folder=False)
+    if card.task == config.FEATURES:
+        raise UsageError(
+            f"the card '{card.name}' is of an embedding model, which labels cannot train; give weights with --weights"
+        )
     if not recipe.label_weight:
         raise UsageError(f"the [train] recipe of '{card.name}' has label_weight 0: there is no teacher to learn from")
     start = time.monotonic()

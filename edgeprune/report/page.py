@@ -156,6 +156,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--runtime", manifest["runtime"], "--precision", manifest["precision"]]
     if asked["max_drop"] is not None:
         words += ["--max-drop", f"{asked['max_drop']:g}"]
+    words += ["--task", "features"] * ("features" in manifest)
     words += ["--method", manifest["method"]]
     known = {method.name: method for method in methods.METHODS}.get(manifest["method"])
     for kind in ("criterion", "allocator", "schedule", "recovery"):
@@ -202,7 +203,7 @@ def _headline(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("latency p50", report.ms(p50) if p50 is not None else f"predicted {pruned['predicted_ms']:.2f} ms"),
         ("limit", report.ms(manifest["request"]["latency_ms"])),
         ("speed-up", f"{1 / pruned['ratio']:.2f} x"),
-        ("accuracy", _percent(accuracy["pruned"])),
+        (report.accuracy(manifest), _percent(accuracy["pruned"])),
         ("drop", f"{accuracy['dense'] - accuracy['pruned']:.2f} points"),
     ]
 
@@ -221,10 +222,16 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
         return NO_COUNT if a is None or b is None or a <= 0 else f"{100 * (b / a - 1):+.1f} %"
 
     rows = [
-        ("accuracy (95 % interval)", judged(accuracy["dense"]), judged(accuracy["pruned"]),
+        (f"{report.accuracy(manifest)} (95 % interval)", judged(accuracy["dense"]), judged(accuracy["pruned"]),
          f"{accuracy['pruned'] - accuracy['dense']:+.2f} points ({_interval([-end for end in reversed(accuracy['drop_ci'])], '{:+.2f}')})"),
         ("agreement of both", "", f"{accuracy['agreement']:.2f} %", ""),
     ]  # fmt: skip
+    if embedded := manifest.get("features"):
+        cosine = embedded["cosine"]
+        rows += [
+            ("cosine to the dense embeddings", "1.0000", f"{cosine['mean']:.4f} on average, 1 % of the images below {cosine['p1']:.4f}", ""),
+            ("k-NN accuracy among the dense model's embeddings", _percent(accuracy["dense"]), _percent(embedded["in_dense_index"]), ""),
+        ]  # fmt: skip
     for quantile in ("p50", "p90", "p99"):
         a, b = dense["latency_ms"].get(quantile), pruned["latency_ms"][quantile]
         more = f" ({_ms_interval(pruned['latency_ci_ms'])})" if quantile == "p50" and pruned["latency_ci_ms"] else ""

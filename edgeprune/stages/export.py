@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeprune import artifact, numerics, vit
+from edgeprune import artifact, numerics, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -58,7 +58,7 @@ def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -
 
 @torch.no_grad()
 def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, Any]:
-    """Greatest difference, relative to the greatest logit, and top-1 agreement of the ONNX with torch.
+    """Greatest difference, relative to the greatest output, and top-1 agreement (`tasks.top1`) of the ONNX with torch.
 
     Where tokens are dropped, two that matter nearly alike may change places between runtimes, and the logits of that
     image with them: such images may be a few, and are counted apart. Raises EdgepruneError above `MAX_ERROR`.
@@ -79,7 +79,8 @@ def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, A
     if not any(isinstance(block, vit.ReducingBlock) for block in model.blocks) or ties.mean() > MAX_TIES:
         ties[:] = False
     error = float(errors[~ties].max())
-    agreement = float((got.argmax(-1) == want.argmax(-1)).mean())
+    task = tasks.of(model)
+    agreement = float((tasks.top1(torch.from_numpy(got), task) == tasks.top1(wanted, task)).float().mean())
     if not error <= MAX_ERROR:
         raise EdgepruneError(
             f"the ONNX differs from torch by {error:.1e} of the greatest logit (at most {MAX_ERROR:.0e})"

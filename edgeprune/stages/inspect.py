@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgeprune import artifact, corruptions, inspection
-from edgeprune.config import Request
+from edgeprune import artifact, corruptions, inspection, neighbours
+from edgeprune.config import FEATURES, Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.inspection import Predictions
 from edgeprune.latency import choose, device, resources
 from edgeprune.latency.clock import Clock
+from edgeprune.neighbours import Predictor
 from edgeprune.stages import baseline, profile, validate
 
 SEVERITY = 3
@@ -70,7 +71,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     with clock() as answering:
         answering.load("dense", read["baseline"] / "dense.onnx")
         answering.load("pruned", entry)
-        robust = robustness(answering, parts, said, dense.transforms, request.seed, console)
+        judge: Predictor = answering
+        if request.card.task == FEATURES:
+            judge = neighbours.Judge(answering, _references(request, read["validate"]))
+        robust = robustness(judge, parts, said, dense.transforms, request.seed, console)
     first = next(iter(parts.values()))
     few = next(first.take(GEOMETRY_IMAGES).batches(GEOMETRY_IMAGES))[0]
     planned = artifact.read_plan(read["finetune"] / "plan.json")
@@ -97,8 +101,15 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     )  # fmt: skip
 
 
+def _references(request: Request, folder: Path) -> dict[str, neighbours.Reference]:
+    """What the stage validate judged both models by."""
+    classes = artifact.read_json(folder / "validation.json")["features"]["classes"]
+    count = request.card.features.neighbours
+    return {name: neighbours.load(folder / f"{name}-{neighbours.FILE}", count, classes) for name in inspection.MODELS}
+
+
 def robustness(
-    clock: Clock, parts: Mapping[str, Images], said: Mapping[str, Predictions], transforms: Mapping[str, Any], seed: int,
+    clock: Predictor, parts: Mapping[str, Images], said: Mapping[str, Predictions], transforms: Mapping[str, Any], seed: int,
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of both loaded models on corrupted copies of the same images, drawn by the seed, as many as time allows.
@@ -140,7 +151,7 @@ def robustness(
 
 
 def _right(
-    clock: Clock, kind: str, images: NDArray[np.uint8], labels: NDArray[np.int64], rng: np.random.Generator,
+    clock: Predictor, kind: str, images: NDArray[np.uint8], labels: NDArray[np.int64], rng: np.random.Generator,
     mean: NDArray[np.float32], std: NDArray[np.float32],
 ) -> NDArray[np.bool_]:  # fmt: skip
     """`[2, n]`: whether the dense and the pruned model name the corrupted images `[n, height, width, 3]` rightly."""
