@@ -71,7 +71,12 @@ INSTEAD = (PARENT, "sparsify")
 
 PIPELINE = (
     # the dense model as it came: weights, ONNX, sizes
-    Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "selection", "tune_on", "seed")),
+    Stage(
+        "baseline",
+        baseline.run,
+        (),
+        ("model", "weights", "data", "calibration", "selection", "tune_on", "deploy", "seed"),
+    ),
     # what every sub-block shape costs on this device, in the runtime that will run
     Stage(
         "profile",
@@ -107,7 +112,7 @@ PIPELINE = (
     # onnxsim, checked
     Stage("simplify", simplify.run, ("export",), (), per_latency=True),
     # for every runtime the target can use; the faster one is kept
-    Stage("compile", compile.run, ("profile", "simplify"), ("target", "runtime"), per_latency=True),
+    Stage("compile", compile.run, ("profile", "simplify"), ("target", "runtime", "ir_precision"), per_latency=True),
     # accuracy and latency of what was compiled, beside the dense model
     Stage(
         "validate",
@@ -141,6 +146,8 @@ PROFILING = (
 
 ASKS: dict[str, Callable[[Request], Any]] = {
     "model": lambda r: (r.card.architecture, r.card.arguments, r.card.num_classes, r.card.transforms, r.card.task),
+    "deploy": lambda r: replace(r.card.deploy, ir_precision="fp32"),
+    "ir_precision": lambda r: r.card.deploy.ir_precision,
     "judging": lambda r: r.card.task == FEATURES and r.card.features,
     "weights": lambda r: _weights_key(r),
     "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, cache, checks, methods, neighbours, provenance, report
+from edgeprune import artifact, cache, checks, intake, methods, neighbours, provenance, report
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
@@ -145,6 +145,8 @@ def make_manifest(
     planned = artifact.read_plan(work / "plan.json")
     latency = dict(facts["pruned"]["latency"])
     interval = latency.pop("ci")
+    asked = request.card.deploy
+    taken = intake.Intake(asked.batch, asked.dynamic_batch, intake.frame(asked.fold_preprocessing, dense["transforms"]))
     return {
         "schema": artifact.MANIFEST_SCHEMA,
         "key": key,
@@ -183,6 +185,9 @@ def make_manifest(
         **({key: facts[key] for key in ("domains", "features") if key in facts}),
         **({"selection": {"name": request.selection, "tune_on": request.tune_on}} if request.selects else {}),
         "preprocessing": dense["transforms"],
+        "input": taken.facts(dense["transforms"]),
+        "weights": request.card.deploy.ir_precision if compiled["entry"].endswith(".xml") else "fp32",
+        **({"class_names": list(request.card.deploy.class_names)} if request.card.deploy.class_names else {}),
         "classes": dense["classes"],
         "shape": [[len(b.heads), len(b.neurons)] for b in planned.plan.blocks],
         "export": artifact.read_json(stages["export"].folder / "export.json"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, errors, images, neighbours, onnxfile, regression, report
+from edgeprune import artifact, errors, images, intake, neighbours, onnxfile, regression, report
 from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
@@ -252,7 +252,7 @@ def _batches(
     """The readable images, with progress; the others are named when all is read."""
     console.say(f"accuracy on {len(evaluation)} images: {evaluation.source}")
     with console.progress("accuracy", len(evaluation), "images") as advance:
-        for pixels, labels in evaluation.batches(manifest["preprocessing"], BATCH):
+        for pixels, labels in evaluation.batches(manifest["preprocessing"], BATCH, intake.of_manifest(manifest).take):
             yield pixels, labels
             advance(len(labels), "")
     for name, reason in sorted(evaluation.corrupt.items()):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgeprune import artifact, config, data, vit
+from edgeprune import adapting, artifact, config, data, vit
 from edgeprune.api import with_data
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import UsageError
@@ -40,7 +40,10 @@ def train(
     torch.manual_seed(seed)
     network = vit.create(card.architecture, card.kwargs, card.num_classes)
     if weights:
-        vit.load_weights(network, vit.read_weights(Path(weights)), weights)
+        state, done = adapting.adapt(network, vit.read_weights(Path(weights)))
+        for what in done:
+            console.say(f"weights in '{weights}': {what}")
+        vit.load_weights(network, state, weights)
     transforms, splits = _data(card, network, seed)
     fit(network, splits.train, recipe, transforms, seed=seed, console=console)
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path)

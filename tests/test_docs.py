@@ -218,7 +218,14 @@ def test_the_schema_is_a_schema() -> None:
     assert SCHEMA["properties"]["schema"]["const"] == SCHEMA["$id"] == MANIFEST_SCHEMA
 
 
-OPTIONAL = {"domains", "selection", "features"}  # of a manifest: where the build had them
+OPTIONAL = {
+    "domains",
+    "selection",
+    "features",
+    "input",
+    "weights",
+    "class_names",
+}  # of a manifest: where the build had them
 
 
 def test_the_schema_requires_what_it_names() -> None:

@@ -36,6 +36,15 @@ def rows(manifest: dict[str, Any]) -> list[Row]:
     ]
 
 
+def served(manifest: Mapping[str, Any]) -> str:
+    """What one inference takes, in words."""
+    facts = manifest.get("input", {"batch": 1, "dynamic_batch": False, "preprocessing": "outside"})
+    words = f"batch {facts['batch']}" + " (others work too)" * facts["dynamic_batch"]
+    if facts["preprocessing"] == "folded":
+        words += f", preprocessing of raw {facts['shape'][1]}x{facts['shape'][2]} images included"
+    return words + ", fp16 weights" * (manifest.get("weights") == "fp16")
+
+
 def accuracy(manifest: Mapping[str, Any]) -> str:
     """What the manifest's accuracy is of."""
     return "k-NN accuracy" if "features" in manifest else "accuracy"
@@ -67,7 +76,7 @@ def markdown(manifest: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {label} | {dense} | {small} |" for label, dense, small in rows(manifest)),
         "",
-        f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
+        f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, {served(manifest)}, on "
         f"{manifest['environment']['device']['cpu']}; {interval(pruned)}. "
         f"{accuracy(manifest)[:1].upper()}{accuracy(manifest)[1:]}: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
         "",

@@ -156,6 +156,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--runtime", manifest["runtime"], "--precision", manifest["precision"]]
     if asked["max_drop"] is not None:
         words += ["--max-drop", f"{asked['max_drop']:g}"]
+    words += _deployed(manifest)
     words += ["--task", "features"] * ("features" in manifest)
     words += ["--method", manifest["method"]]
     known = {method.name: method for method in methods.METHODS}.get(manifest["method"])
@@ -165,6 +166,16 @@ def command(manifest: Mapping[str, Any]) -> str:
     if "selection" in manifest:
         words += ["--selection", manifest["selection"]["name"], "--tune-on", f"{manifest['selection']['tune_on']:g}"]
     return shlex.join(words)
+
+
+def _deployed(manifest: Mapping[str, Any]) -> list[str]:
+    """The options that say what the files take and hold, where they are not the usual ones."""
+    facts, words = manifest.get("input"), []
+    if facts is not None:
+        words += ["--batch", str(facts["batch"])] * (facts["batch"] != 1) + ["--dynamic-batch"] * facts["dynamic_batch"]
+        if facts["preprocessing"] == "folded":
+            words += ["--fold-preprocessing", f"{facts['shape'][1]}x{facts['shape'][2]}"]
+    return words + ["--ir-precision", "fp16"] * (manifest.get("weights") == "fp16")
 
 
 def _render(template: str, **values: Any) -> str:
@@ -261,7 +272,7 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
 def _compare_notes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     used = facts["resources"]
     notes = [
-        f"{manifest['runtime']} {manifest['worker']['version']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
+        f"{manifest['runtime']} {manifest['worker']['version']}, {manifest['precision']}, {manifest['threads']} threads, {report.served(manifest)}, on "
         f"{manifest['environment']['device']['cpu']}; {report.interval(dict(manifest['pruned']))}. Accuracy: "
         f"{manifest['accuracy']['images']} images of {manifest['data']['source']}. A dash: too few samples, or not shown by this system."
     ]  # fmt: skip

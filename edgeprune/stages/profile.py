@@ -124,9 +124,11 @@ def fitting_shapes(sizes: vit.Anatomy, grid: tuple[int, ...], seed: int, patches
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
     """What of the model a latency table depends on."""
     return {
-        "architecture": request.card.architecture, "batch": 1, "tokens": sizes.tokens, "width": sizes.width,
+        "architecture": request.card.architecture, "batch": request.card.deploy.batch, "tokens": sizes.tokens, "width": sizes.width,
         "blocks": sizes.blocks, "heads": sizes.heads, "head_dim": sizes.head_dim, "neurons": sizes.neurons,
         "classes": sizes.num_classes,
+        **({"dynamic_batch": True} if request.card.deploy.dynamic_batch else {}),
+        **({"folded": request.card.deploy.fold_preprocessing} if request.card.deploy.fold_preprocessing else {}),
     }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             classes = judge.references["pruned"].classes
         parts = dense.splits.domains or {"": dense.splits.evaluation}
         said = {
-            name: inspection.predictions(answering, "dense", "pruned", _arrays(images, classes, console))
+            name: inspection.predictions(answering, "dense", "pruned", _arrays(dense.served(images), classes, console))
             for name, images in parts.items()
         }
     inspection.save(said, out / "answers.npz")
@@ -119,7 +119,7 @@ def judged_by_neighbours(
     with console.progress("reference", len(images), "images") as advance:
 
         def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for pixels, labels in images.batches(BATCH):
+            for pixels, labels in dense.served(images).batches(BATCH):
                 yield pixels.numpy(), labels.numpy()
                 advance(len(labels), "")
 
