@@ -120,6 +120,11 @@ def validate_artifact(
     machine = devices.machine(device)
     _must_fit(held_to, manifest, machine)
     onnxfile.refuse_external(folder / manifest["entry"])
+    if before is not None:
+        sizes = [intake.of_manifest(one).batch for one in (before[1], manifest)]
+        if sizes[0] != sizes[1]:
+            raise errors.UsageError(f"the baseline's latency is of {sizes[0]} image{'s' * (sizes[0] > 1)}, the artifact's of {sizes[1]}: "
+                                    "build one of them again with the other's --batch")  # fmt: skip
     evaluation = images.for_artifact(manifest, data, data_dir)
     reference = None
     if evaluation is not None and (embedded := manifest.get("features")):
