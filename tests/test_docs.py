@@ -119,6 +119,7 @@ def test_every_key_of_a_card_is_documented() -> None:
     for name, cls in (
         ("data", config.DataSpec), ("transforms", config.TransformSpec),
         ("calibration", config.CalibrationSpec), ("finetune", config.Recipe),
+        ("features", config.FeaturesSpec), ("deploy", config.DeploySpec),
     ):  # fmt: skip
         assert set(table[name]) == keys(cls)
 

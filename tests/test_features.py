@@ -242,7 +242,7 @@ def test_the_embeddings_are_those_of_the_artifact(built: Path) -> None:
     manifest = json.loads((built / "manifest.json").read_text())
     session = onnxruntime.InferenceSession(str(built / "model.onnx"))
     [output] = session.get_outputs()
-    assert output.shape == [1, 48]
+    assert (output.name, output.shape) == ("embedding", [1, 48])
     reference = neighbours.load(built / neighbours.FILE, 20, 10)
     digits = images.Digits()
     _, chosen = digits.split()

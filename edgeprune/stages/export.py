@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from edgeprune import artifact, folding, images, intake, numerics, tasks, vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.config import CLASSIFY, Request
+from edgeprune.config import CLASSIFY, FEATURES, Request
 from edgeprune.console import Console
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.intake import Intake
@@ -34,7 +34,7 @@ from edgeprune.stages import baseline
 M = TypeVar("M", bound=nn.Module)
 
 OPSET = 20  # the first with Gelu as one node
-INPUT, OUTPUT = "pixels", "logits"
+INPUT, OUTPUT, EMBEDDING = "pixels", "logits", "embedding"
 CHECK_IMAGES = 32
 MAX_TIES = 1 / 16  # share of the images whose dropped tokens may differ
 MAX_ERROR = 1e-3  # of the logits' greatest magnitude; fp32 kernels differ in summation order
@@ -91,6 +91,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     (out / "export.json").write_text(json.dumps(facts))
 
 
+def output(model: nn.Module) -> str:
+    """What the files call what they say."""
+    return EMBEDDING if tasks.of(model) == FEATURES else OUTPUT
+
+
 def check_images(dense: baseline.Dense, count: int) -> tuple[Tensor, NDArray[Any]]:
     """The first calibration images as the torch model takes them, `[n, channels, height, width]`, and as the files do."""
     taken, some = how(dense.model), dense.splits.calibration.take(count)
@@ -105,7 +110,7 @@ def check_images(dense: baseline.Dense, count: int) -> tuple[Tensor, NDArray[Any
 
 
 def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -> None:
-    """Write the model as ONNX with one input `pixels` `[1, *image]` and one output `logits` `[1, classes]`.
+    """Write the model as ONNX with one input `pixels` `[1, *image]` and one output `logits` `[1, classes]`, or `embedding`.
 
     Or with another batch, any batch, or the preprocessing folded in, as `deploy` said.
     """
@@ -115,7 +120,7 @@ def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -
     with _quiet():
         program = torch.onnx.export(
             model.eval(), (torch.zeros(batch, *image),), dynamo=True, opset_version=OPSET,
-            input_names=[INPUT], output_names=[OUTPUT], verbose=False,
+            input_names=[INPUT], output_names=[output(model)], verbose=False,
             dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic else None,
         )  # fmt: skip
         assert program is not None
@@ -147,7 +152,7 @@ def compare(model: VisionTransformer, path: Path, images: Tensor, served: NDArra
     parts = [inputs[i : i + batch] for i in range(0, len(inputs), batch)]
     short = batch - len(parts[-1])
     parts[-1] = np.concatenate([parts[-1], np.repeat(parts[-1][-1:], short, axis=0)])
-    got = np.concatenate([session.run([OUTPUT], {INPUT: part})[0] for part in parts])[: len(inputs)]
+    got = np.concatenate([session.run(None, {INPUT: part})[0] for part in parts])[: len(inputs)]
     wanted = model(images)
     numerics.refuse_not_finite(
         model, images, wanted, "export", "lower [finetune] learning_rate, or ask for a milder latency"
