@@ -292,6 +292,9 @@ def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int, chosen: Chos
 
 def check_classes(splits: Splits, num_classes: int) -> None:
     """Raise UsageError unless the data has as many classes as the model."""
+    if not num_classes:
+        raise UsageError("the model has no classifier: add --task features to prune it as an embedding model, or set num_classes "
+                         "in the card and give weights that were trained with it")  # fmt: skip
     if splits.classes and len(splits.classes) != num_classes:
         raise UsageError(f"{splits.source} has {len(splits.classes)} classes, the model {num_classes}; "
                          "set num_classes in the card or point --data-dir elsewhere")  # fmt: skip

@@ -120,7 +120,22 @@ def test_only_compat_imports_timm_and_torchvision(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["types", "errors", "extras", "solve", "config", "artifact", "console", "api", "checks", "images"]
+    "name",
+    [
+        "types",
+        "errors",
+        "extras",
+        "solve",
+        "config",
+        "artifact",
+        "console",
+        "api",
+        "checks",
+        "images",
+        "intake",
+        "neighbours",
+        "resampling",
+    ],
 )
 def test_what_a_device_needs_imports_no_torch(name: str) -> None:
     found = imports(PACKAGE / f"{name}.py")

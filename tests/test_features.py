@@ -194,6 +194,17 @@ def test_what_embedding_models_cannot_be_asked_for(space: Workspace, arguments: 
     assert said in result.err
 
 
+def test_a_model_without_a_classifier_is_told_of_the_task(space: Workspace) -> None:
+    path = space.root / "headless.toml"
+    path.write_text(small.ONE.replace("num_classes = 10", "num_classes = 0"))
+    path.write_text(path.read_text().replace("[kwargs]", "[kwargs]\nnum_classes = 0"))
+    weights = small.random_weights(space.root / "headless.safetensors", depth=1, num_heads=1)
+    save_file({k: v for k, v in load_file(weights).items() if not k.startswith("head.")}, weights)
+    result = space.build("--latency", "60%", "--weights", weights, card=path)
+    assert result.code == errors.UsageError.exit_code
+    assert "the model has no classifier: add --task features" in result.err
+
+
 def test_cards_of_embedding_models_that_contradict_themselves(space: Workspace) -> None:
     path = space.root / "odd.toml"
     path.write_text('task = "features"\n' + small.ONE.replace("[finetune]", "[finetune]\nlabel_weight = 0.5"))

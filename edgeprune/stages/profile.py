@@ -164,7 +164,11 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         "target": request.target.name, "precision": request.precision,
         **{f"model's {key}": value for key, value in describe(request, sizes).items() if key != "architecture"},
     }  # fmt: skip
-    wrong = [f"{key} is {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
+    wrong = [
+        f"{key} is {found.get(key)}, not {wanted.get(key)}"
+        for key in dict.fromkeys([*wanted, *found])
+        if found.get(key) != wanted.get(key)
+    ]
     if request.runtime not in ("", recorded.runtime):
         wrong.append(f"runtime is {recorded.runtime}, not {request.runtime}")
     if request.threads not in (0, recorded.threads):
