@@ -14,6 +14,7 @@ from edgeprune.config import ModelSpec, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.extras import need_build_packages
+from edgeprune.latency.statistics import QUANTILES
 from edgeprune.tuning import launch
 from edgeprune.types import Latency
 
@@ -62,6 +63,7 @@ def request(
     accelerate_config: str | Path | None = None,
     device: str = "",
     accuracy_on: str = "build",
+    sibling: Sequence[str | Path] | str | Path = (),
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
@@ -72,7 +74,7 @@ def request(
     ir_precision: "fp16" or "fp32", of the weights in OpenVINO's files. class_names: a file of one name a line. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
     chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
     tokens stay where some go. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
-    "build" or "device", where accuracy is judged then.
+    "build" or "device", where accuracy is judged then. sibling: artifacts whose dense models the report draws.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
@@ -102,7 +104,18 @@ def request(
     known = methods.get(method)
     given = {"criterion": criterion, "allocator": allocator, "schedule": schedule, "recovery": recovery}
     parts: Any = {kind: name or getattr(known, kind) for kind, name in given.items()}
-    chosen = dims_of(dims or (known.dims if parts["allocator"] == known.allocator else ""), parts["allocator"])
+    dims = dims or (known.dims if parts["allocator"] == known.allocator else "")
+    chosen = dims_of(dims, parts["allocator"])
+    if gradual and "tokens" in chosen:
+        if "tokens" in dims:
+            raise UsageError(
+                "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
+            )
+        chosen = tuple(dim for dim in chosen if dim != "tokens")
+    if quantile and quantile not in QUANTILES:
+        raise unknown("quantile", quantile, QUANTILES)
+    if accuracy_on not in ("build", "device"):
+        raise unknown("accuracy-on", accuracy_on, ("build", "device"))
     modules.check("reducer", reducer := reducer or known.reducer)
     group = Path(accelerate_config) if accelerate_config else None
     launch.check_request(processes, group)
@@ -112,6 +125,7 @@ def request(
         dims=chosen, reducer=reducer, search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
+        siblings=tuple(map(Path, [sibling] if isinstance(sibling, (str, Path)) else sibling)),
     )  # fmt: skip
     return made, latencies
 
@@ -159,6 +173,24 @@ def build(
 
     cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
     return pipeline.build(made, latencies, out=Path(out), cache_dir=cache, rebuild=rebuild, console=console)
+
+
+def join(
+    accelerate_config: str | Path, *, cache_dir: str | Path | None = None, jobs: int = 0, console: Console = SILENT
+) -> dict[str, int]:
+    """Start this machine's processes of the tunings of a build that runs elsewhere and shares `cache_dir`.
+
+    Until `jobs` are done, 0 = for ever. Returns how many `tunings` were joined and how many `failed`.
+    """
+    need_build_packages()
+    from edgeprune import pipeline
+
+    if jobs < 0:
+        raise UsageError(f"jobs must be 0 (until interrupted) or more, not {jobs}")
+    cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
+    if not cache.is_dir():
+        raise UsageError(f"there is no folder '{cache}'; give the --cache-dir of the build, which both machines see")
+    return launch.join(Path(accelerate_config), cache, jobs, console)
 
 
 def profile(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,6 +144,12 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     rules = json.loads((Path(__file__).parent / "report" / "manifest.schema.json").read_text(encoding="utf-8"))
     if found := schema.problem(manifest, rules):
         raise UsageError(f"{folder / 'manifest.json'} is no sound manifest: {found}; build the artifact again")
+
+
+def model_files(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the files that the runtime opens: the entry, and the weights of an OpenVINO IR."""
+    entry = str(manifest["entry"])
+    return (entry, f"{Path(entry).stem}.bin") if entry.endswith(".xml") else (entry,)
 
 
 def check_files(

@@ -1,4 +1,4 @@
-"""Validate: the compiled artifact against the dense model, in the runtime that will run: checks and verdicts.
+"""Checks: the compiled artifact against the dense model, in the runtime that will run: checks and verdicts.
 
 Knows nothing of torch or of how the artifact came to be.
 """
@@ -150,6 +150,12 @@ def exit_code(checks: Iterable[Check]) -> int:
     if "fail" in verdicts:
         return errors.GATE_FAILED
     return errors.INCONCLUSIVE if "inconclusive" in verdicts else errors.PASSED
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code of several artifacts: 1 where any failed a gate, else the greatest."""
+    found = list(codes)
+    return errors.GATE_FAILED if errors.GATE_FAILED in found else max(found)
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

@@ -49,8 +49,16 @@ def told(command: str, junit: str | None, github: bool) -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
-    except (EdgepruneError, KeyboardInterrupt) as error:
-        _tell(command, outcome, junit, github, str(error) or "interrupted")
+    except BaseException as error:
+        known = isinstance(error, EdgepruneError)
+        why = (
+            "interrupted"
+            if isinstance(error, KeyboardInterrupt)
+            else str(error)
+            if known
+            else f"internal error: {error!r}"
+        )
+        _tell(command, outcome, junit, github, why)
         raise
     _tell(command, outcome, junit, github, "")
 

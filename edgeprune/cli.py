@@ -276,6 +276,8 @@ def cli() -> None:
               help="Tune in the processes that a file of `accelerate config` describes.")  # fmt: skip
 @DEVICE
 @ACCURACY_ON
+@click.option("--sibling", type=click.Path(), multiple=True, metavar="ARTIFACT",
+              help="An artifact of a smaller or larger model on the same data; the report draws its dense model as a baseline. Repeatable.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show which stages would run and which are done; run nothing.")
 @CI
 @OUTPUT
@@ -296,7 +298,7 @@ def build(
 
     Example: edgeprune build digits --target cpu-avx2 --latency 10ms
     """
-    from edgeprune import api, ci, report
+    from edgeprune import api, checks, ci, report
     from edgeprune.console import Console
 
     options["quantile"], options["ir_precision"] = options["quantile"] or "", options["ir_precision"] or ""
@@ -325,8 +327,7 @@ def build(
             for a in artifacts
         ]
         outcome.summary = report.summary([a.manifest for a in artifacts])
-    codes = [built.exit_code for built in artifacts]
-    code = errors.GATE_FAILED if errors.GATE_FAILED in codes else max(codes)
+    code = checks.worst(built.exit_code for built in artifacts)
     if output_format == "json":
         click.echo(
             json.dumps(
@@ -369,6 +370,29 @@ def train(model: str, out: str | None, output_format: str, quiet: bool, verbose:
             f"{facts['weights']}: {facts['accuracy']:.2f} % on {facts['images']} evaluation images, {facts['seconds']:.0f} s"
         )
     return errors.PASSED
+
+
+@cli.command()
+@click.option("--accelerate-config", type=click.Path(), required=True, metavar="FILE",
+              help="This machine's file of `accelerate config`: as the build's, but with a machine_rank of its own.")  # fmt: skip
+@click.option("--cache-dir", type=click.Path(), metavar="DIR",
+              help="The build's cache, in a folder that all machines share (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune).")  # fmt: skip
+@click.option("--jobs", default=0, metavar="N", help="Leave after so many tunings; 0 = stay until interrupted.")
+@OUTPUT
+def join(output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
+    """Tune with a build that runs on another machine, under `edgeprune build --accelerate-config FILE`.
+
+    Example: edgeprune join --accelerate-config second.yaml --cache-dir /shared/edgeprune
+    """
+    from edgeprune import api
+    from edgeprune.console import Console
+
+    joined = api.join(console=Console(quiet=quiet, verbose=verbose), **options)
+    if output_format == "json":
+        click.echo(json.dumps(joined, indent=1))
+    else:
+        click.echo(f"{joined['tunings']} tunings joined, {joined['failed']} of them failed")
+    return errors.EdgepruneError.exit_code if joined["failed"] else errors.PASSED
 
 
 @cli.command()
@@ -531,7 +555,12 @@ def _listing(kind: str, load: Callable[[str], Any], describe: Callable[[Any], st
 
         load(name)
         path = config.shipped(kind) / f"{name}.toml"
-        click.echo((path if path.is_file() else Path(name)).read_text(encoding="utf-8").rstrip())
+        path = path if path.is_file() else Path(name)
+        if not path.is_file():
+            raise errors.UsageError(
+                f"'{name}' needs no card: it is a name of timm's, and `edgeprune build {name}` takes it"
+            )
+        click.echo(path.read_text(encoding="utf-8").rstrip())
 
     return group
 

@@ -262,6 +262,7 @@ class Request:
     device: str = ""  # that the artifact is for and that measures: a name or an ssh:// address; "" = this machine
     accuracy_on: str = "build"  # where accuracy is judged: on the machine that builds, or on the device
     accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
+    siblings: tuple[Path, ...] = ()  # artifacts whose dense models the report draws beside this one
 
     @property
     def selects(self) -> bool:

@@ -67,7 +67,7 @@ class Console:
                 def advance(done: float, info: str = "") -> None:
                     so_far = bar.tasks[0].completed + done
                     rate = so_far / max(time.monotonic() - start, 1e-9)
-                    bar.update(task, advance=done, rate=f"{rate:.3g} {unit}/s", info=info)
+                    bar.update(task, advance=done, rate=_rate(rate, unit), info=info)
 
                 yield advance
         else:
@@ -109,11 +109,15 @@ class Console:
                 last = now
                 rate = so_far / (now - start)
                 eta = max(total - so_far, 0.0) / rate if rate > 0 else float("inf")
-                self.say(
-                    f"{what}: {so_far:.0f}/{total:.0f} {unit}, {rate:.3g} {unit}/s, {eta:.0f} s left {info}".rstrip()
-                )
+                parts = (f"{what}: {so_far:.0f}/{total:.0f} {unit}", _rate(rate, unit), f"{eta:.0f} s left", info)
+                self.say(", ".join(part for part in parts if part))
 
         return advance
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Seconds pass at one a second, which nobody has to be told."""
+    return "" if unit == "s" else f"{rate:.3g} {unit}/s"
 
 
 def _ignore(done: float, info: str = "") -> None:

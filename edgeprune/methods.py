@@ -1,7 +1,8 @@
 """Methods: named combinations of a criterion, an allocator, a schedule and a recovery. Imports nothing heavy.
 
 Every method gets the same measured latency table, the same calibration images, budget and contract; only its four parts
-differ. `METHODS` is the list; the parts explain themselves in their files.
+differ, and for those that drop tokens what they choose and which tokens stay. `METHODS` is the list; the parts explain
+themselves in their files.
 """
 
 from __future__ import annotations
@@ -108,9 +109,9 @@ def listing() -> str:
     columns = "{:17} {:10} {:11} {:16} {:14} {:9} {}"
     lines = ["methods (--method NAME), all ready: which part carries the idea, and the four parts", ""]
     lines.append(columns.format("method", "kind", "criterion", "allocator", "schedule", "recovery", "about"))
-    lines += [
-        columns.format(m.name, m.kind, m.criterion, m.allocator, m.schedule, m.recovery, m.about) for m in METHODS
-    ]
+    for m in METHODS:
+        about = f"{m.about} (--dims {m.dims} --reducer {m.reducer})" if m.dims else m.about
+        lines.append(columns.format(m.name, m.kind, m.criterion, m.allocator, m.schedule, m.recovery, about))
     for kind in modules.PACKAGES:
         lines += ["", f"{kind} (--{kind} NAME)"]
         lines += [f"  {name:15} {modules.summary(kind, name)}" for name in modules.names(kind)]

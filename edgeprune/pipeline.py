@@ -82,14 +82,25 @@ PIPELINE = (
         "profile",
         profile.run,
         ("baseline",),
-        ("target", "runtime", "precision", "threads", "device", "recorded", "tokens", "seed"),
+        ("target", "runtime", "precision", "threads", "device", "recorded", "tokens", "reducer", "seed"),
     ),
     # train under gates that a schedule shuts; cut what is shut
     Stage(
         "sparsify",
         sparsify.run,
         ("baseline", "profile"),
-        ("schedule", "criterion", "allocator", "latency", "quantile", "recipe", "calibration", "target", "seed"),
+        (
+            "schedule",
+            "criterion",
+            "allocator",
+            "dims",
+            "latency",
+            "quantile",
+            "recipe",
+            "calibration",
+            "target",
+            "seed",
+        ),
         per_latency=True,
         when=lambda r: r.schedule != schedules.DEFAULT,
     ),
@@ -100,15 +111,30 @@ PIPELINE = (
         "prune",
         prune.run,
         ("baseline", "profile", "calibrate", *INSTEAD),
-        ("latency", "quantile", "calibration", "allocator", "dims", "search_seconds", "recovery", "polish", "seed"),
+        (
+            "latency",
+            "quantile",
+            "calibration",
+            "allocator",
+            "dims",
+            "reducer",
+            "search_seconds",
+            "recovery",
+            "polish",
+            "seed",
+        ),
         per_latency=True,
     ),
     # distillation from the dense model
     Stage(
-        "finetune", finetune.run, ("baseline", "prune"), ("recipe", "schedule", "recovery", "seed"), per_latency=True
+        "finetune",
+        finetune.run,
+        ("baseline", "prune"),
+        ("recipe", "schedule", "recovery", "reducer", "seed"),
+        per_latency=True,
     ),
     # torch -> ONNX, checked
-    Stage("export", export.run, ("baseline", "finetune"), (), per_latency=True),
+    Stage("export", export.run, ("baseline", "finetune"), ("reducer",), per_latency=True),
     # onnxsim, checked
     Stage("simplify", simplify.run, ("export",), (), per_latency=True),
     # for every runtime the target can use; the faster one is kept
@@ -141,7 +167,7 @@ PROFILING = (
     # where the time goes, what the device can do, what threads, runtimes and int8 would change
     Stage("survey", survey.run, ("baseline", "profile"), ("target", "precision", "device", "seed")),
     # how far the table is off on held-out random plans
-    Stage("check", check.run, ("baseline", "profile"), ("target", "precision", "device", "seed", "check")),
+    Stage("check", check.run, ("baseline", "profile"), ("target", "precision", "device", "reducer", "seed", "check")),
 )
 
 ASKS: dict[str, Callable[[Request], Any]] = {
@@ -164,8 +190,9 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "allocator": lambda r: r.allocator,
     "schedule": lambda r: r.schedule,
     "recovery": lambda r: r.recovery,
-    "dims": lambda r: (r.dims, r.reducer),
-    "tokens": lambda r: "tokens" in r.dims and r.reducer,
+    "dims": lambda r: r.dims,
+    "tokens": lambda r: "tokens" in r.dims,
+    "reducer": lambda r: r.reducer if "tokens" in r.dims else "",
     "search_seconds": lambda r: r.search_seconds,
     "polish": lambda r: r.polish,
     "selection": lambda r: r.selection,
@@ -241,8 +268,8 @@ def _build(
     redone: set[str] | None,
     console: Console,
 ) -> list[publish.Artifact]:
-    families = [replace(request, latency=latency) for latency in latencies]
-    done: list[dict[str, Done]] = [{} for _ in families]
+    members = [replace(request, latency=latency) for latency in latencies]
+    done: list[dict[str, Done]] = [{} for _ in members]
     made: dict[str, Done] = {}  # by key: what several latencies share is done once
 
     def advance(stage: Stage, one: Request, finished: dict[str, Done]) -> None:
@@ -250,27 +277,31 @@ def _build(
         if key in made:
             finished[stage.name] = replace(made[key], cached=True)
             return
-        several = len(families) > 1 and _per_latency(stage, finished)
+        several = len(members) > 1 and _per_latency(stage, finished)
         where = f" for {one.latency.text}" if several else ""
         made[key] = finished[stage.name] = run_stage(stage, one, key, finished, cache_dir, redone, where, console)
 
     stages = stages_of(request)
     if request.gradual:
         for stage in PIPELINE[:2]:
-            advance(stage, families[0], done[0])
+            advance(stage, members[0], done[0])
         before: dict[str, Done] = {}
-        for i in mildest_first(families, done[0]["profile"].folder):
+        with undisturbed([done[0]["profile"]], "the order of the latencies", cache_dir):
+            order = mildest_first(members, done[0]["profile"].folder)
+        for i in order:
             done[i].update({PARENT: before["finetune"]} if before else {})
             for stage in stages:
-                advance(stage, families[i], done[i])
+                advance(stage, members[i], done[i])
             before = done[i]
     else:
         for stage in stages:
-            for one, finished in zip(families, done, strict=True):
+            for one, finished in zip(members, done, strict=True):
                 advance(stage, one, finished)
-    artifacts = []
-    family = [publish.point(one, finished) for one, finished in zip(families, done, strict=True)]
-    for one, finished in zip(families, done, strict=True):
+    artifacts, family = [], []
+    for one, finished in zip(members, done, strict=True):
+        with undisturbed([finished["validate"], finished["finetune"]], "the report", cache_dir):
+            family.append(publish.point(one, finished))
+    for one, finished in zip(members, done, strict=True):
         folder = out / publish.artifact_name(one)
         own = [entry for name, entry in finished.items() if name != PARENT]
         with undisturbed(own, "the artifact", cache_dir):
@@ -289,10 +320,10 @@ def _per_latency(stage: Stage, finished: Mapping[str, Any]) -> bool:
     return stage.per_latency or any(name in finished and name in stage.reads for name in INSTEAD)
 
 
-def mildest_first(families: Sequence[Request], profile_folder: Path) -> list[int]:
-    """The order of a gradual build: indices of the families, the highest latency first."""
+def mildest_first(members: Sequence[Request], profile_folder: Path) -> list[int]:
+    """The order of a gradual build: indices of the members, the highest latency first."""
     dense_ms = profile.read_profile(profile_folder)[1].dense_ms
-    return sorted(range(len(families)), key=lambda i: -families[i].latency.limit_ms(dense_ms))
+    return sorted(range(len(members)), key=lambda i: -members[i].latency.limit_ms(dense_ms))
 
 
 def run_stages(
@@ -317,16 +348,16 @@ def run_stages(
 def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> list[tuple[str, str, bool]]:
     """What `build` would do: (stage, latency, whether it is cached), in order. Nothing is run."""
     rows: list[tuple[str, str, bool]] = []
-    families = [replace(request, latency=latency) for latency in latencies]
-    keys: list[dict[str, str]] = [{} for _ in families]
+    members = [replace(request, latency=latency) for latency in latencies]
+    keys: list[dict[str, str]] = [{} for _ in members]
 
     def look(stage: Stage, i: int) -> Done | None:
-        key = stage_key(stage, families[i], keys[i])
+        key = stage_key(stage, members[i], keys[i])
         folder = _folder(cache_dir, stage, key)
         record, _ = cache.look(folder)
         keys[i][stage.name] = cache.digest(record) if record else key  # unknown yet: what reads it would run too
         own = _per_latency(stage, keys[i])
-        row = (stage.name, families[i].latency.text if own else "every latency", record is not None)
+        row = (stage.name, members[i].latency.text if own else "every latency", record is not None)
         if row not in rows:
             rows.append(row)
         return Done(stage.name, key, folder, 0.0, True, "") if record else None
@@ -335,14 +366,14 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
         profiled = [look(stage, 0) for stage in PIPELINE[:2]][1]
         before = ""
         # Without a profile nobody knows yet which of 10ms and 2x is milder: in the order they were given.
-        for i in mildest_first(families, profiled.folder) if profiled else range(len(families)):
+        for i in mildest_first(members, profiled.folder) if profiled else range(len(members)):
             keys[i].update({PARENT: before} if before else {})
             for stage in stages_of(request):
                 look(stage, i)
             before = keys[i]["finetune"]
     else:
         for stage in stages_of(request):
-            for i in range(len(families)):
+            for i in range(len(members)):
                 look(stage, i)
     return rows
 
@@ -463,6 +494,8 @@ def check_request(request: Request) -> None:
                 f"there is no profile '{request.profile}'; write one with `edgeprune profile --export FILE`"
             )
         artifact.read_json(request.profile)  # unreadable or no JSON: said before any work
+    for sibling in request.siblings:
+        artifact.check_manifest(sibling, artifact.read_manifest(sibling))
     if request.profile is None and (reason := devices.machine(request.device).unfit(request.target)):
         where = f"on {request.device}" if request.device else "here"
         raise TargetUnavailable(
@@ -494,8 +527,8 @@ def stage_key(stage: Stage, request: Request, keys: Mapping[str, str]) -> str:
     asked = {name: to_json(ASKS[name](request)) for name in stage.asks}
     code = code_key(stage.run.__module__)
     for kind in modules.PACKAGES:
-        if kind in stage.asks:
-            code += code_key(modules.path(kind, getattr(request, kind)))
+        if kind in stage.asks and asked[kind]:
+            code += code_key(modules.path(kind, asked[kind]))
     parts = {
         "stage": stage.name,
         "asks": asked,
@@ -574,6 +607,8 @@ def environment() -> dict[str, Any]:
 
 
 def _weights_key(request: Request) -> str:
+    if request.weights is None and request.card.architecture.startswith("local-dir:"):
+        return _data_key(request.card.architecture.removeprefix("local-dir:"))
     path = request.weights or (Path(request.card.weights) if request.card.weights not in ("", "hub") else None)
     if path is None:
         return request.card.weights
@@ -598,7 +633,8 @@ def _data_key(folder: str) -> str:
     for root, folders, files in os.walk(folder) if folder else ():
         folders.sort()
         for name in sorted(files):
-            stat = os.stat(os.path.join(root, name))
+            path = os.path.join(root, name)
+            stat = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a link to nothing; who reads it says so
             digest.update(f"{os.path.relpath(root, folder)}/{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

@@ -18,8 +18,8 @@ BUILD_TYPE = "urn:edgeprune:build:1"
 BUILDER = "urn:edgeprune:command-line"
 #: What of the manifest the user chose, and what the build found out by itself.
 ASKED = (
-    "model", "architecture", "target", "request", "method", "criterion", "allocator", "schedule", "recovery", "precision", "selection",
-    "seed",
+    "model", "architecture", "target", "request", "method", "criterion", "allocator", "schedule", "recovery", "dims", "reducer",
+    "precision", "selection", "seed",
 )  # fmt: skip
 FOUND = ("runtime", "threads", "environment", "key")
 

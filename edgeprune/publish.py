@@ -16,7 +16,7 @@ from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
 from edgeprune.latency import parcel
-from edgeprune.report import page
+from edgeprune.report import changes, page
 from edgeprune.types import Check
 
 if TYPE_CHECKING:
@@ -73,7 +73,9 @@ def publish(
     family: the `point` of every artifact of this build, for the report.
     """
     stages = {entry.name: entry for entry in done}
-    parts = [entry.digest for entry in done] + [json.dumps(list(family), sort_keys=True)]
+    siblings = [artifact.read_manifest(sibling) for sibling in request.siblings]
+    drawn = [list(family), [sibling["key"] for sibling in siblings]]
+    parts = [entry.digest for entry in done] + [json.dumps(drawn, sort_keys=True)]
     key = hashlib.sha256("".join(parts).encode()).hexdigest()
     if (existing := _unchanged(folder, key, console)) is not None:
         return existing
@@ -101,6 +103,8 @@ def publish(
             **artifact.read_json(stages["inspect"].folder / "inspection.json"),
             "survey": artifact.read_json(stages["roofline"].folder / "survey.json") if "roofline" in stages else None,
             "family": list(family),
+            "siblings": [page.dense_point(sibling) for sibling in siblings],
+            "siblings_notes": changes.comparable([manifest, *siblings]),
         }
         (work / page.FACTS).write_text(json.dumps(facts), encoding="utf-8")
         (work / page.FILE).write_text(page.artifact_page(manifest, page.read(work)), encoding="utf-8")
@@ -158,6 +162,10 @@ def make_manifest(
             "latency_ms": planned.limit_ms,
             "quantile": request.quantile,
             "max_drop": request.max_drop,
+            "epochs": list(request.card.finetune.epochs),
+            "search_seconds": request.search_seconds,
+            "polish": request.polish,
+            "gradual": request.gradual,
         },
         "runtime": compiled["runtime"],
         "entry": compiled["entry"],
@@ -168,6 +176,8 @@ def make_manifest(
         "allocator": request.allocator,
         "schedule": request.schedule,
         "recovery": request.recovery,
+        "dims": [dim for dim in request.dims if dim != "tokens" or profile["table"]["patches"]],
+        "reducer": request.reducer,
         "dense": facts["dense"],
         "pruned": {
             "accuracy": facts["pruned"]["accuracy"],
@@ -189,9 +199,10 @@ def make_manifest(
         "weights": request.card.deploy.ir_precision if compiled["entry"].endswith(".xml") else "fp32",
         **({"class_names": list(request.card.deploy.class_names)} if request.card.deploy.class_names else {}),
         "classes": dense["classes"],
-        "shape": [[len(b.heads), len(b.neurons)] for b in planned.plan.blocks],
+        "shape": [list(row) for row in planned.plan.shape],
         "export": artifact.read_json(stages["export"].folder / "export.json"),
         "worker": facts["worker"],
+        "device": profile["device"],
         "environment": environment,
         "provenance": {"statement": provenance.STATEMENT, "sbom": provenance.SBOM},
         "seed": request.seed,

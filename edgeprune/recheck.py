@@ -155,12 +155,13 @@ def validate_artifact(
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
         answers, worker = None, clock.info
         if evaluation is not None:
+            answering = clock
             if device and accuracy_on == "build":
-                clock = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
-                clock.load("pruned", folder / manifest["entry"])
-            judge: neighbours.Predictor = clock
+                answering = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
+                answering.load("pruned", folder / manifest["entry"])
+            judge: neighbours.Predictor = answering
             if reference is not None:
-                judge = neighbours.Judge(clock, {"pruned": reference})
+                judge = neighbours.Judge(answering, {"pruned": reference})
             answers = measured_accuracy(judge, "pruned", _batches(evaluation, manifest, console))
         anchor_ms = None
         now = float(np.median(measured.anchor_ms))
@@ -172,7 +173,7 @@ def validate_artifact(
             )
         gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
         if before is not None:
-            gates.append(regression.check(clock, before, latency_ms(measured, anchor_ms), most, console))
+            gates.append(regression.check(clock, machine, before, latency_ms(measured, anchor_ms), most, console))
     found = {
         "artifact": str(folder),
         "files": len(manifest["files"]),
@@ -197,10 +198,8 @@ def validate_artifact(
 
 def _used(manifest: dict[str, Any]) -> tuple[str, ...]:
     """The files that are opened here; what is opened must have a hash."""
-    entry = manifest["entry"]
-    weights = (f"{Path(entry).stem}.bin",) if entry.endswith(".xml") else ()
     reference = (neighbours.FILE,) if "features" in manifest else ()
-    return ("profile.json", "anchor.onnx.gz", entry, *weights, *reference)
+    return ("profile.json", "anchor.onnx.gz", *artifact.model_files(manifest), *reference)
 
 
 def read_profile(path: Path, runtime: str) -> dict[str, Any]:

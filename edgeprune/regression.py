@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, errors
+from edgeprune import artifact, errors, onnxfile
 from edgeprune.checks import measure
 from edgeprune.console import Console
-from edgeprune.latency import device
 from edgeprune.latency.clock import COPIES, Clock
+from edgeprune.latency.machine import Machine
 from edgeprune.latency.statistics import verdict
 from edgeprune.types import Check, Measurement
 
@@ -36,13 +36,13 @@ def read_baseline(path: Path) -> tuple[Path, dict[str, Any]]:
             f"the baseline '{path}' has no manifest.json; give a directory that `edgeprune build` wrote"
         )
     manifest = artifact.read_json(file)
-    if manifest.get("schema") != artifact.MANIFEST_SCHEMA:
-        raise errors.UsageError(f"the baseline '{file}' is not of schema {artifact.MANIFEST_SCHEMA}")
+    artifact.check_manifest(folder, manifest)
     return folder, manifest
 
 
 def check(
     clock: Clock,
+    machine: Machine,
     baseline: tuple[Path, Mapping[str, Any]],
     now: Mapping[str, Any],
     most: float,
@@ -52,21 +52,20 @@ def check(
 
     A baseline whose model lies beside its manifest is timed turn by turn, on any device. Of one that is a manifest
     alone the recorded milliseconds count, on the device that they were measured on; elsewhere nothing is decided.
-    now: p50 in ms with its interval (`statistics.latency_ms`) as measured here.
+    machine: the clock's. now: p50 in ms with its interval (`statistics.latency_ms`) as measured on it.
     """
     folder, manifest = baseline
     if (folder / str(manifest["entry"])).is_file():
         if manifest["runtime"] == clock.runtime and manifest["precision"] == clock.info["precision"]:
             return timed(_measured(clock, folder, manifest, console), most)
         console.say(f"the baseline runs in {manifest['runtime']}, {manifest['precision']}: its recorded latency counts")
-    return recorded(manifest, now, clock.info, most)
+    return recorded(manifest, machine, now, clock.info, most)
 
 
 def _measured(clock: Clock, folder: Path, manifest: Mapping[str, Any], console: Console) -> Measurement:
     entry = folder / str(manifest["entry"])
-    weights = entry.with_suffix(".bin").name
-    names = (entry.name, *([weights] if weights in manifest["files"] else []))
-    artifact.check_files(folder, dict(manifest), names)
+    artifact.check_files(folder, dict(manifest), artifact.model_files(manifest))
+    onnxfile.refuse_external(entry)
     clock.load("baseline", entry, COPIES)
     console.say("timing the baseline, turn by turn with the artifact")
     return measure(clock, "baseline", "pruned", "p50", None, console=console)
@@ -86,7 +85,9 @@ def timed(measured: Measurement, most: float) -> Check:
     return Check(NAME, 100 * (measured.ratio - 1), 100 * most, decided, reason)
 
 
-def recorded(manifest: Mapping[str, Any], now: Mapping[str, Any], worker: Mapping[str, Any], most: float) -> Check:
+def recorded(
+    manifest: Mapping[str, Any], machine: Machine, now: Mapping[str, Any], worker: Mapping[str, Any], most: float
+) -> Check:
     """Against the milliseconds in the baseline's manifest."""
     before, interval = manifest["pruned"]["latency_ms"]["p50"], manifest["pruned"]["latency_ci_ms"]
     why = ""
@@ -94,8 +95,8 @@ def recorded(manifest: Mapping[str, Any], now: Mapping[str, Any], worker: Mappin
         why = "the baseline's latency was predicted, not measured"
     elif now["ci"] is None or now["p50"] is None:
         why = "there are too few samples"
-    elif manifest["environment"]["device"] != device.fingerprint():
-        why = f"the baseline was measured on another device ({manifest['environment']['device']['cpu']})"
+    elif manifest["device"] != machine.fingerprint:
+        why = f"the baseline was measured on another device ({manifest['device']['cpu']})"
     elif (manifest["runtime"], manifest["threads"]) != (worker["runtime"], worker["threads"]):
         why = f"the baseline was measured with {manifest['runtime']} and {manifest['threads']} threads"
     if why:

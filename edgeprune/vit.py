@@ -382,9 +382,9 @@ def dense_plan(sizes: Anatomy) -> Plan:
     return Plan((BlockPlan(tuple(range(sizes.heads)), tuple(range(sizes.neurons))),) * sizes.blocks)
 
 
-def plan_of_shape(shape: Shape) -> Plan:
+def plan_of_shape(shape: Shape, reducer: str = reducers.DEFAULT) -> Plan:
     """A plan with this shape that keeps the first units; for models whose speed is all that matters."""
-    return Plan(tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), *row[2:]) for row in shape))
+    return Plan(tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), *row[2:]) for row in shape), reducer)
 
 
 def columns(units: tuple[int, ...], unit_size: int) -> Tensor:

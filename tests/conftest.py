@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from small import Result, Workspace
+
+# A shell that runs the tests in the background has its processes ignore Ctrl-C, which some of them are about.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: 3 blocks of 3 heads and 24 neurons, 48 wide, 32 pixels in patches of 8: 17 tokens, 5 classes.
 TINY: dict[str, Any] = {
@@ -102,3 +109,24 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The small card, trained, and a target that is this machine."""
+    import small
+
+    return small.workspace(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def family(space: Workspace) -> Result:
+    """`edgeprune build --latency 2x --latency 70% --format json` of the small card, once."""
+    return space.build("--latency", "2x", "--latency", "70%", "--format", "json")
+
+
+@pytest.fixture(scope="session")
+def artifacts(family: Result) -> list[Path]:
+    """The folders of that build."""
+    assert family.code in (0, 1, 6), family.err  # gates may pass, fail or be inconclusive, on a busy machine
+    return [Path(built["path"]) for built in family.document["artifacts"]]

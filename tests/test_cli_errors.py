@@ -33,11 +33,6 @@ USAGE, TARGET, INFEASIBLE, STORAGE = (
 )
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
 def refused(result: Result, code: int, *says: str) -> str:
     """Check a refusal of a quiet command; returns its sentence."""
     assert result.code == code, f"{result.code}, not {code}: {result.err}"

@@ -36,11 +36,6 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     """Smooth and noisy parts, black and white ones."""
     rng = np.random.default_rng(seed)

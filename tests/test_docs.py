@@ -253,8 +253,12 @@ def manifest() -> dict[str, Any]:
     latency = {"p50": 1.0, "p90": None, "p99": None, "samples": 100}
     return {
         "schema": "edgeprune.manifest/1", "key": digest, "model": "digits", "architecture": "vit", "target": "cpu",
-        "request": {"latency": "2x", "latency_ms": 1.0, "quantile": "p50", "max_drop": None},
+        "request": {
+            "latency": "2x", "latency_ms": 1.0, "quantile": "p50", "max_drop": None, "epochs": [1.0], "search_seconds": None,
+            "polish": 0, "gradual": False,
+        },
         "runtime": "onnxruntime", "entry": "model.onnx", "precision": "fp32", "threads": 1, "method": "edgeprune", "criterion": "fisher", "allocator": "search", "schedule": "one-shot", "recovery": "refit",
+        "dims": ["heads"], "reducer": "cls",
         "dense": {"accuracy": 97.0, "latency_ms": {"p50": 2.0, "p90": 2.1}, "params": 10, "macs": 10},
         "pruned": {
             "accuracy": 96.0, "latency_ms": latency, "latency_ci_ms": [0.9, 1.1], "predicted_ms": 1.0, "ratio": 0.5,
@@ -272,6 +276,7 @@ def manifest() -> dict[str, Any]:
             "runtime": "onnxruntime", "version": "1", "precision": "fp32", "threads": 1, "max_isa": "", "python": "3",
             "machine": "x", "pid": 1,
         },
+        "device": {"system": "Linux", "machine": "x", "cpu": "x", "flags": "", "cpus": 1},
         "environment": {
             "edgeprune": "0", "code": "0" * 16, "python": "3", "system": "Linux",
             "device": {"system": "Linux", "machine": "x", "cpu": "x", "flags": "", "cpus": 1}, "versions": {},

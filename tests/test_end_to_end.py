@@ -54,23 +54,6 @@ FILES = {
 OF_THE_RUN = {"manifest.json", "report.md", "report.html", "report.json", "provenance.json", "sbom.cdx.json"}
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="session")
-def family(space: Workspace) -> Result:
-    """`edgeprune build --latency 2x --latency 70% --format json`, once."""
-    return space.build("--latency", LATENCIES[0], "--latency", LATENCIES[1], "--format", "json")
-
-
-@pytest.fixture(scope="session")
-def artifacts(space: Workspace, family: Result) -> list[Path]:
-    assert family.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), family.err
-    return [Path(built["path"]) for built in family.document["artifacts"]]
-
-
 @pytest.fixture
 def cache_copy(space: Workspace, family: Result, tmp_path: Path) -> Path:
     """A cache of this test's own, with all that the family build has finished."""

@@ -458,11 +458,6 @@ cli.main()
     assert err.startswith("edgeprune: interrupted") and "Traceback" not in err
 
 
-@pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_no_process_is_left_after_sigterm(space: Workspace, tmp_path: Path) -> None:
     interrupt(space, tmp_path, 2, seed=1)

@@ -28,11 +28,6 @@ from edgeprune.tuning.loop import fit
 from edgeprune.tuning.loss import read_tokens
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def embedder(make_vit: Callable[..., Any]) -> Any:
     """A tiny ViT without a classifier."""

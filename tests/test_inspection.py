@@ -137,7 +137,15 @@ def test_black_and_white_survive_every_corruption(kind: str, level: int) -> None
 
 
 def test_what_keeps_the_mean_keeps_it(picture: np.ndarray) -> None:
-    for kind in ("contrast", "pixelate", "motion blur", "gaussian blur", "gaussian noise"):
+    for kind in (
+        "contrast",
+        "pixelate",
+        "motion blur",
+        "defocus blur",
+        "glass blur",
+        "elastic transform",
+        "gaussian noise",
+    ):
         changed = corruptions.corrupt(kind, picture, np.random.default_rng(0), 2)
         assert changed.mean() == pytest.approx(picture.mean(), abs=6)
 
@@ -198,11 +206,12 @@ def manifest() -> dict[str, Any]:
         "allocator",
         "schedule",
         "recovery",
+        "reducer",
         "precision",
         "runtime",
     )
     return {
-        **dict.fromkeys(names, "x"), "request": {"latency": "2x", "latency_ms": 1.5, "max_drop": None}, "seed": 3, "threads": 2,
+        **dict.fromkeys(names, "x"), "dims": ["heads"], "request": {"latency": "2x", "latency_ms": 1.5, "max_drop": None}, "seed": 3, "threads": 2,
         "key": "0" * 64, "environment": {"edgeprune": "0.1", "python": "3.11"}, "files": {"model.onnx": {"sha256": digest, "bytes": 5}},
     }  # fmt: skip
 

@@ -25,18 +25,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="session")
-def artifacts(space: Workspace) -> list[Path]:
-    built = space.build("--latency", "2x", "--latency", "70%")
-    assert built.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), built.err
-    return [space.out / "small-here-2x", space.out / "small-here-70pct"]
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
@@ -172,7 +160,7 @@ def test_the_page_says_what_the_manifest_says(artifacts: list[Path]) -> None:
     facts = json.loads((artifacts[0] / page.FACTS).read_text())
     assert f"{document['pruned']['accuracy']:.2f} %" in text
     assert f"{1 / document['pruned']['ratio']:.2f} x" in text
-    assert document["environment"]["device"]["cpu"] in text
+    assert document["device"]["cpu"] in text
     assert {point["name"] for point in facts["family"]} == {folder.name for folder in artifacts}
     assert sum(row["images"] for row in facts["classes"]) == facts["images"] == document["accuracy"]["images"]
     gained, lost = facts["flips"]["gained"], facts["flips"]["lost"]
@@ -182,7 +170,7 @@ def test_the_page_says_what_the_manifest_says(artifacts: list[Path]) -> None:
     assert not re.search(r"""(?:src|href)=["']?https?:""", text), "a link to somewhere"
 
 
-def test_the_patches_that_each_block_sees(artifacts: list[Path]) -> None:
+def test_the_patches_that_each_block_leaves(artifacts: list[Path]) -> None:
     """A block without a number has what came in; a plan without any keeps all."""
     manifest = json.loads((artifacts[0] / "manifest.json").read_text())
     documents = page.read(artifacts[0], manifest)
@@ -192,8 +180,36 @@ def test_the_patches_that_each_block_sees(artifacts: list[Path]) -> None:
     plan["blocks"][1]["patches"] = 8
     assert page.patches(plan, profile) == [16, 8, 8]
     text = page.artifact_page(manifest, documents)
-    assert "Patches that each block sees" in text
+    assert "Patches that each block leaves" in text
     assert "<td>8 of 16</td>" in text
+
+
+def test_siblings_are_drawn_beside(artifacts: list[Path]) -> None:
+    manifest = json.loads((artifacts[0] / "manifest.json").read_text())
+    documents = page.read(artifacts[0], manifest)
+    assert documents["facts"]["siblings"] == documents["facts"]["siblings_notes"] == []
+    documents["facts"]["siblings"] = [{"name": "deit_larger", "ms": 34.56, "accuracy": 98.76}]
+    documents["facts"]["siblings_notes"] = ["These artifacts are of different devices: their latencies do not compare."]
+    text = page.artifact_page(manifest, documents)
+    assert "<td>dense deit_larger</td>" in text
+    assert "<td>34.56 ms</td>" in text
+    assert "different devices" in text
+
+
+def test_a_build_draws_a_sibling(space: Workspace, artifacts: list[Path], tmp_path: Path) -> None:
+    """Nothing is done again but the artifact; its manifest says the same otherwise."""
+    built = space.build("--latency", "2x", "--latency", "70%", "--sibling", artifacts[1], "--out", tmp_path)
+    assert built.code in (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE), built.err
+    facts = json.loads((tmp_path / artifacts[0].name / page.FACTS).read_text())
+    manifest = artifact.read_manifest(artifacts[1])
+    assert facts["siblings"] == [page.dense_point(manifest)]
+    assert facts["siblings_notes"] == []
+
+
+def test_a_sibling_must_be_an_artifact(space: Workspace, tmp_path: Path) -> None:
+    refused = space.build("--latency", "2x", "--sibling", tmp_path)
+    assert refused.code == errors.UsageError.exit_code
+    assert "manifest.json" in refused.err
 
 
 def test_hostile_names_do_not_become_markup(artifacts: list[Path]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -51,18 +52,57 @@ def tune(request: Request, work: Path, console: Console = SILENT) -> tuple[Any, 
     return student, finetune.tune(student, planned, dense, card.finetune, request, work, console)
 
 
-def test_two_processes_tune_as_one_does(request_: Request, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def alone(request_: Request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, History]:
+    return tune(request_, tmp_path_factory.mktemp("alone"))
+
+
+def test_two_processes_tune_as_one_does(
+    request_: Request, alone: tuple[Any, History], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """At an equal global batch the loss curves and the weights are the same but for rounding."""
-    alone, curve = tune(request_, tmp_path)
-    together, curve2 = tune(replace(request_, processes=2), tmp_path, Console())
+    same(alone, tune(replace(request_, processes=2), tmp_path, Console()))
+    assert "2 processes" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_machines_tune_as_one_does(request_: Request, alone: tuple[Any, History], tmp_path: Path) -> None:
+    """The second is another process here, which knows nothing but its config file and the folder that both share."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    for rank in range(2):
+        (tmp_path / f"rank{rank}.yaml").write_text(
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 2\nnum_processes: 2\n"
+            f"machine_rank: {rank}\nmain_process_ip: 127.0.0.1\nmain_process_port: {port}\nrdzv_backend: static\n"
+            "same_network: true\nmixed_precision: 'no'\nuse_cpu: false\n"
+        )
+    cache = tmp_path / "cache"
+    work = cache / ".finetune-0"
+    work.mkdir(parents=True)
+    second = subprocess.Popen(
+        [sys.executable, "-m", "edgeprune", "join", "--accelerate-config", str(tmp_path / "rank1.yaml"), "--cache-dir", str(cache),
+         "--jobs", "1", "--format", "json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        same(alone, tune(replace(request_, accelerate_config=tmp_path / "rank0.yaml"), work))
+        out, err = second.communicate(timeout=120)
+    finally:
+        second.kill()
+    assert second.returncode == 0, err
+    assert json.loads(out) == {"tunings": 1, "failed": 0}
+
+
+def same(alone: tuple[Any, History], group: tuple[Any, History]) -> None:
+    """What one process and what several made."""
+    (alone, curve), (together, curve2) = alone, group
     assert len(curve.losses) == len(curve2.losses) >= 10
     assert curve2.losses == pytest.approx(curve.losses, rel=1e-3)
     assert [step for step, _ in curve2.checks] == [step for step, _ in curve.checks]
     assert [value for _, value in curve2.checks] == pytest.approx([value for _, value in curve.checks], rel=1e-2)
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(together.state_dict()[name], value, rtol=1e-2, atol=1e-3)
-    assert "2 processes" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_the_processes_is_raised_here(request_: Request, tmp_path: Path) -> None:
@@ -87,10 +127,28 @@ def test_a_config_file_of_accelerate_is_passed_on(request_: Request, tmp_path: P
         launch.check_request(0, file)
     file.touch()
     launch.check_request(0, file)
-    arguments = launch.command(replace(request_, accelerate_config=file), tmp_path)
+    arguments = launch.command(tmp_path, 0, file)
     assert arguments[arguments.index("--config_file") + 1] == str(file) and arguments[-1] == str(tmp_path)
     with pytest.raises(UsageError, match="leave --processes out"):
         launch.check_request(2, file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--accelerate-config", "missing.yaml", "--cache-dir", "."], "there is no file 'missing.yaml'"),
+        (["--accelerate-config", "here.yaml", "--cache-dir", "nowhere"], "there is no folder 'nowhere'"),
+        (["--accelerate-config", "here.yaml", "--cache-dir", ".", "--jobs", "-1"], "jobs must be 0"),
+    ],
+)
+def test_what_cannot_be_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.yaml").touch()
+    refused = small.run("join", *arguments)
+    assert refused.code == UsageError.exit_code
+    assert says in refused.err
 
 
 def test_accelerate_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,11 +34,6 @@ def commands(name: str) -> list[list[str]]:
     return [shlex.split(line) for block in fenced(name, "sh") for line in block.splitlines()]
 
 
-@pytest.fixture(scope="session")
-def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    return small.workspace(tmp_path_factory.getbasetemp())
-
-
 @pytest.fixture
 def here(space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to be in, where the session's card and target lie; what was done with them is done."""

@@ -68,6 +68,12 @@ class Task:
         """In milliseconds."""
         return float(sum(cost[option] for cost, option in zip(self.costs, choice, strict=True)))
 
+    @property
+    def least_ms(self) -> float:
+        """About the lowest cost of any choice: every option at its cheapest, with the fewest tokens where some may go."""
+        shares = (self.table.attn_share[0], self.table.mlp_share[0]) if self.drops else (1.0, 1.0)
+        return float(sum(cost.min() * shares[i % 2] for i, cost in enumerate(self.costs)))
+
     def nearest(self, kept: Sequence[float]) -> Choice:
         """The options that keep about so many units of every sub-block."""
         pairs = zip(self.counts, kept, strict=True)

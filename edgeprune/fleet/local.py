@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -76,7 +77,8 @@ def begin(given: Mapping[str, Any], folder: Path) -> subprocess.Popen[str]:
 def ended(child: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
     """What the job's process said, or that it crashed and the end of its log."""
     if child.stdin is not None:
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it never read what it was told
+            child.stdin.close()
     if child.returncode == 0 and (folder / process.RESULT).is_file():
         return artifact.read_json(folder / process.RESULT)
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]

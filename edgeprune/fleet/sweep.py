@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, errors, extras, pipeline, report
+from edgeprune import artifact, cache, checks, errors, extras, pipeline, report
 from edgeprune.console import SILENT, Console
 from edgeprune.fleet import job as process
 from edgeprune.fleet import matrix, schedule
@@ -45,10 +45,10 @@ def sweep(
         raise errors.UsageError(f"jobs must be 1 or more, not {jobs}")
     extras.need_build_packages()
     todo = matrix.read(Path(path))
-    folder, cache = Path(out), Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
-    for where, option in ((folder, "--out"), (cache, "--cache-dir")):
+    folder, stages = Path(out), Path(cache_dir) if cache_dir else pipeline.default_cache_dir()
+    for where, option in ((folder, "--out"), (stages, "--cache-dir")):
         artifact.must_be_writable(where, option, folder=True)
-    common = {"cache_dir": str(cache.resolve()), "rebuild": rebuild}
+    common = {"cache_dir": str(stages.resolve()), "rebuild": rebuild}
     began, ended = time.monotonic(), dict[str, Outcome]()
 
     def done(outcome: Outcome) -> None:
@@ -59,17 +59,22 @@ def sweep(
         told = console.warn if result["error"] else console.say
         told(f"{outcome.job.name}: {said} ({outcome.seconds:.0f} s){': ' if result['error'] else ''}{result['error']}")
 
-    work = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
     console.stage(f"{sum(not job.profiles for job in todo)} artifacts from {path}, engine {engine}")
     try:
-        running: Local | Cluster = Local(jobs, work, common) if engine == "local" else Cluster(work, common)
-        with running:
-            schedule.run(todo, running, done, console)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        document = _document(todo, ended, folder, engine, time.monotonic() - began)
-        (folder / "sweep.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        (folder / "sweep.md").write_text(markdown(document, folder), encoding="utf-8")
+        work = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
+        try:
+            running: Local | Cluster = Local(jobs, work, common) if engine == "local" else Cluster(work, common)
+            with running:
+                schedule.run(todo, running, done, console)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            document = _document(todo, ended, folder, engine, time.monotonic() - began)
+            (folder / "sweep.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+            (folder / "sweep.md").write_text(markdown(document, folder), encoding="utf-8")
+    except OSError as error:
+        raise errors.StorageError(
+            f"the sweep cannot write '{error.filename or folder}': {error.strerror or error}; what is finished is in '{folder}'"
+        ) from error
     console.say(f"report: {folder / 'sweep.md'}")
     return document
 
@@ -87,9 +92,7 @@ def _keep(outcome: Outcome, out: Path) -> None:
         shutil.move(outcome.folder / "log.txt", out / "logs" / f"{name}.txt")
     if "artifact" in result:
         built = outcome.folder / process.ARTIFACTS / str(result["artifact"])
-        if (out / name).exists():
-            shutil.rmtree(out / name)
-        built.rename(out / name)
+        cache.put(built, out / name)
     shutil.rmtree(outcome.folder, ignore_errors=True)
 
 
@@ -108,8 +111,7 @@ def _document(
             }
         )  # fmt: skip
     codes = [cell["exit_code"] for cell in cells]
-    code = errors.GATE_FAILED if errors.GATE_FAILED in codes else max(codes)
-    return {"schema": SCHEMA, "exit_code": code, "engine": engine, "seconds": seconds, "cells": cells}
+    return {"schema": SCHEMA, "exit_code": checks.worst(codes), "engine": engine, "seconds": seconds, "cells": cells}
 
 
 def markdown(document: Mapping[str, Any], out: Path) -> str:

@@ -288,7 +288,9 @@ class _Watch:
     def working(self) -> Iterator[None]:
         if self._timer is not None:
             self._timer.cancel()
-        yield
-        self._timer = threading.Timer(IDLE_S, os._exit, args=(0,))
-        self._timer.daemon = True
-        self._timer.start()
+        try:
+            yield
+        finally:
+            self._timer = threading.Timer(IDLE_S, os._exit, args=(0,))
+            self._timer.daemon = True
+            self._timer.start()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgeprune import errors
 
@@ -161,19 +161,17 @@ def room_for(model: Path, meminfo: str | None = None) -> int:
     facts = cpu_facts(read(Path("/proc/meminfo")) if meminfo is None else meminfo)
     words = facts.get("memavailable", "").split()
     size = sum(path.stat().st_size for path in (model, model.with_suffix(".bin")) if path.is_file())
-    if not words or not size:
-        return 1 << 30
-    return int(words[0]) * 1024 // 4 // (3 * size)
+    return copies_in(int(words[0]) * 1024 if words else None, size)
+
+
+def copies_in(free: int | None, size: int) -> int:
+    """How many copies of a model whose files have `size` bytes fit into a quarter of `free` bytes; None = unknown."""
+    return 1 << 30 if free is None or not size else free // 4 // (3 * size)
 
 
 def conditions() -> dict[str, str | float | None]:
     """What of this device can be set, and changes latencies: frequency governor and CPU quota."""
     return {"governor": governor(), "quota": cgroup_quota()}
-
-
-def same(profile: Mapping[str, Any]) -> bool:
-    """Whether a profile document was recorded on this very device, set as it is now."""
-    return bool(profile["device"] == fingerprint() and profile.get("conditions") == conditions())
 
 
 def missing_flags(target: Target, flags: Iterable[str] | None = None) -> list[str]:

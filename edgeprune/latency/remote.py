@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import errors
-from edgeprune.latency import agent, parcel, ssh
+from edgeprune.latency import agent, device, parcel, ssh
 from edgeprune.latency.clock import Clock
 
 PART = 1 << 20  # bytes of a file that travel in one request
@@ -56,8 +56,7 @@ class RemoteClock(Clock):
         if not path.is_file():
             raise errors.StorageError(f"there is no model file {path}")
         size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
-        if self._memory is not None:  # as `device.room_for`
-            copies = min(copies, self._memory // 4 // (3 * size))
+        copies = min(copies, device.copies_in(self._memory, size))
         contents = parcel.pack(path, values)
         files = {file: self.send(content) for file, content in contents.items()}
         self._sent[name] = files, path.name, max(1, copies)
@@ -98,9 +97,14 @@ class RemoteClock(Clock):
 
     def _begin(self) -> dict[str, Any]:
         """Wait until the device is free, then have the worker load its runtime."""
+        self._claim(self._ask)
+        return super()._begin()
+
+    def _claim(self, ask: Callable[..., dict[str, Any]]) -> None:
+        """Wait until the device is free, or TargetUnavailable."""
         end = time.monotonic() + BUSY_S
         told = False
-        while busy := self._ask("claim", session=SESSION, owner=_owner())["busy"]:
+        while busy := ask("claim", session=SESSION, owner=_owner())["busy"]:
             if time.monotonic() >= end:
                 raise errors.TargetUnavailable(
                     f"{self._address.url} is in use by {busy}; two measurements at once would disturb each other: try again later"
@@ -109,7 +113,6 @@ class RemoteClock(Clock):
                 self._say(f"{self._address.url} is in use by {busy}; waiting for up to {BUSY_S / 60:.0f} minutes")
                 told = True
             time.sleep(BUSY_EVERY_S)
-        return super()._begin()
 
     def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
         """As `Clock._ask`; when the connection is lost, from where the worker was."""
@@ -160,8 +163,7 @@ class RemoteClock(Clock):
         self._say(f"connected again; {len(self._sent)} models are loaded as before")
 
     def _reopened(self) -> dict[str, Any]:
-        while super()._ask("claim", session=SESSION, owner=_owner())["busy"]:
-            time.sleep(BUSY_EVERY_S)
+        self._claim(super()._ask)
         info: dict[str, Any] = super()._ask("start", **self._start)["info"]
         return info
 

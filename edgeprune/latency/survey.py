@@ -191,7 +191,7 @@ def _precisions(
     """Every runtime that can be used here, in fp32 and int8, turn by turn; ratios to `runtime` in fp32."""
     int8 = _made(left_out, "int8", lambda: _int8_models(model, work, under.seed))
     others = [name for name in choose.eligible(replace(under, runtime=""), console) if name != runtime]
-    names, measured = [], []
+    names = []
     with contextlib.ExitStack() as stack:
         entries: list[tuple[Clock, str]] = []
         for name in (runtime, *others):
@@ -210,11 +210,12 @@ def _precisions(
                     continue
                 entries.append((clock, scheme))
                 names.append((name, scheme))
-        if len(entries) > 1:
-            measured = race(entries, 0, budget_s=PRECISIONS_SECONDS, seed=under.seed)
+        if len(entries) < 2:
+            return []
+        measured = race(entries, 0, budget_s=PRECISIONS_SECONDS, seed=under.seed)
     return [
         {"runtime": name, "precision": scheme, "ratio": m.ratio, "ci": list(m.ratio_ci), "rounds": len(m.samples_ms)}
-        for (name, scheme), m in zip(names, measured, strict=False)
+        for (name, scheme), m in zip(names, measured, strict=True)
     ]
 
 

@@ -77,7 +77,7 @@ def markdown(manifest: dict[str, Any]) -> str:
         *(f"| {label} | {dense} | {small} |" for label, dense, small in rows(manifest)),
         "",
         f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, {served(manifest)}, on "
-        f"{manifest['environment']['device']['cpu']}; {interval(pruned)}. "
+        f"{manifest['device']['cpu']}; {interval(pruned)}. "
         f"{accuracy(manifest)[:1].upper()}{accuracy(manifest)[1:]}: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
         "",
         *domains(manifest),
@@ -118,9 +118,8 @@ def domains(manifest: dict[str, Any]) -> list[str]:
 
 def method(manifest: dict[str, Any]) -> str:
     """The method, and its parts, in words."""
-    kinds = [kind for kind in ("criterion", "allocator", "schedule", "recovery") if kind in manifest]
-    parts = ", ".join(f"{kind} {manifest[kind]}" for kind in kinds)
-    return f"method {manifest['method']} ({parts})" if "method" in manifest else parts
+    parts = ", ".join(f"{kind} {manifest[kind]}" for kind in ("criterion", "allocator", "schedule", "recovery"))
+    return f"method {manifest['method']} ({parts}; chooses {', '.join(manifest['dims'])})"
 
 
 def interval(pruned: dict[str, Any]) -> str:

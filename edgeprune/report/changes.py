@@ -56,7 +56,7 @@ def comparable(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why latencies or accuracies of these manifests may not be compared, in sentences; empty when they may."""
     notes = []
     for what, key in (
-        ("devices", lambda m: m["environment"]["device"]), ("thread counts", lambda m: m["threads"]),
+        ("devices", lambda m: m["device"]), ("thread counts", lambda m: m["threads"]),
         ("inputs", lambda m: repr(m.get("input"))),
         ("data sets", lambda m: (m["data"]["source"], m["accuracy"]["images"])),
     ):  # fmt: skip

@@ -34,7 +34,8 @@ def pareto(
     points: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, Any]], limit_ms: float | None
 ) -> Figure | None:
     """Accuracy against latency: `points` (name, ms, ci, accuracy, verdict) and the dense models (name, ms, accuracy)."""
-    go, measured = _go(), [p for p in points if p["ms"] is not None]
+    go = _go()
+    measured, dense = ([p for p in some if p["ms"] is not None] for some in (points, dense))
     front, best = [], float("-inf")
     for p in sorted([*measured, *dense], key=lambda p: (p["ms"], -p["accuracy"])):
         if p["accuracy"] > best:

@@ -36,8 +36,6 @@ def read(folder: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, A
     """
     names = (FACTS, "plan.json", "profile.json")
     if manifest is not None:
-        if FACTS not in manifest["files"]:
-            raise UsageError(f"'{folder}' has no {FACTS}: an older edgeprune built it; build it again for its page")
         check_files(folder, dict(manifest), names)
     facts, plan, profile = (read_json(folder / name) for name in names)
     if facts.get("schema") != SCHEMA:
@@ -49,12 +47,6 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
     """The page of one artifact, as HTML. documents: what `read` returns."""
     facts, plan, profile = documents["facts"], documents["plan"], documents["profile"]
     survey = facts["survey"] or profile.get("survey")
-    accuracy = manifest["accuracy"]
-    dense_point = {
-        "name": manifest["architecture"],
-        "ms": manifest["dense"]["latency_ms"]["p50"],
-        "accuracy": accuracy["dense"],
-    }
     robust = facts["robustness"]
     return _render(
         "artifact.html",
@@ -66,8 +58,13 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
         headline=_headline(manifest),
         compare=_compare(manifest, facts),
         compare_notes=_compare_notes(manifest, facts),
-        pareto=figures.pareto(facts["family"], [dense_point], manifest["request"]["latency_ms"]),
-        family=[_family_row(point) for point in facts["family"]],
+        pareto=figures.pareto(facts["family"], [dense_point(manifest), *facts["siblings"]], manifest["request"]["latency_ms"]),
+        family=[_family_row(point) for point in facts["family"]]
+        + [
+            (f"dense {point['name']}", report.ms(point["ms"]), NO_COUNT, _percent(point["accuracy"]), "")
+            for point in (dense_point(manifest), *facts["siblings"])
+        ],
+        pareto_notes=facts["siblings_notes"],
         plan=_plan_figures(plan, profile),
         plan_rows=_plan_rows(manifest, plan, profile),
         device=_device(manifest, profile),
@@ -115,6 +112,12 @@ def artifact_page(manifest: Mapping[str, Any], documents: Mapping[str, Any]) -> 
     )  # fmt: skip
 
 
+def dense_point(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The dense model that an artifact was made from, as a point between latency (ms, may be None) and accuracy (%)."""
+    dense = manifest["dense"]
+    return {"name": manifest["architecture"], "ms": dense["latency_ms"]["p50"], "accuracy": dense["accuracy"]}
+
+
 def comparison_page(artifacts: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     """The page of several artifacts (folder, manifest): one front, the dense models as baselines, one table."""
     manifests = [manifest for _, manifest in artifacts]
@@ -127,10 +130,11 @@ def comparison_page(artifacts: Sequence[tuple[Path, Mapping[str, Any]]]) -> str:
     ]  # fmt: skip
     dense = {
         (m["architecture"], m["model"], m["dense"]["latency_ms"]["p50"]): {
-            "name": f"{m['model']} ({m['architecture']})", "ms": m["dense"]["latency_ms"]["p50"], "accuracy": m["dense"]["accuracy"],
+            **dense_point(m),
+            "name": f"{m['model']} ({m['architecture']})",
         }
         for m in manifests
-    }  # fmt: skip
+    }
     head, *rows = report.comparison_rows(manifests)
     found = changes.between(manifests[0], manifests[1]) if len(manifests) == 2 else []
     sections = [("pareto", "Accuracy and latency"), ("artifacts", "Artifacts")]
@@ -156,9 +160,13 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--runtime", manifest["runtime"], "--precision", manifest["precision"]]
     if asked["max_drop"] is not None:
         words += ["--max-drop", f"{asked['max_drop']:g}"]
-    words += _deployed(manifest)
-    words += ["--task", "features"] * ("features" in manifest)
-    words += ["--method", manifest["method"]]
+    words += _deployed(manifest) + ["--task", "features"] * ("features" in manifest)
+    if len(asked["epochs"]) == 1:
+        words += ["--epochs", f"{asked['epochs'][0]:g}"]
+    if asked["search_seconds"] is not None:
+        words += ["--search-seconds", f"{asked['search_seconds']:g}"]
+    words += ["--polish", str(asked["polish"])] * bool(asked["polish"]) + ["--gradual"] * asked["gradual"]
+    words += ["--method", manifest["method"], "--dims", ",".join(manifest["dims"]), "--reducer", manifest["reducer"]]
     known = {method.name: method for method in methods.METHODS}.get(manifest["method"])
     for kind in ("criterion", "allocator", "schedule", "recovery"):
         if getattr(known, kind, None) != manifest[kind]:
@@ -273,7 +281,7 @@ def _compare_notes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> lis
     used = facts["resources"]
     notes = [
         f"{manifest['runtime']} {manifest['worker']['version']}, {manifest['precision']}, {manifest['threads']} threads, {report.served(manifest)}, on "
-        f"{manifest['environment']['device']['cpu']}; {report.interval(dict(manifest['pruned']))}. Accuracy: "
+        f"{manifest['device']['cpu']}; {report.interval(dict(manifest['pruned']))}. Accuracy: "
         f"{manifest['accuracy']['images']} images of {manifest['data']['source']}. A dash: too few samples, or not shown by this system."
     ]  # fmt: skip
     if not used:
@@ -316,12 +324,12 @@ def _plan_figures(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[t
     ]  # fmt: skip
     if passing := patches(plan, profile):
         most = profile["table"]["patches"][-1]
-        found.append((figures.kept_bars("patches", passing, [most] * len(blocks)), "Patches that each block sees."))
+        found.append((figures.kept_bars("patches", passing, [most] * len(blocks)), "Patches that each block leaves."))
     return found
 
 
 def patches(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[int]:
-    """How many patch tokens each block sees; empty where every block sees all. A block that names none has what came in."""
+    """How many patch tokens each block leaves; empty where every block leaves all. One that names none has what came in."""
     if not any("patches" in block for block in plan["blocks"]):
         return []
     now, seen = int(profile["table"]["patches"][-1]), []
@@ -338,7 +346,7 @@ def _plan_rows(
     return [
         (
             i, f"{len(block['heads'])} of {sizes['heads']}", f"{len(block['neurons'])} of {sizes['neurons']}",
-            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", block.get("precision", manifest["precision"]),
+            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", manifest["precision"],
         )
         for i, block in enumerate(plan["blocks"])
     ]  # fmt: skip
@@ -383,7 +391,7 @@ def _robustness_line(robust: Mapping[str, Any]) -> str:
         return f"Not measured: {robust['left_out']}."
     return (
         f"In the manner of ImageNet-C, generated: {len(robust['kinds'])} kinds at severity {robust['severity']} of 5, {robust['images']} images "
-        "each, the same for both models. Glass blur, elastic transform, snow and frost are not among them."
+        "each, the same for both models."
     )
 
 

@@ -137,12 +137,11 @@ def _staircase(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
             per = 8e3 * (ms - table["mlp_ms"][i - 1]) / (width - table["mlp_widths"][i - 1])
             step = f"{per:.2f} µs per 8 neurons"
         rows.append(("MLP", f"{width} neurons", f"{ms:.4f}", step))
-    shares = (table.get(key, ()) for key in ("patches", "attn_share", "mlp_share"))  # an older table has none
-    for count, attn, mlp in zip(*shares, strict=False):
-        rows.append(("tokens", f"{count} patches", "", f"attention {attn:.1%}, MLP {mlp:.1%} of its price"))
-    notes = (
-        [f"Dropping tokens takes {1e3 * table['reduce_ms']:.1f} µs where it happens."] if table.get("patches") else []
-    )
+    notes = []
+    if table.get("patches"):  # an older table has none
+        for count, attn, mlp in zip(table["patches"], table["attn_share"], table["mlp_share"], strict=True):
+            rows.append(("tokens", f"{count} patches", "", f"attention {attn:.1%}, MLP {mlp:.1%} of its price"))
+        notes.append(f"Dropping tokens takes {1e3 * table['reduce_ms']:.1f} µs where it happens.")
     off_grid = (survey or {}).get("off_grid") or []
     if len(off_grid) > 1:
         first = off_grid[0]

@@ -29,17 +29,17 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     document, table = profile.read_profile(read["profile"])
     profile.refuse_recorded(document, "check predictions", devices.machine(request.device))
     dense = baseline.load(request, read["baseline"])
-    plans = shapes.random_shapes(request.check, dense.sizes, table.mlp_widths, (request.seed, HELD_OUT))
+    plans = shapes.random_shapes(request.check, dense.sizes, table.mlp_widths, (request.seed, HELD_OUT), table.patches)
     with choose.clock(request.conditions, table.runtime, table.threads, console) as clock:
         clock.load("dense", read["baseline"] / "dense.onnx", COPIES, values=False)
         with console.progress("held-out plans", len(plans), "exports") as advance:
             for i, shape in enumerate(plans):
                 path = out / f"plan{i}.onnx"
-                shapes.export_shape(dense.model, shape, dense.sizes, path)
+                shapes.export_shape(dense.model, shape, dense.sizes, path, request.reducer)
                 clock.load(f"plan{i}", path, values=False)
                 path.unlink()
                 advance(1, "")
-        with profile.clock_progress(console, "held-out plans", CHECK_SECONDS) as on_round:
+        with console.timing("held-out plans", CHECK_SECONDS) as on_round:
             measured = clock.measure(
                 [f"plan{i}" for i in range(len(plans))], "dense", ci=0.005, min_rounds=MIN_ROUNDS,
                 budget_s=CHECK_SECONDS, quiet=Quiet.of(document, table.runtime), on_round=on_round,

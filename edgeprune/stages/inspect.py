@@ -24,7 +24,7 @@ from edgeprune.config import FEATURES, Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.inspection import Predictions
-from edgeprune.latency import choose, device, resources
+from edgeprune.latency import choose, machine, resources
 from edgeprune.latency.clock import Clock
 from edgeprune.neighbours import Predictor
 from edgeprune.stages import baseline, export, profile, validate
@@ -45,7 +45,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense = baseline.load(request, read["baseline"])
     document, table = profile.read_profile(read["profile"])
     compiled = artifact.read_json(read["compile"] / "compile.json")
-    here = device.same(document)
+    here = not request.device and machine.here().same(document)
     parts = dense.splits.domains or {"": dense.splits.evaluation}
     held_out = request.card.data.held_out_domain or None
     said = {name: own for name, own in inspection.load(read["validate"] / "answers.npz").items() if name != held_out}

@@ -7,8 +7,7 @@ in deployment, turn by turn with the dense model. Writes `profile.json` and `sam
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     patches = shapes.patch_counts(dense.sizes) if "tokens" in request.dims else ()
     reducing: Shape = ()
     if len(patches) > 1:
-        token_models, reducing = shapes.token_models(dense.model, out, console)
+        token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
         models |= token_models
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
     fitting = fitting_shapes(dense.sizes, grid, request.seed, patches)
     plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
-        shapes.export_shape(dense.model, shape, dense.sizes, models[name])
+        shapes.export_shape(dense.model, shape, dense.sizes, models[name], request.reducer)
     with choose.clock(request.conditions, runtime, threads, console) as clock:
         asked = {key: value for key, value in clock.info.items() if key != "pid"}
         at = {"at": machine.url} if machine.url else {}
@@ -106,6 +105,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         },
         "model": describe(request, dense.sizes),
         "worker": worker,
+        "reducer": request.reducer if built.patches else "",
         "table": table.table_to_json(built),
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }
@@ -176,6 +176,8 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
     expected = (sizes.blocks, sizes.heads + 1, sizes.neurons)
     if (recorded.blocks, len(recorded.attn_ms), recorded.mlp_widths[-1]) != expected:
         wrong.append(f"table is not of {sizes.blocks} blocks with {sizes.heads} heads and {sizes.neurons} neurons")
+    if "tokens" in request.dims and recorded.patches and document.get("reducer") != request.reducer:
+        wrong.append(f"tokens were dropped by the reducer '{document.get('reducer')}', not '{request.reducer}'")
     if wrong:
         raise UsageError(f"{path} was recorded for something else: its {'; its '.join(wrong)}")
     if recorded.runtime not in document["anchor_ms"]:
@@ -183,6 +185,10 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
     console.say(
         f"profile recorded on {cpu}, {recorded.runtime}, {recorded.threads} threads: dense {recorded.dense_ms:.2f} ms"
     )
+    if "tokens" in request.dims and not recorded.patches:
+        console.warn(
+            "it was recorded without tokens, so the plan drops none; record it again with --dims that have them"
+        )
     if not devices.machine(request.device).same(document):
         console.warn(
             "that is another device: the latency of what is built is predicted, not validated; run `edgeprune validate` there"
@@ -198,13 +204,6 @@ def refuse_recorded(document: Mapping[str, Any], what: str, machine: Machine) ->
         )
 
 
-@contextmanager
-def clock_progress(console: Console, what: str, seconds: float) -> Iterator[Callable[[int, float], None]]:
-    """Progress of a measurement that may take `seconds`: yields what `Clock.measure` takes as `on_round`."""
-    with console.timing(what, seconds) as on_round:
-        yield on_round
-
-
 def measure(
     clock: Clock, anchor: Path, models: Mapping[str, Path], known: memory.Remembered | None, console: Console
 ) -> dict[str, Measurement]:
@@ -212,7 +211,7 @@ def measure(
     clock.load("dense", anchor, COPIES, values=False)
     for name, path in models.items():
         clock.load(name, path, values=False)
-    with choose.watched(clock, console), clock_progress(console, "latency table", TABLE_SECONDS) as on_round:
+    with choose.watched(clock, console), console.timing("latency table", TABLE_SECONDS) as on_round:
         return clock.measure(
             list(models), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=TABLE_SECONDS,
             quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, on_round=on_round,
@@ -254,8 +253,8 @@ def at_quiet(measured: Mapping[str, Measurement], dense_ms: float, seed: int) ->
         pairs = [getattr(measured[name], which) for name in names]
         return np.stack([*(pair[0] for pair in pairs), pairs[0][1]])
 
-    again = summarise([*names, "dense"], stacked("raw_ms"), len(names), seed, quiet, stacked("waited_ms"))
-    return dict(zip(names, again, strict=False)), quiet
+    *again, _ = summarise([*names, "dense"], stacked("raw_ms"), len(names), seed, quiet, stacked("waited_ms"))
+    return dict(zip(names, again, strict=True)), quiet
 
 
 def tell(

@@ -68,7 +68,13 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         choose = allocators.get(request.allocator).prepare(task)
 
         def plans(budget_ms: float) -> Plan:
-            return task.plan(choose(budget_ms - table.base_ms))
+            try:
+                return task.plan(choose(budget_ms - table.base_ms))
+            except Infeasible as error:
+                raise Infeasible(
+                    f"{limit:.2f} ms cannot be reached when nothing but {', '.join(request.dims)} may be chosen: the table's lowest is "
+                    f"about {table.base_ms + task.least_ms:.2f} ms; allow more --dims, or ask for more"
+                ) from error
 
         if here:
             anchor, quiet = read["baseline"] / "dense.onnx", Quiet.of(document, table.runtime)

@@ -16,7 +16,7 @@ import onnx
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgeprune import vit
+from edgeprune import reducers, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.stages import export, simplify
@@ -79,15 +79,17 @@ class FirstTokens(nn.Module):
         return x[:, : self.count]
 
 
-def token_models(model: VisionTransformer, folder: Path, console: Console) -> tuple[dict[str, Path], Shape]:
+def token_models(
+    model: VisionTransformer, reducer: str, folder: Path, console: Console
+) -> tuple[dict[str, Path], Shape]:
     """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.mlp` without attention,
-    and `reducing`, whose shape, also returned, drops tokens in every block.
+    and `reducing`, whose shape, also returned, drops tokens in every block by the reducer.
     """
     sizes = vit.anatomy(model)
     *fewer, _ = patch_counts(sizes)
     reducing: Shape = ((sizes.heads, sizes.neurons, fewer[-1] if fewer else sizes.patches),) * sizes.blocks
     paths = {"reducing": folder / "reducing.onnx"}
-    export_shape(model, reducing, sizes, paths["reducing"])
+    export_shape(model, reducing, sizes, paths["reducing"], reducer)
     with console.progress("token models", 2 * len(fewer), "exports") as advance:
         for patches in fewer:
             short: Any = copy.deepcopy(model)
@@ -126,10 +128,12 @@ def random_shapes(
     return plans
 
 
-def export_shape(model: VisionTransformer, shape: Shape, sizes: vit.Anatomy, path: Path) -> None:
-    """Write a simplified ONNX of `model` cut to `shape`."""
+def export_shape(
+    model: VisionTransformer, shape: Shape, sizes: vit.Anatomy, path: Path, reducer: str = reducers.DEFAULT
+) -> None:
+    """Write a simplified ONNX of `model` cut to `shape`, whose tokens, if any, go by the reducer."""
     exported = path.with_suffix(".exported")
-    export.to_onnx(vit.slice_model(model, vit.plan_of_shape(shape)), sizes.image, exported)
+    export.to_onnx(vit.slice_model(model, vit.plan_of_shape(shape, reducer)), sizes.image, exported)
     simplify.simplify(exported, path)
     exported.unlink()
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from edgeprune import allocators, criteria, obs, schedules, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.calibration import Calibration
-from edgeprune.config import Request
+from edgeprune.config import WIDTHS, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.gates import Gates
 from edgeprune.latency import devices
@@ -111,7 +111,7 @@ def training(
         # an update has no time to search
         task = allocators.task(
             replace(found[0], levels=levels), table, bounds, gates.folded(), teacher,
-            0.0, request.seed, SILENT,
+            0.0, request.seed, SILENT, tuple(dim for dim in request.dims if dim in WIDTHS),
         )  # fmt: skip
         return task.plan(allocator.prepare(task)(budget_ms - table.base_ms))
 

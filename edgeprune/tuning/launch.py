@@ -1,7 +1,8 @@
 """Tuning in several processes: starts `accelerate launch` on `edgeprune.tuning.worker` and waits for it.
 
-Only the tuning runs in the group; a build measures latencies, and does that in one process. A job is a folder:
-`job.json`, `plan.json`, `student.safetensors`, `teacher.safetensors` and perhaps `chosen.npz` in; `tuned.safetensors`, `history.json`,
+Only the tuning runs in the group; a build measures latencies, and does that in one process. Where the group spans
+machines, the build starts the processes of its own and `edgeprune join` those of every other. A job is a folder:
+`job.json` (the last to appear), `plan.json`, `student.safetensors`, `teacher.safetensors` and perhaps `chosen.npz` in; `tuned.safetensors`, `history.json`,
 `unreadable-RANK.json` and `error-RANK.json` out. Imports no torch.
 """
 
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from edgeprune.tuning.loop import History
 
 WORKER = "edgeprune.tuning.worker"
+JOB, FOLDER = "job.json", ".tuning-"
+POLL_S = 1.0
 #: What launchers leave in the environment of their processes, and what must not reach a group within a group.
 LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "GROUP_", "ROLE_", "FSDP_", "MASTER_", "LOCAL_")
 LAUNCHED = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
@@ -67,7 +71,7 @@ def fit(
     from edgeprune import vit
     from edgeprune.tuning.loop import History
 
-    folder = Path(tempfile.mkdtemp(prefix=".tuning-", dir=work))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=work))
     try:
         save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "student.safetensors")
         save_file({k: v.contiguous() for k, v in teacher.state_dict().items()}, folder / "teacher.safetensors")
@@ -76,10 +80,11 @@ def fit(
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,
             "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
         }  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(to_json(job)))
         if chosen is not None:
             chosen.save(folder)
-        _run(command(request, folder), environment(request), folder, console)
+        (folder / "job").write_text(json.dumps(to_json(job)))
+        (folder / "job").rename(folder / JOB)
+        _run(folder, request.processes, request.accelerate_config, console)
         for path in sorted(folder.glob("unreadable-*.json")):
             unreadable.update(artifact.read_json(path))
         vit.load_weights(student, vit.read_weights(folder / "tuned.safetensors"), str(folder))
@@ -88,38 +93,59 @@ def fit(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def command(request: Request, folder: Path) -> list[str]:
-    """How the group is started."""
-    if request.accelerate_config is not None:
-        how = ["--config_file", str(request.accelerate_config)]
+def join(accelerate_config: Path, cache_dir: Path, jobs: int, console: Console) -> dict[str, int]:
+    """Start this machine's processes of every tuning that a build elsewhere begins in `cache_dir`, which both share.
+
+    Until `jobs` of them are done; 0 = until interrupted. What fails is said, and the next one waited for. Returns how
+    many `tunings` there were and how many `failed`. Raises UsageError for what cannot be launched.
+    """
+    check_request(0, accelerate_config)
+    known: set[Path] = set()
+    failed = 0
+    console.say(f"waiting for a build that tunes in '{cache_dir}'")
+    while not jobs or len(known) < jobs:
+        for path in sorted(set(cache_dir.glob(f".*/{FOLDER}*/{JOB}")) - known):
+            known.add(path)
+            console.say(f"joining {path.parent}")
+            try:
+                _run(path.parent, 0, accelerate_config, console)
+            except EdgepruneError as error:
+                failed += 1
+                console.warn(str(error))
+        time.sleep(POLL_S)
+    return {"tunings": len(known), "failed": failed}
+
+
+def command(folder: Path, processes: int, accelerate_config: Path | None) -> list[str]:
+    """How this machine's processes of the group are started."""
+    if accelerate_config is not None:
+        how = ["--config_file", str(accelerate_config)]
     else:
         # also on CPUs: --multi_gpu is the launcher that starts several processes by itself, --cpu needs mpirun for that
         how = [
-            "--multi_gpu", "--num_processes", str(request.processes), "--num_machines", "1", "--mixed_precision", "no",
+            "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no", "--main_process_port", "0",
         ]  # fmt: skip
     return [sys.executable, "-m", "accelerate.commands.launch", *how, "-m", WORKER, str(folder)]
 
 
-def environment(request: Request) -> dict[str, str]:
+def environment(processes: int) -> dict[str, str]:
     """What the group sees: nothing of a group that this process is in, and its share of the CPUs."""
     import torch
 
-    own = clean(os.environ)
-    if request.processes:
-        own["OMP_NUM_THREADS"] = str(max(1, device.affinity() // request.processes))
-        devices = torch.cuda.device_count()
-        if 0 < devices < request.processes:
-            raise UsageError(
-                f"{request.processes} processes need as many GPUs and {devices} are here; lower --processes"
-            )
-        if not devices:
-            own["ACCELERATE_USE_CPU"] = "true"
+    own, devices = clean(os.environ), torch.cuda.device_count()
+    if not devices:
+        own["ACCELERATE_USE_CPU"] = "true"
+    if processes:
+        own["OMP_NUM_THREADS"] = str(max(1, device.affinity() // processes))
+        if 0 < devices < processes:
+            raise UsageError(f"{processes} processes need as many GPUs and {devices} are here; lower --processes")
     return own
 
 
-def _run(arguments: list[str], variables: dict[str, str], folder: Path, console: Console) -> None:
-    """Run the group to its end; what its first process says is passed on. Raises its error, if it has one."""
+def _run(folder: Path, processes: int, accelerate_config: Path | None, console: Console) -> None:
+    """Run this machine's part of the group to its end; what its first process says is passed on. Raises its error."""
+    arguments, variables = command(folder, processes, accelerate_config), environment(processes)
     last: deque[str] = deque(maxlen=12)
     with subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=variables

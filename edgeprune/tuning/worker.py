@@ -22,6 +22,7 @@ from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.tuning import judge, loop
 from edgeprune.tuning.group import Group, launched
+from edgeprune.tuning.launch import JOB
 from edgeprune.types import to_json
 
 WATCH_S = 1.0
@@ -65,10 +66,10 @@ def end_with(parent: dict[str, Any]) -> None:
 
 def tune(folder: Path, group: Group) -> None:
     """The job in `folder`, as one of the group; its first process writes the result."""
-    job: dict[str, Any] = artifact.read_json(folder / "job.json")
+    job: dict[str, Any] = artifact.read_json(folder / JOB)
     end_with(job["parent"])
-    card = config.parse(ModelSpec, job["card"], "job.json")
-    recipe = config.parse(Recipe, job["recipe"], "job.json")
+    card = config.parse(ModelSpec, job["card"], JOB)
+    recipe = config.parse(Recipe, job["recipe"], JOB)
     planned = artifact.read_plan(folder / "plan.json")
     student = artifact.rebuild(planned, folder / "student.safetensors")
     teacher = tasks.mark(vit.create(planned.architecture, planned.kwargs, planned.num_classes), planned.task)
