@@ -31,6 +31,13 @@ def request(
     data: str = "",
     data_dir: str | Path = "",
     held_out_domain: str = "",
+    task: str = "",
+    image_size: str = "",
+    batch: int = 0,
+    dynamic_batch: bool = False,
+    fold_preprocessing: str = "",
+    ir_precision: str = "",
+    class_names: str | Path | None = None,
     dims: str = "",
     reducer: str = "",
     selection: str = "random",
@@ -61,7 +68,10 @@ def request(
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
     criterion, allocator, schedule, recovery: "" = the method's. held_out_domain: of the folder's domains, the one that
-    is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
+    is judged only. task: "classify" or "features", "" = the card's. image_size: 192 or
+    192x256 (height x width), instead of the model's own. batch: images of one inference, 0 = the card's; dynamic_batch:
+    the files take any number. fold_preprocessing: "auto" or HEIGHTxWIDTH of the raw images that the files then take.
+    ir_precision: "fp16" or "fp32", of the weights in OpenVINO's files. class_names: a file of one name a line. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
     chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
     tokens stay where some go. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
     "build" or "device", where accuracy is judged then. sibling: artifacts whose dense models the report draws.
@@ -72,6 +82,11 @@ def request(
         raise UsageError("no latency is asked for; add --latency 10ms, 2x or 40%")
     spec = config.load_target(target)
     card = with_data(config.load_card(model), data, data_dir, held_out_domain)
+    if task:
+        card = card.as_task(task)
+    if image_size:
+        card = config.sized(card, image_size)
+    card = config.deployed(card, batch, dynamic_batch, fold_preprocessing, ir_precision, class_names)
     if epochs is not None:
         if not 0 <= epochs < float("inf"):
             raise UsageError(f"epochs must be 0 or more, not {epochs}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import schema, sealed
+from edgeprune.config import CLASSIFY
 from edgeprune.errors import StorageError, UsageError
 from edgeprune.types import BlockPlan, Plan
 
@@ -37,6 +38,7 @@ class PlannedModel:
     plan: Plan
     predicted_ms: float
     limit_ms: float
+    task: str = CLASSIFY
 
 
 def write_plan(planned: PlannedModel, path: Path) -> None:
@@ -52,6 +54,7 @@ def write_plan(planned: PlannedModel, path: Path) -> None:
         "num_classes": planned.num_classes,
         "limit_ms": planned.limit_ms,
         "predicted_ms": planned.predicted_ms,
+        **({"task": planned.task} if planned.task != CLASSIFY else {}),
         **({"reducer": planned.plan.reducer} if reduces else {}),
         "shape": [list(row) for row in planned.plan.shape],
         "blocks": blocks,
@@ -74,6 +77,7 @@ def read_plan(path: Path) -> PlannedModel:
             str(document["architecture"]), dict(document["kwargs"]), int(document["num_classes"]),
             Plan(blocks, str(document.get("reducer", "cls"))),
             float(document["predicted_ms"]), float(document["limit_ms"]),
+            str(document.get("task", CLASSIFY)),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UsageError(f"{path}: the plan is damaged ({type(error).__name__}: {error})") from error
@@ -93,11 +97,11 @@ def _count(value: Any) -> int | None:
 
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:
     """The pruned torch model in eval mode, its weights strictly loaded."""
-    from edgeprune import vit
+    from edgeprune import tasks, vit
 
     model = vit.slice_model(vit.create(planned.architecture, planned.kwargs, planned.num_classes), planned.plan)
     vit.load_weights(model, vit.read_weights(weights), str(weights))
-    return model.eval()
+    return tasks.mark(model.eval(), planned.task)
 
 
 def load(folder: str | Path) -> VisionTransformer:

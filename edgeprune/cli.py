@@ -151,6 +151,19 @@ DATA = _options(
     click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/)."),
     click.option("--held-out-domain", default="", metavar="NAME", help="DIR/<domain>/<class>/*: train and calibrate on the other domains only, and judge this one apart."),
 )  # fmt: skip
+TASK = click.option("--task", default="", metavar="NAME",
+                    help="classify, or features: an embedding model without its classifier, judged by cosine similarity and nearest neighbours (default: the card's).")  # fmt: skip
+SERVED = _options(
+    click.option("--image-size", default="", metavar="SIZE", help="Image size instead of the model's own, as in 192 or 192x256 (height x width); position embeddings are interpolated."),
+    click.option("--batch", default=0, metavar="N", help="Images of one inference, which --latency is then of (default: the card's, 1)."),
+    click.option("--dynamic-batch", is_flag=True, help="Files that take any number of images; the latency is of --batch."),
+    click.option("--fold-preprocessing", default="", is_flag=False, flag_value="auto", metavar="[SIZE]",
+                 help="Files that take raw uint8 images [batch, height, width, channels] of one size, as in 480x640, and resize, crop and normalise them; without SIZE it is the one they are resized to."),
+)  # fmt: skip
+FILES = _options(
+    click.option("--ir-precision", type=click.Choice(["fp32", "fp16"]), default=None, help="Of the weights in OpenVINO's files (default: the card's, fp32)."),
+    click.option("--class-names", type=click.Path(), metavar="FILE", help="Class names for the files' metadata, one a line, instead of the card's or the data set's."),
+)  # fmt: skip
 STRICT = click.option("--strict-clock", is_flag=True,
                       help="Take the machine as slow or fast as it is now, instead of correcting for drift since it was profiled.")  # fmt: skip
 MACHINE = _options(
@@ -196,6 +209,9 @@ def cli() -> None:
 @click.option("--latency", "latency", required=True, multiple=True, metavar="LIMIT",
               help="10ms, 2.5x (speed-up over dense) or 40% (of dense). Repeat it to build a family in one run.")  # fmt: skip
 @DATA
+@TASK
+@SERVED
+@FILES
 @click.option("--max-drop", type=float, metavar="POINTS", help="Second gate: accuracy points the artifact may lose.")
 @click.option(
     "--quantile",
@@ -285,7 +301,7 @@ def build(
     from edgeprune import api, checks, ci, report
     from edgeprune.console import Console
 
-    options["quantile"] = options["quantile"] or ""
+    options["quantile"], options["ir_precision"] = options["quantile"] or "", options["ir_precision"] or ""
     console = Console(quiet=quiet or dry_run, verbose=verbose)
     if dry_run:
         from edgeprune.extras import need_build_packages
@@ -393,6 +409,8 @@ def join(output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
 )
 @DEVICE
 @DATA
+@TASK
+@SERVED
 @MACHINE
 @OUTPUT
 def profile(model: str, output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:

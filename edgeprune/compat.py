@@ -8,6 +8,8 @@ needs neither operator, so declaring the two missing schemas is enough.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -47,8 +49,18 @@ heal_torchvision()
 import timm  # noqa: E402
 from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
 from timm.layers import GluMlp, Mlp  # noqa: E402
+from timm.models import adapt_input_conv  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
+
+
+def checkpoint_filter(model: torch.nn.Module) -> Callable[[dict[str, torch.Tensor], torch.nn.Module], Any]:
+    """What timm does to weights from elsewhere before a model of this family takes them; the identity if it does nothing."""
+    family = sys.modules[type(model).__module__]
+    found: Callable[[dict[str, torch.Tensor], torch.nn.Module], Any]
+    found = getattr(family, "checkpoint_filter_fn", lambda state, _: state)
+    return found
+
 
 __all__ = [
     "Attention",
@@ -57,6 +69,8 @@ __all__ = [
     "Mlp",
     "VisionTransformer",
     "VisionTransformerDistilled",
+    "adapt_input_conv",
+    "checkpoint_filter",
     "create_dataset",
     "create_transform",
     "heal_torchvision",

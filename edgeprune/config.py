@@ -27,6 +27,9 @@ else:
 
 T = TypeVar("T")
 WIDTHS = ("heads", "mlp", "depth")  # what every allocator chooses
+IR_PRECISIONS = ("fp32", "fp16")
+MOST_BATCH = 1024  # images of one inference
+CLASSIFY, FEATURES = TASKS = ("classify", "features")  # what a model is for: to name classes, or to embed
 DIMS = (*WIDTHS, "tokens")  # what a plan can have less of
 
 #: What becomes a part of a folder's name, and is read on terminals.
@@ -100,6 +103,33 @@ class CalibrationSpec:
 
 
 @dataclass(frozen=True)
+class DeploySpec:
+    """What the artifact's files take and hold."""
+
+    batch: int = 1  # images of one inference; the latency is that of all of them
+    dynamic_batch: bool = False  # whether the files take any other number of images too
+    fold_preprocessing: str = ""  # into the files, which then take raw uint8 images: auto, or HEIGHTxWIDTH; "" = no
+    ir_precision: str = "fp32"  # of the weights in OpenVINO's files: fp32 or fp16
+    class_names: tuple[str, ...] = ()  # for the files' metadata, in the order of the classes; () = the data set's
+
+    def __post_init__(self) -> None:
+        within(self, 1, "batch", MOST_BATCH)
+        if self.ir_precision not in IR_PRECISIONS:
+            raise BadValue(str(unknown("ir_precision", self.ir_precision, IR_PRECISIONS)))
+
+
+@dataclass(frozen=True)
+class FeaturesSpec:
+    """How an embedding model is judged: by the classes of its nearest neighbours among labelled training images."""
+
+    neighbours: int = 20
+    reference: int = 5000  # training images that are embedded, at most
+
+    def __post_init__(self) -> None:
+        within(self, 1, "neighbours reference")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a model is tuned. One entry of `epochs` and `sizes` per phase; `sizes` empty = the model's own.
 
@@ -147,17 +177,44 @@ class ModelSpec:
     name: str
     description: str
     architecture: str
-    num_classes: int
+    num_classes: int  # 0 = timm's own number; of an embedding model the dimensions of a projection, 0 = it has none
     data: DataSpec
+    task: str = CLASSIFY  # or "features": an embedding model, without a classifier
     weights: str = ""  # a file beside the card, "hub" = timm's pretrained weights, "" = give --weights
     kwargs: dict[str, Any] = field(default_factory=dict)
     transforms: TransformSpec = TransformSpec()
     calibration: CalibrationSpec = CalibrationSpec()
+    features: FeaturesSpec = FeaturesSpec()
+    deploy: DeploySpec = DeploySpec()
     finetune: Recipe = Recipe()
     train: Recipe = Recipe(label_weight=1.0, logit_weight=0.0, token_weight=0.0)
 
     def __post_init__(self) -> None:
         within(self, 0, "num_classes", 1_000_000)
+        if self.task not in TASKS:
+            raise BadValue(str(unknown("task", self.task, TASKS)))
+        if self.task == FEATURES and self.finetune.label_weight:
+            raise BadValue("an embedding model has no classes to learn: set [finetune] label_weight to 0")
+
+    def as_task(self, task: str) -> ModelSpec:
+        """The same model for a task: a classifier loses its last layer to embed. Raises UsageError."""
+        if task not in TASKS:
+            raise unknown("task", task, TASKS)
+        if task == self.task:
+            return self
+        if task == CLASSIFY:
+            raise UsageError(f"the card '{self.name}' is of an embedding model; to name classes it needs task = \"classify\" "
+                             "and num_classes in the card, and weights that have been trained for them")  # fmt: skip
+        if self.finetune.label_weight:
+            raise UsageError(f"the card '{self.name}' tunes with labels, and an embedding model has no classes to learn: "
+                             "set [finetune] label_weight to 0")  # fmt: skip
+        return dataclasses.replace(self, task=task, num_classes=0)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What timm makes the model with; without a classifier where it embeds and has no projection."""
+        headless = self.task == FEATURES and not self.num_classes
+        return {**self.kwargs, "num_classes": 0} if headless else self.kwargs
 
 
 @dataclass(frozen=True)
@@ -263,6 +320,56 @@ def load_target(name: str) -> Target:
     if target.quantile not in ("p50", "p90", "p99"):
         raise UsageError(f"{path}: quantile must be p50, p90 or p99, not '{target.quantile}'")
     return target
+
+
+def sized(card: ModelSpec, text: str) -> ModelSpec:
+    """The card with another image size: `192`, or `192x256` (height x width). Raises UsageError."""
+    sides = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if not sides or not all(1 <= int(side) <= 1 << 14 for side in sides.groups() if side):
+        raise UsageError(
+            f"an image size is a number of pixels, as in 192, or height x width, as in 192x256; not '{text}'"
+        )
+    height, width = int(sides[1]), int(sides[2] or sides[1])
+    return dataclasses.replace(card, kwargs={**card.kwargs, "img_size": [height, width] if height != width else height})
+
+
+def deployed(
+    card: ModelSpec,
+    batch: int = 0,
+    dynamic_batch: bool = False,
+    fold_preprocessing: str = "",
+    ir_precision: str = "",
+    class_names: str | Path | None = None,
+) -> ModelSpec:
+    """The card with what is given of how the artifact is deployed. Raises UsageError, StorageError."""
+    own = card.deploy
+    if batch < 0:
+        raise UsageError(f"batch must be 1 or more images, not {batch}")
+    try:
+        made = DeploySpec(
+            batch or own.batch, dynamic_batch or own.dynamic_batch, fold_preprocessing or own.fold_preprocessing,
+            ir_precision or own.ir_precision, read_names(Path(class_names)) if class_names else own.class_names,
+        )  # fmt: skip
+    except BadValue as error:
+        raise UsageError(str(error)) from error
+    if card.task == CLASSIFY and card.num_classes and made.class_names and len(made.class_names) != card.num_classes:
+        raise UsageError(f"{len(made.class_names)} class names are given, and the model has {card.num_classes} classes")
+    return dataclasses.replace(card, deploy=made)
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """The lines of a file. Raises UsageError for no text, StorageError for a file that cannot be read."""
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except FileNotFoundError:
+        raise UsageError(f"there is no file '{path}'; --class-names takes a file of one name a line") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not a text in UTF-8: {error}") from error
+    if not names or not all(name.isprintable() for name in names):
+        raise UsageError(f"{path} must hold one class name a line")
+    return names
 
 
 def _path(kind: str, name: str) -> Path | None:

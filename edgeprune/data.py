@@ -35,11 +35,13 @@ from edgeprune.images import (
     domain,
     refuse_corrupt,
 )
+from edgeprune.intake import Intake
 
 #: (images `[n, channels, height, width]` float32, labels `[n]` int64)
 Batch = tuple[Tensor, Tensor]
 
 CHOSEN = "chosen.npz"
+CHANNELS = (1, 3)  # of images that can be read: grey or RGB
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ class Images(Dataset[Any]):
     def with_transform(self, transform: Any) -> Images:
         return Images(self.source, self.indices, transform, self.what, self.corrupt)
 
+    def served(self, intake: Intake, config: Mapping[str, Any]) -> Images:
+        """The same as a model file takes them; their transform may be the torch model's already."""
+        if not intake.folded:
+            return self
+        return self.with_transform(lambda image: torch.from_numpy(intake.take(image, config)))
+
     def take(self, count: int) -> Images:
         return Images(self.source, self.indices[:count], self.transform, self.what, self.corrupt)
 
@@ -196,14 +204,31 @@ def transform_config(spec: ModelSpec, model: Any) -> dict[str, Any]:
     """timm's data config of the model, with what the card overrides."""
     config: dict[str, Any] = dict(resolve_model_data_config(model))
     image = model.patch_embed.img_size
-    config["input_size"] = (config["input_size"][0], *image)
+    channels = int(model.patch_embed.proj.in_channels)
+    if channels not in CHANNELS:
+        raise UsageError(f"'{spec.architecture}' takes {channels} channels, and edgeprune reads images in RGB or grey: "
+                         "set [kwargs] in_chans to 3 or 1")  # fmt: skip
+    config["input_size"] = (channels, *image)
     config.update({k: v for k, v in vars(spec.transforms).items() if v})
+    for key in ("mean", "std"):
+        if channels == 1 and len(config[key]) > 1:  # of RGB weights that were made ones for grey images
+            config[key] = (float(np.mean(config[key])),)
     return config
+
+
+@dataclass(frozen=True)
+class Grey:
+    """A transform for models of one channel: it sees grey images."""
+
+    transform: Any
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(image.convert("L"))
 
 
 def eval_transform(config: dict[str, Any], size: int | None = None) -> Any:
     size_config = config if size is None else {**config, "input_size": (config["input_size"][0], size, size)}
-    return create_transform(**_known(size_config), is_training=False)
+    return _seen(create_transform(**_known(size_config), is_training=False), config)
 
 
 def train_transform(config: dict[str, Any], augment: dict[str, Any], size: int | None = None) -> Any:
@@ -212,9 +237,13 @@ def train_transform(config: dict[str, Any], augment: dict[str, Any], size: int |
         return eval_transform(config, size)
     size_config = config if size is None else {**config, "input_size": (config["input_size"][0], size, size)}
     try:
-        return create_transform(**_known(size_config), is_training=True, **augment)
+        return _seen(create_transform(**_known(size_config), is_training=True, **augment), config)
     except TypeError as error:
         raise UsageError(f"the card's 'augment' table does not fit timm.data.create_transform: {error}") from error
+
+
+def _seen(transform: Any, config: Mapping[str, Any]) -> Any:
+    return Grey(transform) if config["input_size"][0] == 1 else transform
 
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:
@@ -263,6 +292,9 @@ def load_splits(spec: ModelSpec, config: dict[str, Any], seed: int, chosen: Chos
 
 def check_classes(splits: Splits, num_classes: int) -> None:
     """Raise UsageError unless the data has as many classes as the model."""
+    if not num_classes:
+        raise UsageError("the model has no classifier: add --task features to prune it as an embedding model, or set num_classes "
+                         "in the card and give weights that were trained with it")  # fmt: skip
     if splits.classes and len(splits.classes) != num_classes:
         raise UsageError(f"{splits.source} has {len(splits.classes)} classes, the model {num_classes}; "
                          "set num_classes in the card or point --data-dir elsewhere")  # fmt: skip

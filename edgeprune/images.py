@@ -120,6 +120,10 @@ def check_links(folder: Path) -> None:
                     raise UsageError(f"'{entry.path}' is no regular file, or a link to nothing; remove it")
 
 
+#: An image, and the manifest's `preprocessing` -> what a model file takes.
+Take = Callable[["Image.Image", Mapping[str, Any]], NDArray[Any]]
+
+
 @dataclass
 class Evaluation:
     """Labelled images to judge an artifact on. Unreadable ones are noted in `corrupt` (name -> reason) and skipped."""
@@ -134,9 +138,12 @@ class Evaluation:
         return len(self.names)
 
     def batches(
-        self, preprocessing: Mapping[str, Any], batch_size: int
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Pixels `[n, 3, height, width]` and labels `[n]`, in order. Raises UsageError once over 1 % are unreadable."""
+        self, preprocessing: Mapping[str, Any], batch_size: int, take: Take | None = None
+    ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+        """Pixels `[n, 3, height, width]`, or what `take` makes of images, and labels `[n]`, in order.
+
+        Raises UsageError once over 1 % are unreadable.
+        """
         from PIL import Image
 
         for start in range(0, len(self), batch_size):
@@ -148,7 +155,7 @@ class Evaluation:
                     self.corrupt[self.names[i]] = str(error) or type(error).__name__
                     refuse_corrupt(self.corrupt, len(self), "evaluation")
                 else:
-                    pixels.append(preprocess(image, preprocessing))
+                    pixels.append((take or preprocess)(image, preprocessing))
                     labels.append(self.labels[i])
             if pixels:
                 yield np.stack(pixels), np.array(labels)
@@ -278,23 +285,45 @@ def preprocess(image: Image.Image, config: Mapping[str, Any]) -> NDArray[np.floa
     so that it just covers input_size / crop_pct, cropped at the centre, and normalised. Raises UsageError for an
     interpolation that PIL does not know.
     """
+    method, image = resampling(config), seen(image, config)
+    crop = (int(config["input_size"][-2]), int(config["input_size"][-1]))
+    height, width = resized((image.height, image.width), crop, config.get("crop_pct") or CROP_PCT)
+    refuse_huge(image, height, width, crop, config)
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), method)
+    pixels = centre(pixels_of(image), crop).transpose(2, 0, 1).astype(np.float32)
+    mean, std = (np.array(config[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
+    normalised: NDArray[np.float32] = (pixels / np.float32(255) - mean) / std
+    return normalised
+
+
+def seen(image: Image.Image, config: Mapping[str, Any]) -> Image.Image:
+    """The RGB image, or for a model of one channel the grey one."""
+    return image.convert("L") if config["input_size"][0] == 1 else image
+
+
+def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
+    """`[height, width, channels]`"""
+    found = np.asarray(image, dtype=np.uint8)
+    return found[..., None] if found.ndim == 2 else found
+
+
+def resampling(config: Mapping[str, Any]) -> Image.Resampling:
+    """PIL's name of the interpolation; UsageError for one that it does not know."""
     from PIL import Image
 
     if config["interpolation"] not in INTERPOLATIONS:
         raise unknown("interpolation", config["interpolation"], INTERPOLATIONS)
-    crop = (int(config["input_size"][-2]), int(config["input_size"][-1]))
-    height, width = resized((image.height, image.width), crop, config.get("crop_pct") or CROP_PCT)
+    return Image.Resampling[config["interpolation"].upper()]
+
+
+def refuse_huge(image: Image.Image, height: int, width: int, crop: tuple[int, int], config: Mapping[str, Any]) -> None:
+    """Raise UsageError for an image that would be resized to, or cropped from, more pixels than memory should hold."""
     if max(height * width, crop[0] * crop[1]) > MAX_PIXELS:
         raise UsageError(
             f"an image of {image.width} x {image.height} pixels would become {width} x {height} under the preprocessing "
             f"{dict(config)}; that is more than {MAX_PIXELS} pixels"
         )
-    if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), Image.Resampling[config["interpolation"].upper()])
-    pixels = centre(np.asarray(image, dtype=np.uint8), crop).transpose(2, 0, 1).astype(np.float32)
-    mean, std = (np.array(config[key], dtype=np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
-    normalised: NDArray[np.float32] = (pixels / np.float32(255) - mean) / std
-    return normalised
 
 
 def resized(size: tuple[int, int], crop: tuple[int, int], crop_pct: float) -> tuple[int, int]:

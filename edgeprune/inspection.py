@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.checks import Answers, wilson
-from edgeprune.latency.clock import Clock
+from edgeprune.neighbours import Predictor
 
 BINS = 10  # of confidence, in a reliability diagram
 MODELS = ("dense", "pruned")
@@ -43,7 +43,7 @@ class Predictions:
 
 
 def predictions(
-    clock: Clock, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    clock: Predictor, dense: str, pruned: str, batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]
 ) -> Predictions:
     """Both loaded models on every image: batches of places `[n]`, pixels `[n, channels, height, width]`, labels `[n]`."""
     rows: list[Predictions] = []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgeprune import artifact, cache, modules, publish, recoveries, runtimes, schedules
-from edgeprune.config import Request
+from edgeprune.config import FEATURES, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
 from edgeprune.latency import device, devices
@@ -71,7 +71,12 @@ INSTEAD = (PARENT, "sparsify")
 
 PIPELINE = (
     # the dense model as it came: weights, ONNX, sizes
-    Stage("baseline", baseline.run, (), ("model", "weights", "data", "calibration", "selection", "tune_on", "seed")),
+    Stage(
+        "baseline",
+        baseline.run,
+        (),
+        ("model", "weights", "data", "calibration", "selection", "tune_on", "deploy", "seed"),
+    ),
     # what every sub-block shape costs on this device, in the runtime that will run
     Stage(
         "profile",
@@ -133,13 +138,13 @@ PIPELINE = (
     # onnxsim, checked
     Stage("simplify", simplify.run, ("export",), (), per_latency=True),
     # for every runtime the target can use; the faster one is kept
-    Stage("compile", compile.run, ("profile", "simplify"), ("target", "runtime"), per_latency=True),
+    Stage("compile", compile.run, ("profile", "simplify"), ("target", "runtime", "ir_precision"), per_latency=True),
     # accuracy and latency of what was compiled, beside the dense model
     Stage(
         "validate",
         validate.run,
         ("baseline", "profile", "finetune", "compile"),
-        ("quantile", "max_drop", "strict_clock", "accuracy_on"),
+        ("quantile", "max_drop", "strict_clock", "accuracy_on", "judging"),
         per_latency=True,
     ),
     # for the report: what this device can do, and its noise; not where the profile is of another device
@@ -166,7 +171,10 @@ PROFILING = (
 )
 
 ASKS: dict[str, Callable[[Request], Any]] = {
-    "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
+    "model": lambda r: (r.card.architecture, r.card.arguments, r.card.num_classes, r.card.transforms, r.card.task),
+    "deploy": lambda r: replace(r.card.deploy, ir_precision="fp32"),
+    "ir_precision": lambda r: r.card.deploy.ir_precision,
+    "judging": lambda r: r.card.task == FEATURES and r.card.features,
     "weights": lambda r: _weights_key(r),
     "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),
     "calibration": lambda r: r.card.calibration,
@@ -459,6 +467,12 @@ def check_request(request: Request) -> None:
         raise UsageError(
             f"the schedule '{request.schedule}' trains, but 0 epochs were asked for; give --epochs, or --schedule one-shot"
         )
+    if request.card.task == FEATURES:
+        for kind in ("criterion", "allocator", "schedule", "recovery"):
+            name = getattr(request, kind)
+            if {"labels", "classes"} & set(modules.needs(kind, name)):
+                raise UsageError(f"the {kind} '{name}' looks at classes, and an embedding model names none; "
+                                 f"choose another --{kind} (`edgeprune methods` says what each looks at)")  # fmt: skip
     if request.gradual and request.schedule != schedules.DEFAULT:
         raise UsageError(
             f"--gradual prunes from tuned models, the schedule '{request.schedule}' from the dense one; give one of the two"

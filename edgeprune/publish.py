@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, cache, checks, methods, provenance, report
+from edgeprune import artifact, cache, checks, intake, methods, neighbours, provenance, report
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
@@ -89,6 +89,8 @@ def publish(
                 shutil.copyfile(stages[stage].folder / name, work / name)
         if (learnt := stages["finetune"].folder / artifact.ADAPTERS).is_file():
             shutil.copyfile(learnt, work / learnt.name)
+        if (reference := stages["validate"].folder / f"pruned-{neighbours.FILE}").is_file():
+            shutil.copyfile(reference, work / neighbours.FILE)
         for path in stages["compile"].folder.iterdir():
             if path.name.startswith("model."):
                 shutil.copyfile(path, work / path.name)
@@ -147,6 +149,8 @@ def make_manifest(
     planned = artifact.read_plan(work / "plan.json")
     latency = dict(facts["pruned"]["latency"])
     interval = latency.pop("ci")
+    asked = request.card.deploy
+    taken = intake.Intake(asked.batch, asked.dynamic_batch, intake.frame(asked.fold_preprocessing, dense["transforms"]))
     return {
         "schema": artifact.MANIFEST_SCHEMA,
         "key": key,
@@ -188,9 +192,12 @@ def make_manifest(
         "accuracy": facts["accuracy"],
         "checks": facts["checks"],
         "data": {**facts["data"], "unreadable": _unreadable(stages)},
-        **({"domains": facts["domains"]} if "domains" in facts else {}),
+        **({key: facts[key] for key in ("domains", "features") if key in facts}),
         **({"selection": {"name": request.selection, "tune_on": request.tune_on}} if request.selects else {}),
         "preprocessing": dense["transforms"],
+        "input": taken.facts(dense["transforms"]),
+        "weights": request.card.deploy.ir_precision if compiled["entry"].endswith(".xml") else "fp32",
+        **({"class_names": list(request.card.deploy.class_names)} if request.card.deploy.class_names else {}),
         "classes": dense["classes"],
         "shape": [list(row) for row in planned.plan.shape],
         "export": artifact.read_json(stages["export"].folder / "export.json"),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import artifact, errors, images, onnxfile, regression, report
+from edgeprune import artifact, errors, images, intake, neighbours, onnxfile, regression, report
 from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
@@ -36,7 +36,9 @@ MAX_ONNX = (2 << 30) - 1  # bytes: protobuf's own limit
 BATCH = 16  # images per request to the worker, which must answer in time on the slowest board
 
 
-def measured_accuracy(clock: Clock, name: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
+def measured_accuracy(
+    clock: neighbours.Predictor, name: str, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> tuple[int, int]:
     """How many images a loaded model names rightly, and how many it saw; batches as for `accuracy`.
 
     Raises UsageError when there was no image at all.
@@ -118,7 +120,15 @@ def validate_artifact(
     machine = devices.machine(device)
     _must_fit(held_to, manifest, machine)
     onnxfile.refuse_external(folder / manifest["entry"])
+    if before is not None:
+        sizes = [intake.of_manifest(one).batch for one in (before[1], manifest)]
+        if sizes[0] != sizes[1]:
+            raise errors.UsageError(f"the baseline's latency is of {sizes[0]} image{'s' * (sizes[0] > 1)}, the artifact's of {sizes[1]}: "
+                                    "build one of them again with the other's --batch")  # fmt: skip
     evaluation = images.for_artifact(manifest, data, data_dir)
+    reference = None
+    if evaluation is not None and (embedded := manifest.get("features")):
+        reference = neighbours.load(folder / neighbours.FILE, embedded["neighbours"], embedded["classes"])
     if out is not None:
         artifact.must_be_writable(out, "--out", folder=False)
     runtime, request = manifest["runtime"], manifest["request"]
@@ -149,7 +159,10 @@ def validate_artifact(
             if device and accuracy_on == "build":
                 answering = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
                 answering.load("pruned", folder / manifest["entry"])
-            answers = measured_accuracy(answering, "pruned", _batches(evaluation, manifest, console))
+            judge: neighbours.Predictor = answering
+            if reference is not None:
+                judge = neighbours.Judge(answering, {"pruned": reference})
+            answers = measured_accuracy(judge, "pruned", _batches(evaluation, manifest, console))
         anchor_ms = None
         now = float(np.median(measured.anchor_ms))
         if same:
@@ -185,7 +198,8 @@ def validate_artifact(
 
 def _used(manifest: dict[str, Any]) -> tuple[str, ...]:
     """The files that are opened here; what is opened must have a hash."""
-    return ("profile.json", "anchor.onnx.gz", *artifact.model_files(manifest))
+    reference = (neighbours.FILE,) if "features" in manifest else ()
+    return ("profile.json", "anchor.onnx.gz", *artifact.model_files(manifest), *reference)
 
 
 def read_profile(path: Path, runtime: str) -> dict[str, Any]:
@@ -242,7 +256,7 @@ def _batches(
     """The readable images, with progress; the others are named when all is read."""
     console.say(f"accuracy on {len(evaluation)} images: {evaluation.source}")
     with console.progress("accuracy", len(evaluation), "images") as advance:
-        for pixels, labels in evaluation.batches(manifest["preprocessing"], BATCH):
+        for pixels, labels in evaluation.batches(manifest["preprocessing"], BATCH, intake.of_manifest(manifest).take):
             yield pixels, labels
             advance(len(labels), "")
     for name, reason in sorted(evaluation.corrupt.items()):

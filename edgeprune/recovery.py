@@ -14,9 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from edgeprune import obs, vit
+from edgeprune import obs, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
 from edgeprune.reducers import Reduction
@@ -243,7 +242,7 @@ def refit_head(
     judged = wanted[fit:] if fit < len(wanted) else wanted
 
     def diverged(left: Sequence[Tensor], _: Sequence[Tensor]) -> float:
-        return _divergence([w - m for w, m in zip(judged, left, strict=True)], judged)
+        return _divergence([w - m for w, m in zip(judged, left, strict=True)], judged, tasks.of(model))
 
     solved = _solve(read, missing, [torch.ones(len(z)) for z in read], fit, again, diverged)
     if solved is None:
@@ -254,11 +253,8 @@ def refit_head(
     return True, [w - m for w, m in zip(wanted, left, strict=True)]
 
 
-def _divergence(own: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    pairs = zip(own, wanted, strict=True)
-    return sum(
-        float(F.kl_div(o.log_softmax(-1), w.log_softmax(-1), log_target=True, reduction="sum")) for o, w in pairs
-    )
+def _divergence(own: Sequence[Tensor], wanted: Sequence[Tensor], task: str) -> float:
+    return sum(float(tasks.divergence(o, w, task)) for o, w in zip(own, wanted, strict=True))
 
 
 def _observe(place: Place, have: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune import vit
+from edgeprune import tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.criteria import SCORED, Evidence, make_levels
 from edgeprune.data import Batch
@@ -131,8 +131,10 @@ def gradients(
             for x, y in zip(pixels.split(size), labels.split(size), strict=True):
                 logits = evidence.model(x)
                 if drawn:
-                    y = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-                found = iter(torch.autograd.grad(F.cross_entropy(logits, y), flat))
+                    loss = tasks.surprise(logits, tasks.of(evidence.model), generator) / len(y)
+                else:
+                    loss = F.cross_entropy(logits, y)
+                found = iter(torch.autograd.grad(loss, flat))
                 yield {at: [next(found) for _ in tensors] for at, tensors in parts.items()}, len(y)
                 advance(len(y), "")
 

@@ -13,9 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from edgeprune import obs, recovery, reducers, vit
+from edgeprune import obs, recovery, reducers, tasks, vit
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
 from edgeprune.reducers import Reduction
@@ -100,7 +99,7 @@ class Judge:
         self.streams: list[State] = [self.start]
 
     def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
-        """What the models shall answer: logits."""
+        """What the models shall answer: logits, or embeddings."""
         return teacher(images)
 
     @staticmethod
@@ -133,9 +132,8 @@ class Judge:
             state = self._step(at, choice, *state)
             if streams is not None:
                 streams.append(state)
-        own = self._classify(state[0])[self.judged :].log_softmax(-1)
-        wanted = self.wanted[self.judged :].log_softmax(-1)
-        return float(F.kl_div(own, wanted, log_target=True, reduction="batchmean"))
+        own, wanted = self._classify(state[0])[self.judged :], self.wanted[self.judged :]
+        return float(tasks.divergence(own, wanted, tasks.of(self.database.dense))) / len(own)
 
     def _classify(self, x: Tensor) -> Tensor:
         return vit.classify(self.database.dense, x)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from edgeprune import artifact, config, data, vit
+from edgeprune import adapting, artifact, config, data, vit
 from edgeprune.api import with_data
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import UsageError
@@ -30,13 +30,20 @@ def train(
     recipe = replace(card.train, epochs=tuple(epochs)) if epochs else card.train
     path = Path(out or f"{card.name}.safetensors")
     artifact.must_be_writable(path, "--out", folder=False)
+    if card.task == config.FEATURES:
+        raise UsageError(
+            f"the card '{card.name}' is of an embedding model, which labels cannot train; give weights with --weights"
+        )
     if not recipe.label_weight:
         raise UsageError(f"the [train] recipe of '{card.name}' has label_weight 0: there is no teacher to learn from")
     start = time.monotonic()
     torch.manual_seed(seed)
     network = vit.create(card.architecture, card.kwargs, card.num_classes)
     if weights:
-        vit.load_weights(network, vit.read_weights(Path(weights)), weights)
+        state, done = adapting.adapt(network, vit.read_weights(Path(weights)))
+        for what in done:
+            console.say(f"weights in '{weights}': {what}")
+        vit.load_weights(network, state, weights)
     transforms, splits = _data(card, network, seed)
     fit(network, splits.train, recipe, transforms, seed=seed, console=console)
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path)

@@ -29,7 +29,7 @@ ROWS = (
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
-     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics"),
+     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics", "tasks", "neighbours", "adapting", "intake", "folding", "resampling"),
     ("config",),
     ("compat", "console", "methods"),
     ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile"),
@@ -120,7 +120,22 @@ def test_only_compat_imports_timm_and_torchvision(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["types", "errors", "extras", "solve", "config", "artifact", "console", "api", "checks", "images"]
+    "name",
+    [
+        "types",
+        "errors",
+        "extras",
+        "solve",
+        "config",
+        "artifact",
+        "console",
+        "api",
+        "checks",
+        "images",
+        "intake",
+        "neighbours",
+        "resampling",
+    ],
 )
 def test_what_a_device_needs_imports_no_torch(name: str) -> None:
     found = imports(PACKAGE / f"{name}.py")

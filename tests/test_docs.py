@@ -119,6 +119,7 @@ def test_every_key_of_a_card_is_documented() -> None:
     for name, cls in (
         ("data", config.DataSpec), ("transforms", config.TransformSpec),
         ("calibration", config.CalibrationSpec), ("finetune", config.Recipe),
+        ("features", config.FeaturesSpec), ("deploy", config.DeploySpec),
     ):  # fmt: skip
         assert set(table[name]) == keys(cls)
 
@@ -218,7 +219,14 @@ def test_the_schema_is_a_schema() -> None:
     assert SCHEMA["properties"]["schema"]["const"] == SCHEMA["$id"] == MANIFEST_SCHEMA
 
 
-OPTIONAL = {"domains", "selection"}  # of a manifest: where the build had them
+OPTIONAL = {
+    "domains",
+    "selection",
+    "features",
+    "input",
+    "weights",
+    "class_names",
+}  # of a manifest: where the build had them
 
 
 def test_the_schema_requires_what_it_names() -> None:

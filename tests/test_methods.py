@@ -173,7 +173,7 @@ class TestEveryRecovery:
 def test_every_part_says_what_it_is(kind: str) -> None:
     for name in modules.names(kind):
         assert len(modules.doc(kind, name).split("\n")) >= 3, f"{name}: paper, formula, needs, cost"
-        assert set(modules.needs(kind, name)) <= {"weights", "activations", "gradients", "labels", "loss"}
+        assert set(modules.needs(kind, name)) <= {"weights", "activations", "gradients", "labels", "loss", "classes"}
         assert isinstance(modules.get(kind, name).NEEDS, tuple)
 
 

@@ -112,9 +112,9 @@ def test_what_a_collapse_is(dense: float, pruned: float, classes: int, collapsed
 @pytest.mark.parametrize(
     ("facts", "says"),
     [
-        ({"divergence_before": 2.0, "divergence_after": 1.5, "losses": [1.0] * 9}, "pruning left a divergence of 2.00 nats, and 9 steps of tuning brought it to 1.50; ask for a milder latency"),
-        ({"divergence_before": 2.0, "divergence_after": 2.0, "losses": []}, "and nothing was tuned"),
-        ({"divergence_before": 0.2, "divergence_after": 0.01, "losses": [1.0]}, "the cause is the export or the runtime"),
+        ({"scale": 1.0, "divergence_before": 2.0, "divergence_after": 1.5, "losses": [1.0] * 9}, "pruning left a divergence of 2.00 nats, and 9 steps of tuning brought it to 1.50; ask for a milder latency"),
+        ({"scale": 1.0, "divergence_before": 2.0, "divergence_after": 2.0, "losses": []}, "and nothing was tuned"),
+        ({"scale": 1.0, "divergence_before": 0.2, "divergence_after": 0.01, "losses": [1.0]}, "the cause is the export or the runtime"),
     ],
 )  # fmt: skip
 def test_a_collapse_is_said_with_its_cause(tmp_path: Path, facts: dict[str, Any], says: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from edgeprune import tasks
 from edgeprune.allocators import Task
 from edgeprune.gates import Gates
 
@@ -39,5 +39,5 @@ class Gated:
         for (at, order), mask in zip(self.orders.items(), masks, strict=True):
             self.gates.values[at] = torch.zeros_like(self.gates.values[at]).scatter(0, order, mask)
         with torch.no_grad():
-            wanted = self.teacher(pixels).log_softmax(-1)
-        return F.kl_div(self.model(pixels).log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+            wanted = self.teacher(pixels)
+        return tasks.divergence(self.model(pixels), wanted, tasks.of(self.teacher)) / len(pixels)

@@ -16,9 +16,8 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from edgeprune import modules, numerics, obs, vit
+from edgeprune import modules, numerics, obs, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.data import Batch
@@ -179,7 +178,7 @@ def observe(
     model: VisionTransformer, pixels: Tensor, places: Sequence[SubBlock], generator: torch.Generator | None
 ) -> tuple[dict[SubBlock, Tensor], dict[SubBlock, Tensor]]:
     """Inputs `[n, tokens, inputs]` of the layers that end these sub-blocks and, with a generator, gradients
-    `[n, tokens, width]` of -log p(y) at their outputs, y drawn from the model's softmax."""
+    `[n, tokens, width]` of -log p(y) at their outputs, y drawn from the model's softmax (see `tasks.surprise`)."""
     inputs: dict[SubBlock, Tensor] = {}
     outputs: dict[SubBlock, Tensor] = {}
     hooks = []
@@ -195,8 +194,7 @@ def observe(
             numerics.refuse_not_finite(model, pixels, logits.detach(), "calibrate", "its weights are broken there")
             if generator is None:
                 return inputs, {}
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, drawn, reduction="sum")
+            loss = tasks.surprise(logits, tasks.of(model), generator)
             gradients = torch.autograd.grad(loss, [outputs[at] for at in places])
     finally:
         for hook in hooks:

@@ -32,7 +32,7 @@ from edgeprune.criteria import SCORED, Evidence
 from edgeprune.errors import UsageError
 from edgeprune.types import Levels
 
-NEEDS = ("activations", "gradients")
+NEEDS = ("activations", "gradients", "classes")
 
 
 def score(evidence: Evidence) -> list[Levels]:

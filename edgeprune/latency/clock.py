@@ -185,7 +185,7 @@ class Clock:
         return {name: by_name[name] for name in names}
 
     def predict(self, name: str, inputs: NDArray[Any]) -> NDArray[Any]:
-        """Run images one by one. inputs: `[n, *input shape without batch]`; returns `[n, classes]`."""
+        """Run images, as many at a time as the model takes. inputs: `[n, *input shape without batch]`; returns `[n, classes]`."""
         self._known([name])
         outputs = []
         with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:

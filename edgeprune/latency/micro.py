@@ -30,6 +30,7 @@ STREAM_ROWS = 2000  # no power of two: rows of such a size fall into the same fe
 OPSET, IR_VERSION = 17, 9  # what every runtime of the last years reads
 #: Matrix products and convolutions. Integers between them too (additions, norms, softmax) made ViTs slower.
 LINEAR = ("Conv", "Gemm", "MatMul")
+UINT8 = 2  # as ONNX numbers element types
 RANDOM_IMAGES = 4
 
 
@@ -84,7 +85,7 @@ def dynamic_int8(model: Path, path: Path) -> None:
         )
 
 
-def qdq_int8(model: Path, path: Path, images: NDArray[np.float32] | None = None, *, seed: int = 0) -> None:
+def qdq_int8(model: Path, path: Path, images: NDArray[Any] | None = None, *, seed: int = 0) -> None:
     """Write `model` with int8 weights and activations (QDQ nodes), ranges being those seen on `images`.
 
     images: `[n, *input shape without batch]`, a few; without them random ones drawn from `seed`, which do for
@@ -96,17 +97,22 @@ def qdq_int8(model: Path, path: Path, images: NDArray[np.float32] | None = None,
         raise errors.UsageError("quantising a model needs at least 1 image to see the ranges; give a few")
 
     class Feeds(quantization.CalibrationDataReader):  # type: ignore[name-defined]
-        def __init__(self, name: str, images: NDArray[np.float32]) -> None:
-            self.feeds = ({name: image[None]} for image in images)
+        def __init__(self, name: str, images: NDArray[Any], batch: int) -> None:
+            self.feeds = ({name: np.repeat(image[None], batch, axis=0)} for image in images)
 
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self.feeds, None)
 
     with _quantising(model) as proto:
         source = proto.graph.input[0]
+        first, *others = source.type.tensor_type.shape.dim
+        batch = first.dim_value or 1
         if images is None:
-            shape = [size.dim_value for size in source.type.tensor_type.shape.dim[1:]]
-            images = np.random.default_rng(seed).standard_normal((RANDOM_IMAGES, *shape), dtype=np.float32)
+            shape, rng = (RANDOM_IMAGES, *(size.dim_value for size in others)), np.random.default_rng(seed)
+            raw = source.type.tensor_type.elem_type == UINT8
+            images = (
+                rng.integers(0, 256, shape, dtype=np.uint8) if raw else rng.standard_normal(shape, dtype=np.float32)
+            )
         constants = {tensor.name for tensor in proto.graph.initializer}
         linear = [
             node.name
@@ -119,7 +125,7 @@ def qdq_int8(model: Path, path: Path, images: NDArray[np.float32] | None = None,
         quantization.quantize_static(
             proto,
             path,
-            Feeds(source.name, images),
+            Feeds(source.name, images, batch),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(LINEAR),
             nodes_to_quantize=linear,

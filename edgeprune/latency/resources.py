@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.latency.clock import Clock
@@ -43,11 +42,11 @@ def spent_joules(before: dict[str, tuple[int, int]], after: dict[str, tuple[int,
 
 
 def of_model(
-    open_clock: Callable[[], Clock], path: Path, inputs: NDArray[np.float32], root: Path = POWERCAP
+    open_clock: Callable[[], Clock], path: Path, inputs: NDArray[Any], root: Path = POWERCAP
 ) -> dict[str, Any]:
     """`peak_bytes` of a process that runs the model file alone, `runtime_bytes` before it was loaded, and energy.
 
-    inputs: `[n, channels, height, width]`. `joules`: of all CPU packages, per image, whatever else runs and idles
+    inputs: `[n, ...]`, as the file takes them. `joules`: of all CPU packages, per image, whatever else runs and idles
     there included; measured over `joules_images` images.
     """
     with open_clock() as clock:

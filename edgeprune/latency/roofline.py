@@ -1,4 +1,4 @@
-"""Roofline: what the sub-blocks of a Vision Transformer must compute and move at least, batch 1, fp32.
+"""Roofline: what the sub-blocks of a Vision Transformer must compute and move at least, in fp32.
 
 Against a machine's ceilings, FLOP per second and bytes per second, this says how much of a measured time
 is inevitable there. A removed sub-block costs nothing but its bias, which is not counted.
@@ -22,23 +22,23 @@ class Cost:
     bytes: int  # weights and biases, input and output activations; what lies between them may stay in a cache
 
 
-def attention(tokens: int, width: int, heads: int, head_dim: int) -> Cost:
-    """Attention of `heads` heads, `[tokens, width]` -> `[tokens, width]`: qkv, scores, weighted sum, projection."""
+def attention(tokens: int, width: int, heads: int, head_dim: int, batch: int = 1) -> Cost:
+    """Attention of `heads` heads, `[batch, tokens, width]` -> the same: qkv, scores, weighted sum, projection."""
     inner = heads * head_dim
     if not inner:
         return Cost(0, 0)
     projections = 4 * tokens * width * inner  # query, key, value and the output's
     scores = 2 * tokens * tokens * inner  # and the sum weighted with them
     weights = 4 * width * inner + 3 * inner + width
-    return Cost(2 * (projections + scores), BYTES * (weights + 2 * tokens * width))
+    return Cost(2 * batch * (projections + scores), BYTES * (weights + 2 * batch * tokens * width))
 
 
-def mlp(tokens: int, width: int, neurons: int) -> Cost:
-    """An MLP of `neurons` hidden neurons, `[tokens, width]` -> `[tokens, width]`: fc1 and fc2."""
+def mlp(tokens: int, width: int, neurons: int, batch: int = 1) -> Cost:
+    """An MLP of `neurons` hidden neurons, `[batch, tokens, width]` -> the same: fc1 and fc2."""
     if not neurons:
         return Cost(0, 0)
     weights = 2 * width * neurons + neurons + width
-    return Cost(2 * (2 * tokens * width * neurons), BYTES * (weights + 2 * tokens * width))
+    return Cost(2 * batch * (2 * tokens * width * neurons), BYTES * (weights + 2 * batch * tokens * width))
 
 
 def ceiling_ms(cost: Cost, gflops: float, gb_per_s: float) -> float:

@@ -151,11 +151,12 @@ def _sub_blocks(
 ) -> list[dict[str, Any]]:
     """Every sub-block of the table, its share of the dense model's time, and how near it is to the ceiling."""
     tokens, width, head_dim = sizes["tokens"], sizes["width"], sizes["head_dim"]
+    batch = sizes.get("batch", 1)
     rows = [
-        ("attention", f"{heads} heads", float(table.attn_ms[heads]), roofline.attention(tokens, width, heads, head_dim))
+        ("attention", f"{heads} heads", float(table.attn_ms[heads]), roofline.attention(tokens, width, heads, head_dim, batch))
         for heads in range(len(table.attn_ms) - 1, 0, -1)
     ] + [
-        ("MLP", f"{neurons} neurons", float(ms), roofline.mlp(tokens, width, neurons))
+        ("MLP", f"{neurons} neurons", float(ms), roofline.mlp(tokens, width, neurons, batch))
         for neurons, ms in reversed(list(zip(table.mlp_widths, table.mlp_ms, strict=True)))
         if neurons
     ]  # fmt: skip

@@ -52,7 +52,7 @@ class Worker:
         self._sessions: dict[str, list[runtimes.Session]] = {}  # the copies of each model
         self._paths: dict[str, str] = {}
         self._queue = noise.RunQueue()
-        self._rings: dict[tuple[int, ...], list[NDArray[np.float32]]] = {}
+        self._rings: dict[tuple[Any, ...], list[NDArray[Any]]] = {}
 
     def start(self, runtime: str, precision: str, threads: int, max_isa: str, seed: int) -> dict[str, Any]:
         """Set the instruction set cap, then import the runtime: it is read when the library loads."""
@@ -88,13 +88,9 @@ class Worker:
         session = sessions[0]
         self._sessions[name] = sessions
         self._paths[name] = path
-        if session.input_shape not in self._rings:
-            rng = np.random.default_rng(self._seed)
-            shape = (RING, *session.input_shape)
-            self._rings[session.input_shape] = list(rng.standard_normal(shape, dtype=np.float32))
         for each in sessions:
             try:
-                each.run(self._rings[session.input_shape][0])
+                each.run(self._ring(session)[0])
             except Exception as error:
                 raise errors.UsageError(f"{path} opens but does not run: {error}") from error
         gc.collect()
@@ -139,15 +135,22 @@ class Worker:
     def predict(self, name: str, inputs: str, outputs: str) -> dict[str, Any]:
         session = self._sessions[name][0]
         images = np.load(inputs)
-        if images.shape[1:] != session.input_shape[1:] or session.input_shape[0] != 1:
-            raise errors.UsageError(f"model {name} takes {session.input_shape}, not {(1, *images.shape[1:])}")
-        # np.array copies: a session may answer with a view that its next run overwrites.
-        rows = [np.array(session.run(images[i : i + 1]))[0] for i in range(len(images))]
-        np.save(outputs, np.stack(rows))
+        batch, *sizes = session.input_shape
+        if list(images.shape[1:]) != sizes or images.dtype != session.input_type:
+            raise errors.UsageError(
+                f"model {name} takes {session.input_type} {session.input_shape}, not {images.dtype} {(batch, *images.shape[1:])}"
+            )
+        rows = []
+        for i in range(0, len(images), batch):
+            own = images[i : i + batch]
+            full = np.concatenate([own, np.repeat(own[-1:], batch - len(own), axis=0)])
+            # np.array copies: a session may answer with a view that its next run overwrites.
+            rows.append(np.array(session.run(full))[: len(own)])
+        np.save(outputs, np.concatenate(rows))
         return {}
 
     def operators(self, name: str, runs: int) -> dict[str, Any]:
-        x = self._rings[self._sessions[name][0].input_shape][0]
+        x = self._ring(self._sessions[name][0])[0]
         # A session of its own: one that profiles is slower, and the loaded one may still be timed.
         return {"operators": self._runtime.operators(self._paths[name], self._threads, self._precision, x, runs)}
 
@@ -156,6 +159,17 @@ class Worker:
 
     def modules(self) -> dict[str, Any]:
         return {"modules": sorted(sys.modules)}
+
+    def _ring(self, session: runtimes.Session) -> list[NDArray[Any]]:
+        """Random inputs of the session's shape and type; made when first asked for."""
+        key = (session.input_type, *session.input_shape)
+        if key not in self._rings:
+            rng, shape = np.random.default_rng(self._seed), (RING, *session.input_shape)
+            if session.input_type == "uint8":
+                self._rings[key] = list(rng.integers(0, 256, shape, dtype=np.uint8))
+            else:
+                self._rings[key] = list(rng.standard_normal(shape, dtype=np.float32))
+        return self._rings[key]
 
     def _return_to(self, name: str, copy: int, turn: int) -> None:
         """Run a copy of a model untimed until it is as fast as if nothing else had run.
@@ -173,7 +187,7 @@ class Worker:
         """Milliseconds of one run of a copy of the model with one of the inputs; both are counted round and round."""
         sessions = self._sessions[name]
         session = sessions[copy % len(sessions)]
-        x = self._rings[session.input_shape][index % RING]
+        x = self._ring(session)[index % RING]
         run = session.run
         begin = time.perf_counter_ns()
         run(x)

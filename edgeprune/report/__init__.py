@@ -18,8 +18,15 @@ def rows(manifest: dict[str, Any]) -> list[Row]:
     """Dense against pruned, one line a fact, as text."""
     dense, pruned = manifest["dense"], manifest["pruned"]
 
+    embedded = manifest.get("features")
+    similar = [] if embedded is None else [
+        ("cosine to dense, mean", "1.0000", f"{embedded['cosine']['mean']:.4f}"),
+        ("cosine to dense, 1 % are below", "1.0000", f"{embedded['cosine']['p1']:.4f}"),
+        ("k-NN accuracy in the dense index", f"{dense['accuracy']:.2f} %", f"{embedded['in_dense_index']:.2f} %"),
+    ]  # fmt: skip
     return [
-        ("accuracy", f"{dense['accuracy']:.2f} %", f"{pruned['accuracy']:.2f} %"),
+        (accuracy(manifest), f"{dense['accuracy']:.2f} %", f"{pruned['accuracy']:.2f} %"),
+        *similar,
         ("latency p50", ms(dense["latency_ms"]["p50"]), ms(pruned["latency_ms"]["p50"])),
         ("latency p90", ms(dense["latency_ms"]["p90"]), ms(pruned["latency_ms"]["p90"])),
         ("speed-up", "1.00 x", f"{1 / pruned['ratio']:.2f} x"),
@@ -27,6 +34,20 @@ def rows(manifest: dict[str, Any]) -> list[Row]:
         ("multiply-adds", f"{dense['macs'] / 1e9:.3f} G", f"{pruned['macs'] / 1e9:.3f} G"),
         ("fp32 weights", f"{dense['params'] * 4 / 1e6:.1f} MB", f"{pruned['params'] * 4 / 1e6:.1f} MB"),
     ]
+
+
+def served(manifest: Mapping[str, Any]) -> str:
+    """What one inference takes, in words."""
+    facts = manifest.get("input", {"batch": 1, "dynamic_batch": False, "preprocessing": "outside"})
+    words = f"batch {facts['batch']}" + " (others work too)" * facts["dynamic_batch"]
+    if facts["preprocessing"] == "folded":
+        words += f", preprocessing of raw {facts['shape'][1]}x{facts['shape'][2]} images included"
+    return words + ", fp16 weights" * (manifest.get("weights") == "fp16")
+
+
+def accuracy(manifest: Mapping[str, Any]) -> str:
+    """What the manifest's accuracy is of."""
+    return "k-NN accuracy" if "features" in manifest else "accuracy"
 
 
 def word(checks: Sequence[Mapping[str, Any]]) -> str:
@@ -55,9 +76,9 @@ def markdown(manifest: dict[str, Any]) -> str:
         "|---|---|---|",
         *(f"| {label} | {dense} | {small} |" for label, dense, small in rows(manifest)),
         "",
-        f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
+        f"Latency: {manifest['runtime']}, {manifest['precision']}, {manifest['threads']} threads, {served(manifest)}, on "
         f"{manifest['device']['cpu']}; {interval(pruned)}. "
-        f"Accuracy: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
+        f"{accuracy(manifest)[:1].upper()}{accuracy(manifest)[1:]}: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
         "",
         *domains(manifest),
         *(

@@ -57,6 +57,7 @@ def comparable(manifests: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     for what, key in (
         ("devices", lambda m: m["device"]), ("thread counts", lambda m: m["threads"]),
+        ("inputs", lambda m: repr(m.get("input"))),
         ("data sets", lambda m: (m["data"]["source"], m["accuracy"]["images"])),
     ):  # fmt: skip
         if any(key(m) != key(manifests[0]) for m in manifests[1:]):

@@ -160,6 +160,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--runtime", manifest["runtime"], "--precision", manifest["precision"]]
     if asked["max_drop"] is not None:
         words += ["--max-drop", f"{asked['max_drop']:g}"]
+    words += _deployed(manifest) + ["--task", "features"] * ("features" in manifest)
     if len(asked["epochs"]) == 1:
         words += ["--epochs", f"{asked['epochs'][0]:g}"]
     if asked["search_seconds"] is not None:
@@ -173,6 +174,16 @@ def command(manifest: Mapping[str, Any]) -> str:
     if "selection" in manifest:
         words += ["--selection", manifest["selection"]["name"], "--tune-on", f"{manifest['selection']['tune_on']:g}"]
     return shlex.join(words)
+
+
+def _deployed(manifest: Mapping[str, Any]) -> list[str]:
+    """The options that say what the files take and hold, where they are not the usual ones."""
+    facts, words = manifest.get("input"), []
+    if facts is not None:
+        words += ["--batch", str(facts["batch"])] * (facts["batch"] != 1) + ["--dynamic-batch"] * facts["dynamic_batch"]
+        if facts["preprocessing"] == "folded":
+            words += ["--fold-preprocessing", f"{facts['shape'][1]}x{facts['shape'][2]}"]
+    return words + ["--ir-precision", "fp16"] * (manifest.get("weights") == "fp16")
 
 
 def _render(template: str, **values: Any) -> str:
@@ -211,7 +222,7 @@ def _headline(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("latency p50", report.ms(p50) if p50 is not None else f"predicted {pruned['predicted_ms']:.2f} ms"),
         ("limit", report.ms(manifest["request"]["latency_ms"])),
         ("speed-up", f"{1 / pruned['ratio']:.2f} x"),
-        ("accuracy", _percent(accuracy["pruned"])),
+        (report.accuracy(manifest), _percent(accuracy["pruned"])),
         ("drop", f"{accuracy['dense'] - accuracy['pruned']:.2f} points"),
     ]
 
@@ -230,10 +241,16 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
         return NO_COUNT if a is None or b is None or a <= 0 else f"{100 * (b / a - 1):+.1f} %"
 
     rows = [
-        ("accuracy (95 % interval)", judged(accuracy["dense"]), judged(accuracy["pruned"]),
+        (f"{report.accuracy(manifest)} (95 % interval)", judged(accuracy["dense"]), judged(accuracy["pruned"]),
          f"{accuracy['pruned'] - accuracy['dense']:+.2f} points ({_interval([-end for end in reversed(accuracy['drop_ci'])], '{:+.2f}')})"),
         ("agreement of both", "", f"{accuracy['agreement']:.2f} %", ""),
     ]  # fmt: skip
+    if embedded := manifest.get("features"):
+        cosine = embedded["cosine"]
+        rows += [
+            ("cosine to the dense embeddings", "1.0000", f"{cosine['mean']:.4f} on average, 1 % of the images below {cosine['p1']:.4f}", ""),
+            ("k-NN accuracy among the dense model's embeddings", _percent(accuracy["dense"]), _percent(embedded["in_dense_index"]), ""),
+        ]  # fmt: skip
     for quantile in ("p50", "p90", "p99"):
         a, b = dense["latency_ms"].get(quantile), pruned["latency_ms"][quantile]
         more = f" ({_ms_interval(pruned['latency_ci_ms'])})" if quantile == "p50" and pruned["latency_ci_ms"] else ""
@@ -263,7 +280,7 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
 def _compare_notes(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     used = facts["resources"]
     notes = [
-        f"{manifest['runtime']} {manifest['worker']['version']}, {manifest['precision']}, {manifest['threads']} threads, batch 1, on "
+        f"{manifest['runtime']} {manifest['worker']['version']}, {manifest['precision']}, {manifest['threads']} threads, {report.served(manifest)}, on "
         f"{manifest['device']['cpu']}; {report.interval(dict(manifest['pruned']))}. Accuracy: "
         f"{manifest['accuracy']['images']} images of {manifest['data']['source']}. A dash: too few samples, or not shown by this system."
     ]  # fmt: skip

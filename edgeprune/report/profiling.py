@@ -80,8 +80,9 @@ def _latency(document: dict[str, Any], survey: dict[str, Any]) -> Section:
     found = survey["latency_ms"]
     low, high = found["ci"]
     rows = [(name, _ms(found[name])) for name in ("p50", "p90", "p99")] + [("at its quietest", _ms(found["quiet"]))]
+    size = f"batch {document['model']['batch']}" if "model" in document else "one inference"
     notes = [
-        f"{found['samples']} samples, batch 1; 95 % interval of p50 {low:.3f} to {high:.3f} ms; at its quietest: {found['how']}."
+        f"{found['samples']} samples, {size}; 95 % interval of p50 {low:.3f} to {high:.3f} ms; at its quietest: {found['how']}."
     ]
     if "anchor" in document:
         anchor = document["anchor"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,13 +19,14 @@ from edgeprune import errors
 
 
 class Session(Protocol):
-    """One opened model, batch 1, ready to run."""
+    """One opened model, ready to run."""
 
-    input_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # the first is the batch; of a file that takes any, the one it says it is timed at
+    input_type: str  # float32 or uint8, in numpy's names
     facts: dict[str, Any]  # what is in force, as the runtime itself reports it; JSON types only
 
     def run(self, x: NDArray[Any]) -> NDArray[Any]:
-        """The first output for `x`, both `[1, ...]`. The result may be overwritten by the next run."""
+        """The first output for `x`, both `[batch, ...]`. The result may be overwritten by the next run."""
 
 
 class Runtime(Protocol):
@@ -47,7 +50,7 @@ class Runtime(Protocol):
     def operators(self, path: str, threads: int, precision: str, x: NDArray[Any], runs: int) -> list[dict[str, Any]]:
         """Where one inference of a model file spends its time, by the runtime's own profiler.
 
-        Opens the file as `open` does and runs `x` `[1, ...]` `runs` times, after runs that warm it up.
+        Opens the file as `open` does and runs `x` `[batch, ...]` `runs` times, after runs that warm it up.
         Returns an entry per executed node of the optimised graph, in execution order:
         `name` of the node; `operator`, its type as executed, after fusion; `kernel`, which implementation
         ran, "" where the runtime does not tell; `ms`, the typical milliseconds. Nodes too quick for the
@@ -55,8 +58,30 @@ class Runtime(Protocol):
         latencies. Raises as `open` does, UsageError for fewer than 1 run, StorageError.
         """
 
-    def compile(self, onnx_path: Path, out_dir: Path) -> list[Path]:
-        """Write the files this runtime wants in the artifact besides model.onnx; say which."""
+    def compile(self, onnx_path: Path, out_dir: Path, weights: str = "fp32") -> list[Path]:
+        """Write the files this runtime wants in the artifact besides model.onnx; say which.
+
+        weights: fp32 or fp16, as they are kept in these files; computed with is what `open` is asked for.
+        """
+
+
+BATCH = "edgeprune.batch"  # in a file's metadata: at how many images one that takes any number is timed
+MOST_BATCH = 1024
+INPUT_TYPES = ("float32", "uint8")  # in numpy's names
+
+
+def fixed(path: str, shape: Sequence[int | None], said: str) -> tuple[int, ...]:
+    """The shape with the batch that the file's metadata says, where that may be any number; None = any.
+
+    Raises UsageError for other sizes that are not fixed, and where the metadata says no batch.
+    """
+    first, *others = shape
+    batch = int(said) if re.fullmatch("[0-9]{1,4}", said) else 0
+    if first is None and 1 <= batch <= MOST_BATCH:
+        first = batch
+    if first is None or any(size is None for size in others):
+        raise errors.UsageError(f"{path} has a dynamic input {list(shape)}; export it with batch 1")
+    return (first, *(size for size in others if size is not None))
 
 
 def names() -> list[str]:

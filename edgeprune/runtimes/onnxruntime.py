@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import errors
+from edgeprune import errors, runtimes
 
 #: int8 is a property of the model (QDQ nodes), not of the session.
 PRECISIONS = ("fp32", "int8")
@@ -26,6 +26,7 @@ ENTRIES = {
     # threads, and one that still spins for tens of ms steals the CPU from the next candidate.
     "session.force_spinning_stop": "1",
 }
+TYPES = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}
 #: Runs before those whose operators are timed.
 WARM_RUNS = 3
 _KERNEL = "_kernel_time"  # how the profiler's events around a node's computation end
@@ -50,11 +51,12 @@ def cap_environment(max_isa: str) -> dict[str, str] | None:
 class OnnxRuntimeSession:
     """A session with the options edgeprune measures and recommends for deployment."""
 
-    def __init__(self, session: Any, facts: dict[str, Any]) -> None:
+    def __init__(self, session: Any, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
         self._session = session
-        [self._input] = [tensor.name for tensor in session.get_inputs()]
+        [tensor] = session.get_inputs()
+        self._input = tensor.name
         self._outputs = [session.get_outputs()[0].name]
-        self.input_shape: tuple[int, ...] = tuple(session.get_inputs()[0].shape)
+        self.input_shape, self.input_type = shape, TYPES[tensor.type]
         self.facts = facts
 
     def run(self, x: NDArray[Any]) -> NDArray[Any]:
@@ -64,14 +66,14 @@ class OnnxRuntimeSession:
 
 def open(path: str, threads: int, precision: str) -> OnnxRuntimeSession:  # noqa: A001
     """Open an .onnx file on the CPU provider alone. Raises UsageError."""
-    session = _session(path, threads, precision)
+    session, shape = _session(path, threads, precision)
     facts = {
         "precision": precision,
         "threads": session.get_session_options().intra_op_num_threads,
         "providers": session.get_providers(),
         "options": ENTRIES,
     }
-    return OnnxRuntimeSession(session, facts)
+    return OnnxRuntimeSession(session, shape, facts)
 
 
 def operators(path: str, threads: int, precision: str, x: NDArray[Any], runs: int) -> list[dict[str, Any]]:
@@ -79,7 +81,7 @@ def operators(path: str, threads: int, precision: str, x: NDArray[Any], runs: in
     if runs < 1:
         raise errors.UsageError(f"operators cannot be timed in {runs} runs; use 1 or more")
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
-        session = _session(path, threads, precision, profile=str(Path(folder) / "profile"))
+        session, _ = _session(path, threads, precision, profile=str(Path(folder) / "profile"))
         [feed] = [tensor.name for tensor in session.get_inputs()]
         for _ in range(WARM_RUNS + runs):
             session.run(None, {feed: x})
@@ -100,8 +102,8 @@ def operators(path: str, threads: int, precision: str, x: NDArray[Any], runs: in
     return [{"name": node[0], "operator": kinds[node], "kernel": "", "ms": ms} for node, ms in timed.items() if ms > 0]
 
 
-def _session(path: str, threads: int, precision: str, profile: str = "") -> Any:
-    """An InferenceSession with the options edgeprune measures and recommends for deployment.
+def _session(path: str, threads: int, precision: str, profile: str = "") -> tuple[Any, tuple[int, ...]]:
+    """An InferenceSession and the shape of its input, with the options edgeprune measures and recommends for deployment.
 
     profile: where to write an operator profile, as the start of a file name; "" = none.
     """
@@ -129,12 +131,12 @@ def _session(path: str, threads: int, precision: str, profile: str = "") -> Any:
     if len(session.get_inputs()) != 1:
         raise errors.UsageError(f"{path} has {len(session.get_inputs())} inputs; export it with one")
     shape, kind = session.get_inputs()[0].shape, session.get_inputs()[0].type
-    if kind != "tensor(float)":
-        raise errors.UsageError(f"{path} takes {kind} as input; export it with a float32 input")
-    if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise errors.UsageError(f"{path} has a dynamic input {shape}; export it with batch 1")
-    return session
+    if kind not in TYPES:
+        raise errors.UsageError(f"{path} takes {kind} as input; export it with a float32 or uint8 input")
+    sizes = [size if isinstance(size, int) and size > 0 else None for size in shape]
+    said = session.get_modelmeta().custom_metadata_map.get(runtimes.BATCH, "")
+    return session, runtimes.fixed(path, sizes, said)
 
 
-def compile(onnx_path: Path, out_dir: Path) -> list[Path]:  # noqa: A001
+def compile(onnx_path: Path, out_dir: Path, weights: str = "fp32") -> list[Path]:  # noqa: A001
     return []

@@ -8,6 +8,7 @@ OpenVINO's telemetry is kept out: importing it would otherwise fork a sender in 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections import Counter
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune import errors
+from edgeprune import errors, runtimes
 
 #: What each precision asks of the plugin. int8 is a property of the model; the rest of it stays f32.
 HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
+TYPES = {"f32": "float32", "u8": "uint8"}
 CAP_VARIABLE = "ONEDNN_MAX_CPU_ISA"
 #: How many times `operators` compiles a model, and the runs before the timed ones of each.
 REPEATS, WARM_RUNS = 4, 2
@@ -43,9 +45,10 @@ def cap_environment(max_isa: str) -> dict[str, str] | None:
 class OpenVinoSession:
     """One infer request. `run` returns a view of the request's output tensor."""
 
-    def __init__(self, compiled: Any, facts: dict[str, Any]) -> None:
+    def __init__(self, compiled: Any, shape: tuple[int, ...], facts: dict[str, Any]) -> None:
         self._request = compiled.create_infer_request()
-        self.input_shape: tuple[int, ...] = tuple(compiled.inputs[0].shape)
+        self.input_shape = shape
+        self.input_type = TYPES[compiled.inputs[0].element_type.get_type_name()]
         self.facts = facts
 
     def run(self, x: NDArray[Any]) -> NDArray[Any]:
@@ -76,7 +79,7 @@ def _profiled(
     path: str, threads: int, precision: str, x: NDArray[Any], runs: int
 ) -> tuple[list[dict[str, Any]], NDArray[np.float64]]:
     """The nodes of a model compiled for this, and each one's mean µs over `runs` runs after warm ones."""
-    compiled, _ = _compiled(path, threads, precision, {"PERF_COUNT": True})
+    compiled, _, _ = _compiled(path, threads, precision, {"PERF_COUNT": True})
     request = compiled.create_infer_request()
     totals = []
     for done, more in ((0, WARM_RUNS), (WARM_RUNS, runs)):
@@ -90,8 +93,8 @@ def _profiled(
 
 def _compiled(
     path: str, threads: int, precision: str, extra: dict[str, Any] | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """The compiled model and its facts, with the options edgeprune measures and recommends, and `extra` ones."""
+) -> tuple[Any, tuple[int, ...], dict[str, Any]]:
+    """The compiled model, the shape of its input and its facts, with the options edgeprune measures and recommends, and `extra` ones."""
     if precision not in HINTS:
         raise errors.UsageError(f"openvino has no precision {precision}; known: {', '.join(HINTS)}")
     core = _library().Core()
@@ -108,11 +111,10 @@ def _compiled(
         model = core.read_model(path)
         if len(model.inputs) != 1:
             raise errors.UsageError(f"{path} has {len(model.inputs)} inputs; export it with one")
-        if (kind := model.inputs[0].element_type.get_type_name()) != "f32":
-            raise errors.UsageError(f"{path} takes {kind} as input; export it with a float32 input")
-        if model.inputs[0].partial_shape.is_dynamic:
-            shape = model.inputs[0].partial_shape
-            raise errors.UsageError(f"{path} has a dynamic input {shape}; export it with batch 1")
+        if (kind := model.inputs[0].element_type.get_type_name()) not in TYPES:
+            raise errors.UsageError(f"{path} takes {kind} as input; export it with a float32 or uint8 input")
+        sizes = [size.get_length() if size.is_static else None for size in model.inputs[0].partial_shape]
+        shape = runtimes.fixed(path, sizes, _said(model, runtimes.BATCH))
         compiled = core.compile_model(model, "CPU", options)
     except RuntimeError as error:
         raise errors.UsageError(f"openvino cannot open {path}: {error}") from error
@@ -125,11 +127,20 @@ def _compiled(
         raise errors.TargetUnavailable(
             f"openvino was asked for {HINTS[precision]} and runs {facts['precision_hint']} on this CPU; use --precision fp32"
         )
-    return compiled, facts
+    return compiled, shape, facts
 
 
-def compile(onnx_path: Path, out_dir: Path) -> list[Path]:  # noqa: A001
-    """Write `<stem>.xml` and `.bin` with fp32 weights kept as they are. Raises UsageError or StorageError."""
+def _said(model: Any, key: str) -> str:
+    """What the file's metadata says, "" = nothing. Of ONNX files OpenVINO keeps it under "framework"; of its own, so do we."""
+    path = ["framework", key]
+    return str(model.get_rt_info(path).astype(str)) if model.has_rt_info(path) else ""
+
+
+def compile(onnx_path: Path, out_dir: Path, weights: str = "fp32") -> list[Path]:  # noqa: A001
+    """Write `<stem>.xml` and `.bin`, fp32 weights kept as they are or rounded to fp16. Raises UsageError or StorageError.
+
+    What the ONNX says in its metadata, the IR says too; class names also where OpenVINO's Model API looks for them.
+    """
     ov = _library()
     xml = out_dir / f"{onnx_path.stem}.xml"
     try:
@@ -137,7 +148,10 @@ def compile(onnx_path: Path, out_dir: Path) -> list[Path]:  # noqa: A001
     except RuntimeError as error:
         raise errors.UsageError(f"openvino cannot read {onnx_path}: {error}") from error
     try:
-        ov.save_model(model, xml, compress_to_fp16=False)
+        if names := _said(model, "classes"):
+            labels = " ".join(name.replace(" ", "_") for name in json.loads(names))
+            model.set_rt_info(labels, ["model_info", "labels"])
+        ov.save_model(model, xml, compress_to_fp16=weights == "fp16")
     except (OSError, RuntimeError) as error:
         raise errors.StorageError(f"cannot write {xml}: {error}") from error
     return [xml, xml.with_suffix(".bin")]

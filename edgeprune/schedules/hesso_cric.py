@@ -21,8 +21,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from edgeprune import tasks
 from edgeprune.gates import plan_of, units_of
 from edgeprune.schedules import Planned, Training
 from edgeprune.schedules.hesso import Hesso, Unit
@@ -49,9 +49,8 @@ def rises(training: Training, candidates: Mapping[SubBlock, list[int]]) -> dict[
             count = 0
             for pixels, _ in training.batches():
                 with torch.no_grad():
-                    wanted = F.log_softmax(training.teacher(pixels.to(where)), -1)
-                own = F.log_softmax(model(pixels.to(where)), -1)
-                loss = F.kl_div(own, wanted, log_target=True, reduction="sum")
+                    wanted = training.teacher(pixels.to(where))
+                loss = tasks.divergence(model(pixels.to(where)), wanted, tasks.of(training.teacher))
                 for at, slope in zip(gates.values, torch.autograd.grad(loss, list(gates.values.values())), strict=True):
                     totals[at] -= slope.cpu() / len(TRIALS)
                 count += len(pixels)

@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from edgeprune import artifact, numerics, selections, vit
+from edgeprune import adapting, artifact, numerics, selections, tasks, vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.config import ModelSpec, Request
-from edgeprune.console import Console
+from edgeprune.config import CLASSIFY, FEATURES, ModelSpec, Request
+from edgeprune.console import SILENT, Console
 from edgeprune.data import Chosen, Images, Splits, check_classes, load_splits, transform_config
 from edgeprune.errors import UsageError
 from edgeprune.stages import export, simplify
 from edgeprune.types import Plan
 
 BATCH = 32  # images that are embedded at once
+CLASSIFIERS = ("head.", "head_dist.")  # what an embedding model does not have of a classifier's weights
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,17 @@ class Dense:
     transforms: dict[str, Any]
     splits: Splits
 
+    def served(self, images: Images) -> Images:
+        """The images as the model's files take them."""
+        return images.served(export.how(self.model).intake, self.transforms)
+
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
-    model = load_source(request.card, request.weights)
+    model = load_source(request.card, request.weights, console)
     dense = with_data(model, request)
     sizes = dense.sizes
-    check_classes(dense.splits, sizes.num_classes)
+    if request.card.task == CLASSIFY:
+        check_classes(dense.splits, sizes.num_classes)
     if request.selects:
         chosen = select(dense, request, out, console)
         chosen.save(out)
@@ -83,29 +89,39 @@ def select(dense: Dense, request: Request, out: Path, console: Console) -> Chose
     return found
 
 
-def load_source(card: ModelSpec, weights: Path | None) -> VisionTransformer:
-    """The card's model with its weights, or with those of the file `weights`."""
+def load_source(card: ModelSpec, weights: Path | None, console: Console = SILENT) -> VisionTransformer:
+    """The card's model with its weights, or with those of the file `weights`; of an embedding model without the classifier.
+
+    Weights for another image size, or for RGB where the model takes grey images, are adapted, which is said.
+    """
     source = weights or (Path(card.weights) if card.weights not in ("", "hub") else None)
     if source is None and not card.weights:
         raise UsageError(f"the card '{card.name}' has no weights; give a .safetensors or .pth file with --weights")
-    model = vit.create(card.architecture, card.kwargs, card.num_classes, pretrained=source is None)
+    model = vit.create(card.architecture, card.arguments, card.num_classes, pretrained=source is None)
     if source is not None:
-        vit.load_weights(model, vit.read_weights(source), str(source))
-    return model
+        state = vit.read_weights(source)
+        if card.task == FEATURES and not card.num_classes:
+            state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIERS)}
+        state, done = adapting.adapt(model, state)
+        for what in done:
+            console.say(f"weights in '{source}': {what}")
+        vit.load_weights(model, state, str(source))
+    return tasks.mark(model, card.task)
 
 
 def with_data(model: VisionTransformer, request: Request, chosen: Chosen | None = None) -> Dense:
     transforms = transform_config(request.card, model)
     splits = load_splits(request.card, transforms, request.seed, chosen)
+    export.deploy(model, export.deployed(request, transforms, splits.classes))
     return Dense(model, vit.anatomy(model), transforms, splits)
 
 
 def load(request: Request, folder: Path) -> Dense:
     """The dense model that the baseline stage wrote to `folder`, with its data."""
     facts = json.loads((folder / "baseline.json").read_text())
-    model = vit.create(request.card.architecture, request.card.kwargs, facts["num_classes"])
+    model = vit.create(request.card.architecture, request.card.arguments, facts["num_classes"])
     vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
-    return with_data(model, request, Chosen.find(folder))
+    return with_data(tasks.mark(model, request.card.task), request, Chosen.find(folder))
 
 
 def parent(dense: Dense, read: Mapping[str, Path]) -> tuple[VisionTransformer, Plan]:

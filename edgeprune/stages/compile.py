@@ -25,7 +25,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     here = devices.machine(request.device).same(document)
     if here:
         names = [name for name in choose.eligible(request.conditions, console) if name in document["anchor_ms"]]
-    compiled = {name: runtimes.get(name).compile(out / "model.onnx", out) for name in names}
+    compiled = {
+        name: runtimes.get(name).compile(out / "model.onnx", out, request.card.deploy.ir_precision) for name in names
+    }
     entries = {name: (files or [out / "model.onnx"])[0] for name, files in compiled.items()}
     with console.busy("timing the runtimes"):
         winner, times = choose.fastest(request.conditions, entries, table.threads)
@@ -35,4 +37,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
                 path.unlink()
     why = choose.why(request.conditions, winner, times) if here else "as in the recorded profile"
     console.say(f"runtime of the artifact: {winner}, {why}")
+    if request.card.deploy.ir_precision != "fp32" and winner != "openvino":
+        console.warn(f"{request.card.deploy.ir_precision} weights were asked for in OpenVINO's files, and {winner} uses none; "
+                     "add --runtime openvino to have them")  # fmt: skip
     (out / "compile.json").write_text(json.dumps({"runtime": winner, "entry": entries[winner].name, "times": times}))

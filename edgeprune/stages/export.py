@@ -1,4 +1,4 @@
-"""Export: the tuned model as ONNX, batch 1, static shapes, checked against torch on calibration images.
+"""Export: the tuned model as ONNX, with the batch and the input that are asked for, checked against torch on calibration images.
 
 Writes `exported.onnx` and `export.json` (greatest difference, top-1 agreement).
 """
@@ -10,55 +10,135 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import onnx
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
 
-from edgeprune import artifact, numerics, vit
+from edgeprune import artifact, folding, images, intake, numerics, tasks, vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.config import Request
+from edgeprune.config import CLASSIFY, FEATURES, Request
 from edgeprune.console import Console
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.intake import Intake
+from edgeprune.runtimes import BATCH
 from edgeprune.stages import baseline
 
+M = TypeVar("M", bound=nn.Module)
+
 OPSET = 20  # the first with Gelu as one node
-INPUT, OUTPUT = "pixels", "logits"
+INPUT, OUTPUT, EMBEDDING = "pixels", "logits", "embedding"
 CHECK_IMAGES = 32
 MAX_TIES = 1 / 16  # share of the images whose dropped tokens may differ
 MAX_ERROR = 1e-3  # of the logits' greatest magnitude; fp32 kernels differ in summation order
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """What files of a model are like: how images enter them, and what they say of themselves."""
+
+    intake: Intake = field(default_factory=Intake)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)  # as in the manifest
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def deployed(request: Request, preprocessing: Mapping[str, Any], classes: Sequence[str]) -> Deployed:
+    """What the request asks for; classes: as the data set names them. Raises UsageError for what cannot be had."""
+    asked = request.card.deploy
+    size = intake.frame(asked.fold_preprocessing, preprocessing)
+    made = Intake(asked.batch, asked.dynamic_batch, size)
+    names = asked.class_names or classes
+    if request.card.task == CLASSIFY and asked.class_names and len(classes) not in (0, len(names)):
+        raise UsageError(f"the card names {len(names)} classes ('class_names'), the data set has {len(classes)}")
+    metadata = {BATCH: str(asked.batch), "task": request.card.task}
+    if request.card.task == CLASSIFY and names:
+        metadata["classes"] = json.dumps(list(names), ensure_ascii=False)
+    if not made.folded:
+        metadata["preprocessing"] = json.dumps(preprocessing)
+    return Deployed(made, preprocessing, metadata)
+
+
+def deploy(model: M, how: Deployed) -> M:
+    """The same model, which from now on is exported so; copies of it are too."""
+    cast: Any = model
+    cast.deployed = how
+    return model
+
+
+def how(model: nn.Module) -> Deployed:
+    """How the model is exported: one image of normalised pixels, unless it was told otherwise."""
+    found: Deployed = getattr(model, "deployed", Deployed())
+    return found
+
+
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
     dense = baseline.load(request, read["baseline"])
     model = artifact.rebuild(artifact.read_plan(read["finetune"] / "plan.json"), read["finetune"] / "model.safetensors")
+    deploy(model, how(dense.model))
     path = out / "exported.onnx"
     with console.busy("torch to ONNX"):
         to_onnx(model, dense.sizes.image, path)
-    images, _ = next(dense.splits.calibration.batches(CHECK_IMAGES))
-    facts = compare(model, path, images)
-    console.say(f"ONNX opset {OPSET}; against torch on {len(images)} images: greatest relative difference "
+    facts = compare(model, path, *check_images(dense, CHECK_IMAGES))
+    console.say(f"ONNX opset {OPSET}; against torch on {facts['images']} images: greatest relative difference "
                 f"{facts['max_error']:.1e}, top-1 agreement {facts['agreement']:.1%}")  # fmt: skip
     (out / "export.json").write_text(json.dumps(facts))
 
 
+def output(model: nn.Module) -> str:
+    """What the files call what they say."""
+    return EMBEDDING if tasks.of(model) == FEATURES else OUTPUT
+
+
+def check_images(dense: baseline.Dense, count: int) -> tuple[Tensor, NDArray[Any]]:
+    """The first calibration images as the torch model takes them, `[n, channels, height, width]`, and as the files do."""
+    taken, some = how(dense.model), dense.splits.calibration.take(count)
+    served, _ = next(dense.served(some).batches(count))
+    if not taken.intake.folded:
+        return served, served.numpy()
+    pixels = [
+        images.preprocess(Image.fromarray(raw.squeeze(-1) if raw.shape[-1] == 1 else raw), taken.preprocessing)
+        for raw in served.numpy()
+    ]
+    return torch.from_numpy(np.stack(pixels)), served.numpy()
+
+
 def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -> None:
-    """Write the model as ONNX with one input `pixels` `[1, *image]` and one output `logits` `[1, classes]`."""
+    """Write the model as ONNX with one input `pixels` `[1, *image]` and one output `logits` `[1, classes]`, or `embedding`.
+
+    Or with another batch, any batch, or the preprocessing folded in, as `deploy` said.
+    """
+    asked = how(model)
+    dynamic = asked.intake.dynamic
+    batch = max(2, asked.intake.batch) if dynamic else asked.intake.batch  # a dynamic one of 1 would be taken for fixed
     with _quiet():
         program = torch.onnx.export(
-            model.eval(), (torch.zeros(1, *image),), dynamo=True, opset_version=OPSET,
-            input_names=[INPUT], output_names=[OUTPUT], verbose=False,
+            model.eval(), (torch.zeros(batch, *image),), dynamo=True, opset_version=OPSET,
+            input_names=[INPUT], output_names=[output(model)], verbose=False,
+            dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic else None,
         )  # fmt: skip
         assert program is not None
         program.save(str(path), external_data=False)
+    if asked == Deployed():
+        return
+    proto = onnx.load(path)
+    if asked.intake.frame is not None:
+        folding.fold(proto, asked.intake.frame, asked.preprocessing)
+    onnx.helper.set_model_props(proto, dict(asked.metadata))
+    onnx.save(proto, path)
 
 
 @torch.no_grad()
-def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, Any]:
-    """Greatest difference, relative to the greatest logit, and top-1 agreement of the ONNX with torch.
+def compare(model: VisionTransformer, path: Path, images: Tensor, served: NDArray[Any] | None = None) -> dict[str, Any]:
+    """Greatest difference, relative to the greatest output, and top-1 agreement (`tasks.top1`) of the ONNX with torch.
+
+    served: the images as the file takes them, if that is not as the model does.
 
     Where tokens are dropped, two that matter nearly alike may change places between runtimes, and the logits of that
     image with them: such images may be a few, and are counted apart. Raises EdgepruneError above `MAX_ERROR`.
@@ -68,7 +148,11 @@ def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, A
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    got = np.concatenate([session.run([OUTPUT], {INPUT: image[None].numpy()})[0] for image in images])
+    inputs, batch = images.numpy() if served is None else served, how(model).intake.batch
+    parts = [inputs[i : i + batch] for i in range(0, len(inputs), batch)]
+    short = batch - len(parts[-1])
+    parts[-1] = np.concatenate([parts[-1], np.repeat(parts[-1][-1:], short, axis=0)])
+    got = np.concatenate([session.run(None, {INPUT: part})[0] for part in parts])[: len(inputs)]
     wanted = model(images)
     numerics.refuse_not_finite(
         model, images, wanted, "export", "lower [finetune] learning_rate, or ask for a milder latency"
@@ -79,7 +163,8 @@ def compare(model: VisionTransformer, path: Path, images: Tensor) -> dict[str, A
     if not any(isinstance(block, vit.ReducingBlock) for block in model.blocks) or ties.mean() > MAX_TIES:
         ties[:] = False
     error = float(errors[~ties].max())
-    agreement = float((got.argmax(-1) == want.argmax(-1)).mean())
+    task = tasks.of(model)
+    agreement = float((tasks.top1(torch.from_numpy(got), task) == tasks.top1(wanted, task)).float().mean())
     if not error <= MAX_ERROR:
         raise EdgepruneError(
             f"the ONNX differs from torch by {error:.1e} of the greatest logit (at most {MAX_ERROR:.0e})"

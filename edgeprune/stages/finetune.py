@@ -8,13 +8,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, vit
+from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, tasks, vit
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
+from edgeprune.data import Images
 from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 from edgeprune.tuning import launch
@@ -23,7 +25,7 @@ from edgeprune.tuning.judge import divergence, divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import to_json
 
-NEGLIGIBLE = 1e-3  # nats; AdamW's first steps alone move a model further than that
+NEGLIGIBLE = 1e-3  # nats, or of `tasks.scale`; AdamW's first steps alone move a model further than that
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
@@ -46,15 +48,16 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         raise UsageError(
             "stage finetune: the pruned model's divergence from the dense one is no number; choose another --recovery"
         )
+    scale = typical(dense, check, recipe.batch_size)
     history = History()
     if planned.plan == vit.dense_plan(dense.sizes):
         console.say("nothing was pruned: no tuning")
     elif sum(recipe.epochs) <= 0:
         console.say("no tuning: 0 epochs were asked for")
-    elif before < NEGLIGIBLE:
+    elif before < NEGLIGIBLE * scale:
         console.say(
             f"no tuning: on {len(check)} unseen images the pruned model diverges from the dense one by {before:.1e} nats, "
-            f"less than {NEGLIGIBLE:.0e}; there is nothing to recover"
+            f"less than {NEGLIGIBLE * scale:.0e}; there is nothing to recover"
         )
     else:
         history = tune(student, planned, dense, recipe, request, out, console)
@@ -74,8 +77,21 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         few, all_ = ((out / name).stat().st_size / 1e6 for name in (artifact.ADAPTERS, "model.safetensors"))
         console.say(f"adapters and what else was tuned: {few:.2f} MB, of {all_:.2f} MB of weights")
     dense.splits.report(out, console)
-    document = {"divergence_before": before, "divergence_after": after, "epochs": recipe.epochs, **to_json(history)}
+    document = {
+        "divergence_before": before,
+        "divergence_after": after,
+        "scale": scale,
+        "epochs": recipe.epochs,
+        **to_json(history),
+    }
     (out / "finetune.json").write_text(json.dumps(document))
+
+
+@torch.no_grad()
+def typical(dense: baseline.Dense, check: Images, batch_size: int) -> float:
+    """`tasks.scale` of what the dense model says of the check images."""
+    said = torch.cat([dense.model(pixels) for pixels, _ in check.batches(batch_size)])
+    return tasks.scale(said, tasks.of(dense.model))
 
 
 def tune(

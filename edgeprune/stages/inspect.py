@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edgeprune import artifact, corruptions, inspection
-from edgeprune.config import Request
+from edgeprune import artifact, corruptions, inspection, neighbours
+from edgeprune.config import FEATURES, Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.inspection import Predictions
 from edgeprune.latency import choose, machine, resources
 from edgeprune.latency.clock import Clock
-from edgeprune.stages import baseline, profile, validate
+from edgeprune.neighbours import Predictor
+from edgeprune.stages import baseline, export, profile, validate
 
 SEVERITY = 3
 #: How long both models run on corrupted images; it decides how many, a chunk at least.
@@ -35,6 +36,7 @@ ROBUSTNESS_IMAGES = 256  # at most
 CHUNK = 16
 GEOMETRY_IMAGES = 64
 EXAMPLES = 12  # flipped images shown, of each kind
+POWERED = 8  # images that run over and over while memory and energy are measured, or a whole batch
 THUMBNAIL = 96  # pixels
 BATCH = 32
 
@@ -70,14 +72,19 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     with clock() as answering:
         answering.load("dense", read["baseline"] / "dense.onnx")
         answering.load("pruned", entry)
-        robust = robustness(answering, parts, said, dense.transforms, request.seed, console)
+        judge: Predictor = answering
+        if request.card.task == FEATURES:
+            judge = neighbours.Judge(answering, _references(request, read["validate"]))
+        served = {name: dense.served(own) for name, own in parts.items()}
+        robust = robustness(judge, served, said, dense.transforms, request.seed, console)
     first = next(iter(parts.values()))
     few = next(first.take(GEOMETRY_IMAGES).batches(GEOMETRY_IMAGES))[0]
     planned = artifact.read_plan(read["finetune"] / "plan.json")
     pruned = artifact.rebuild(planned, read["finetune"] / "model.safetensors")
     files = {"dense": read["baseline"] / "dense.onnx", "pruned": entry}
+    _, inputs = export.check_images(dense, max(POWERED, export.how(dense.model).intake.batch))
     with console.busy("memory and energy"):
-        used = {name: resources.of_model(clock, path, few[:8].numpy()) for name, path in files.items()} if here else {}
+        used = {name: resources.of_model(clock, path, inputs) for name, path in files.items()} if here else {}
     facts = {
         "images": len(every.labels),
         "classes": inspection.per_class(every, dense.splits.classes),
@@ -97,8 +104,15 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     )  # fmt: skip
 
 
+def _references(request: Request, folder: Path) -> dict[str, neighbours.Reference]:
+    """What the stage validate judged both models by."""
+    classes = artifact.read_json(folder / "validation.json")["features"]["classes"]
+    count = request.card.features.neighbours
+    return {name: neighbours.load(folder / f"{name}-{neighbours.FILE}", count, classes) for name in inspection.MODELS}
+
+
 def robustness(
-    clock: Clock, parts: Mapping[str, Images], said: Mapping[str, Predictions], transforms: Mapping[str, Any], seed: int,
+    clock: Predictor, parts: Mapping[str, Images], said: Mapping[str, Predictions], transforms: Mapping[str, Any], seed: int,
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Accuracy of both loaded models on corrupted copies of the same images, drawn by the seed, as many as time allows.
@@ -119,8 +133,16 @@ def robustness(
                 break
             mine = np.sort(drawn[at : at + CHUNK])
             pixels, labels = _drawn(parts, said, mine)
-            images = np.round(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
-            chunks.append(np.stack([_right(clock, kind, images, labels, rng, mean, std) for kind in corruptions.KINDS]))
+            images = pixels if pixels.dtype == np.uint8 else _unnormalised(pixels, mean, std)
+            raw = pixels.dtype == np.uint8
+            chunks.append(
+                np.stack(
+                    [
+                        _right(clock, kind, images, labels, rng, None if raw else (mean, std))
+                        for kind in corruptions.KINDS
+                    ]
+                )
+            )
             seen.append(mine)
             advance(len(mine), "")
     right = np.concatenate(chunks, axis=-1)
@@ -140,19 +162,29 @@ def robustness(
 
 
 def _right(
-    clock: Clock, kind: str, images: NDArray[np.uint8], labels: NDArray[np.int64], rng: np.random.Generator,
-    mean: NDArray[np.float32], std: NDArray[np.float32],
+    clock: Predictor, kind: str, images: NDArray[np.uint8], labels: NDArray[np.int64], rng: np.random.Generator,
+    normal: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
 ) -> NDArray[np.bool_]:  # fmt: skip
-    """`[2, n]`: whether the dense and the pruned model name the corrupted images `[n, height, width, 3]` rightly."""
+    """`[2, n]`: whether the dense and the pruned model name the corrupted images `[n, height, width, 3]` rightly.
+
+    normal: mean and standard deviation by which images are normalised for the models; None = they take raw ones.
+    """
     changed = np.stack([corruptions.corrupt(kind, image, rng, SEVERITY) for image in images])
-    inputs = (changed.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - mean) / std
+    inputs: NDArray[Any] = changed
+    if normal is not None:
+        inputs = (changed.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) - normal[0]) / normal[1]
     return np.stack([clock.predict(name, inputs).argmax(-1) == labels for name in inspection.MODELS])
+
+
+def _unnormalised(pixels: NDArray[Any], mean: NDArray[np.float32], std: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """`[n, channels, height, width]` as images `[n, height, width, channels]`."""
+    return np.round(255 * np.clip(pixels * std + mean, 0, 1)).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def _drawn(
     parts: Mapping[str, Images], said: Mapping[str, Predictions], drawn: NDArray[np.int64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Pixels `[n, channels, height, width]` and labels of the images with these indices into all predictions."""
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Pixels, as the models' files take them, and labels of the images with these indices into all predictions."""
     pixels, labels, start = [], [], 0
     for name, own in said.items():
         mine = drawn[(drawn >= start) & (drawn < start + len(own.labels))] - start

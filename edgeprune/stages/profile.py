@@ -124,9 +124,11 @@ def fitting_shapes(sizes: vit.Anatomy, grid: tuple[int, ...], seed: int, patches
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
     """What of the model a latency table depends on."""
     return {
-        "architecture": request.card.architecture, "batch": 1, "tokens": sizes.tokens, "width": sizes.width,
+        "architecture": request.card.architecture, "batch": request.card.deploy.batch, "tokens": sizes.tokens, "width": sizes.width,
         "blocks": sizes.blocks, "heads": sizes.heads, "head_dim": sizes.head_dim, "neurons": sizes.neurons,
         "classes": sizes.num_classes,
+        **({"dynamic_batch": True} if request.card.deploy.dynamic_batch else {}),
+        **({"folded": request.card.deploy.fold_preprocessing} if request.card.deploy.fold_preprocessing else {}),
     }  # fmt: skip
 
 
@@ -162,7 +164,11 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         "target": request.target.name, "precision": request.precision,
         **{f"model's {key}": value for key, value in describe(request, sizes).items() if key != "architecture"},
     }  # fmt: skip
-    wrong = [f"{key} is {found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
+    wrong = [
+        f"{key} is {found.get(key)}, not {wanted.get(key)}"
+        for key in dict.fromkeys([*wanted, *found])
+        if found.get(key) != wanted.get(key)
+    ]
     if request.runtime not in ("", recorded.runtime):
         wrong.append(f"runtime is {recorded.runtime}, not {request.runtime}")
     if request.threads not in (0, recorded.threads):

@@ -43,7 +43,9 @@ def shape_models(model: VisionTransformer, grid: tuple[int, ...], folder: Path, 
 def width_models(model: VisionTransformer, widths: Sequence[int], folder: Path) -> dict[int, Path]:
     """ONNX files of full-depth models with all heads and these MLP widths in every block, by width."""
     sizes = vit.anatomy(model)
-    marker = 0 if sizes.gated else marker_width(sizes)  # a gated layer has twice the width, and splits it
+    marker = (
+        0 if sizes.gated else marker_width(sizes, export.how(model).intake.frame or ())
+    )  # a gated layer has twice the width, and splits it
     paths = {width: folder / f"neurons{width}.onnx" for width in widths}
     for width in (w for w in widths if w == 0 or w > marker):
         export_shape(model, ((sizes.heads, width),) * sizes.blocks, sizes, paths[width])
@@ -136,9 +138,9 @@ def export_shape(
     exported.unlink()
 
 
-def marker_width(sizes: vit.Anatomy) -> int:
-    """The greatest prime below the dense MLP width; no other size of a ViT is a large prime."""
-    taken = {sizes.tokens, sizes.tokens - 1, sizes.width, 3 * sizes.width, sizes.num_classes, *sizes.image}
+def marker_width(sizes: vit.Anatomy, others: Sequence[int] = ()) -> int:
+    """The greatest prime below the dense MLP width; no other size of a ViT is a large prime, and it is none of `others`."""
+    taken = {sizes.tokens, sizes.tokens - 1, sizes.width, 3 * sizes.width, sizes.num_classes, *sizes.image, *others}
     for number in range(sizes.neurons - 1, 1, -1):
         if number not in taken and all(number % d for d in range(2, int(number**0.5) + 1)):
             return number

@@ -34,10 +34,13 @@ def simplify(source: Path, target: Path) -> tuple[Counter[str], Counter[str]]:
     import onnxsim
 
     model = onnx.load(source)
-    simplified, ok = onnxsim.simplify(model)
+    [source_input] = model.graph.input
+    shape = [size.dim_value or 2 for size in source_input.type.tensor_type.shape.dim]  # of the images it is compared on
+    simplified, ok = onnxsim.simplify(model, test_input_shapes={source_input.name: shape})
     if not ok:
         raise EdgepruneError(f"onnxsim could not confirm that the simplified '{source.name}' computes the same")
     onnx.checker.check_model(simplified)
+    onnx.helper.set_model_props(simplified, {one.key: one.value for one in model.metadata_props})
     onnx.save(simplified, target)
     return _operators(model), _operators(simplified)
 

@@ -72,11 +72,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     save_file({k: v.contiguous() for k, v in cut.state_dict().items()}, out / "model.safetensors")
     planned = PlannedModel(
         request.card.architecture,
-        request.card.kwargs,
+        request.card.arguments,
         dense.sizes.num_classes,
         plan,
         table.predict_ms(plan.shape),
         limit,
+        request.card.task,
     )
     write_plan(planned, out / "plan.json")
     dense.splits.report(out, console)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgeprune import artifact, checks, inspection, vit
-from edgeprune.config import Request
+from edgeprune import artifact, checks, inspection, neighbours, vit
+from edgeprune.config import FEATURES, Request
 from edgeprune.console import Console
 from edgeprune.data import Images
 from edgeprune.errors import UsageError
@@ -56,9 +57,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             for name, path in files.items():
                 clock.load(name, path)
             worker = worker if here else clock.info
+        classes, judge = dense.sizes.num_classes, None
+        answering: neighbours.Predictor = clock
+        if request.card.task == FEATURES:
+            answering = judge = judged_by_neighbours(clock, request, dense, out, console)
+            classes = judge.references["pruned"].classes
         parts = dense.splits.domains or {"": dense.splits.evaluation}
         said = {
-            name: inspection.predictions(clock, "dense", "pruned", _arrays(images, dense.sizes.num_classes, console))
+            name: inspection.predictions(answering, "dense", "pruned", _arrays(dense.served(images), classes, console))
             for name, images in parts.items()
         }
     inspection.save(said, out / "answers.npz")
@@ -66,13 +72,18 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     held_out = request.card.data.held_out_domain or None
     accuracy = checks.summary(*(own for name, own in answers.items() if name != held_out))
     domains = [checks.domain_facts(name, own, held_out=name == held_out) for name, own in answers.items() if held_out]
-    if checks.collapsed(accuracy, dense.sizes.num_classes):
+    if checks.collapsed(accuracy, classes):
         console.warn(why_collapsed(accuracy, read["finetune"], planned.limit_ms / table.dense_ms))
     gates = [timed.check]
     if request.max_drop is not None:
         gates.append(checks.accuracy_check(accuracy, request.max_drop))
     for check in gates:
         console.say(f"{check.name}: {check.verdict} ({check.reason})")
+    embedded = features_facts(judge, said) if judge is not None else {}
+    if embedded:
+        cosine = embedded["cosine"]
+        console.say(f"cosine similarity to the dense embeddings: {cosine['mean']:.4f} on average, below {cosine['p1']:.4f} for 1 % of the images; "
+                    f"accuracy is that of {embedded['neighbours']} nearest neighbours among {embedded['reference']} reference images")  # fmt: skip
     for found in domains:
         console.say(f"domain '{found['name']}'{', held out' * found['held_out']}: {found['dense']:.2f} % dense, "
                     f"{found['pruned']:.2f} % pruned on {found['images']} images")  # fmt: skip
@@ -89,6 +100,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "accuracy": asdict(accuracy),
         "data": dense.splits.facts,
         **({"domains": domains} if domains else {}),
+        **({"features": embedded} if embedded else {}),
         "worker": worker,
     }  # fmt: skip
     (out / "validation.json").write_text(json.dumps(facts, indent=1))
@@ -96,12 +108,61 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     np.savez_compressed(out / "validation.npz", pruned=timed.samples_ms[0], dense=timed.samples_ms[1])
 
 
+def judged_by_neighbours(
+    clock: Clock, request: Request, dense: baseline.Dense, out: Path, console: Console
+) -> neighbours.Judge:
+    """The loaded embedding models as classifiers, by labelled training images; these are written to `out`."""
+    asked, images = request.card.features, dense.splits.train.take(request.card.features.reference)
+    classes = len(dense.splits.classes) or 1 + int(
+        max(_labels(part).max() for part in (images, dense.splits.evaluation))
+    )
+    with console.progress("reference", len(images), "images") as advance:
+
+        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for pixels, labels in dense.served(images).batches(BATCH):
+                yield pixels.numpy(), labels.numpy()
+                advance(len(labels), "")
+
+        found = neighbours.refer(clock, inspection.MODELS, batches(), asked.neighbours, classes)
+    for name, reference in found.items():
+        neighbours.save(reference, out / f"{name}-{neighbours.FILE}")
+    return neighbours.Judge(clock, found)
+
+
+def _labels(images: Images) -> NDArray[np.int64]:
+    """`[n]`; read with the images where the data set lists none."""
+    listed = images.listed_labels()
+    return listed if listed is not None else np.concatenate([labels.numpy() for _, labels in images.batches(BATCH)])
+
+
+def features_facts(judge: neighbours.Judge, said: Mapping[str, inspection.Predictions]) -> dict[str, Any]:
+    """How near the pruned model's embeddings of the evaluation images are to the dense one's, and who can search for whom."""
+    dense, pruned = (judge.embeddings(name) for name in inspection.MODELS)
+    labels = np.concatenate([own.labels for own in said.values()])
+    cosines = (dense * pruned).sum(-1) / np.maximum(
+        np.linalg.norm(dense, axis=-1) * np.linalg.norm(pruned, axis=-1), 1e-12
+    )
+    index = judge.references["dense"]
+    return {
+        "dimensions": dense.shape[1],
+        "classes": index.classes,
+        "neighbours": index.neighbours,
+        "reference": len(index.labels),
+        "cosine": {
+            "mean": float(cosines.mean()),
+            "p1": float(np.quantile(cosines, 0.01)),
+            "least": float(cosines.min()),
+        },
+        "in_dense_index": 100 * float((index.logits(pruned).argmax(-1) == labels).mean()),
+    }
+
+
 def why_collapsed(accuracy: checks.Accuracy, tuned: Path, share: float) -> str:
     """In words: how far accuracy fell, and which stage it fell in, as the divergence along the way tells."""
     facts = artifact.read_json(tuned / "finetune.json")
     before, after, steps = facts["divergence_before"], facts["divergence_after"], len(facts["losses"])
     fell = f"accuracy has collapsed from {accuracy.dense:.2f} % to {accuracy.pruned:.2f} %"
-    if after < LITTLE:
+    if after < LITTLE * facts["scale"]:
         return (
             f"{fell}, though the torch model diverges from the dense one by {after:.4f} nats only: the cause is the export "
             "or the runtime, or evaluation images unlike the training ones; this is worth a report"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from edgeprune import tasks
 from edgeprune.compat import VisionTransformer
 from edgeprune.data import Images
 from edgeprune.tuning.group import Group
@@ -31,30 +31,26 @@ def divide(images: Images) -> tuple[Images, Images]:
 
 @torch.no_grad()
 def divergence(student: VisionTransformer, teacher: VisionTransformer, images: Images, batch_size: int) -> float:
-    """Mean KL(teacher || student) of the predicted classes, in nats."""
+    """Mean KL(teacher || student) of what they say, in nats (`tasks.divergence`)."""
     total = count = 0.0
     for pixels, _ in images.batches(batch_size):
-        total += float(_divergence(student(pixels), teacher(pixels).log_softmax(-1)))
+        total += float(tasks.divergence(student(pixels).float(), teacher(pixels), tasks.of(teacher)))
         count += len(pixels)
     return total / count
-
-
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    return F.kl_div(logits.float().log_softmax(-1), wanted, log_target=True, reduction="sum")
 
 
 class Judge:
     """`divergence` on fixed images, shared out over the processes; the teacher is asked once. Calls are counted in float32."""
 
     def __init__(self, teacher: VisionTransformer, check: Images, batch_size: int, group: Group) -> None:
-        self.group = group
+        self.group, self.task = group, tasks.of(teacher)
         own = check.with_transform(check.transform)
         own.indices = check.indices[group.rank :: group.size]
         self.batches: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for pixels, _ in own.batches(batch_size):
                 pixels = pixels.to(group.device)
-                self.batches.append((pixels, teacher(pixels).log_softmax(-1)))
+                self.batches.append((pixels, teacher(pixels)))
 
     @torch.no_grad()
     def __call__(self, student: VisionTransformer) -> float:
@@ -62,7 +58,9 @@ class Judge:
         student.eval()
         facts = torch.zeros(2, dtype=torch.float64, device=self.group.device)
         for pixels, wanted in self.batches:
-            facts += torch.stack([_divergence(student(pixels), wanted).double(), facts.new_tensor(len(pixels))])
+            facts += torch.stack(
+                [tasks.divergence(student(pixels).float(), wanted, self.task).double(), facts.new_tensor(len(pixels))]
+            )
         student.train(training)
         total, count = self.group.total(facts).tolist()
         return total / max(count, 1.0)

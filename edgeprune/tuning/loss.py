@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune import vit
+from edgeprune import tasks, vit
 from edgeprune.compat import VisionTransformer
-from edgeprune.config import Recipe
+from edgeprune.config import CLASSIFY, Recipe
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ def read_tokens(model: VisionTransformer) -> Tensor:
     draw = torch.randn(1, sizes.tokens, sizes.width, generator=torch.Generator().manual_seed(0))
     stream = draw.to(parameter.device, parameter.dtype).requires_grad_()
     with torch.enable_grad():
-        [gradient] = torch.autograd.grad(vit.classify(model, stream).square().sum(), stream)
+        said = vit.classify(model, stream)
+        # along a random direction: the length of an embedding may be fixed by the norm that ends it
+        along = torch.randn(said.shape, generator=torch.Generator().manual_seed(1)).to(said)
+        [gradient] = torch.autograd.grad((said * along).sum(), stream)
     return gradient.abs().sum((0, 2)) > 0
 
 
@@ -83,9 +86,10 @@ def total_loss(
     if targets is None:
         return loss
     if recipe.logit_weight:
-        t = recipe.temperature
-        own, wanted = F.log_softmax(logits / t, -1), F.log_softmax(targets.logits / t, -1)
-        loss = loss + recipe.logit_weight * t * t * F.kl_div(own, wanted, log_target=True, reduction="sum")
+        task = tasks.of(student)
+        t = recipe.temperature if task == CLASSIFY else 1.0  # a cosine has none
+        apart = tasks.divergence(logits / t, targets.logits / t, task)
+        loss = loss + recipe.logit_weight * t * t * apart
     if recipe.token_weight and targets.tokens:
         chosen = feature_layers(len(hidden), recipe.token_layers)
         distances = [

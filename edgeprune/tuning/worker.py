@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from edgeprune import artifact, config, data, vit
+from edgeprune import artifact, config, data, tasks, vit
 from edgeprune.config import ModelSpec, Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError, UsageError
@@ -72,7 +72,7 @@ def tune(folder: Path, group: Group) -> None:
     recipe = config.parse(Recipe, job["recipe"], JOB)
     planned = artifact.read_plan(folder / "plan.json")
     student = artifact.rebuild(planned, folder / "student.safetensors")
-    teacher = vit.create(planned.architecture, planned.kwargs, planned.num_classes)
+    teacher = tasks.mark(vit.create(planned.architecture, planned.kwargs, planned.num_classes), planned.task)
     vit.load_weights(teacher, vit.read_weights(folder / "teacher.safetensors"), str(folder))
     transforms = data.transform_config(card, teacher)
     check, train = judge.divide(data.load_splits(card, transforms, job["seed"], data.Chosen.find(folder)).train)

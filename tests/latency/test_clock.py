@@ -35,6 +35,7 @@ cached = [None, 0]  # the session that ran last, and how often
 
 class Session:
     input_shape = (1, 3)
+    input_type = "float32"
     def __init__(self, text, threads, precision):
         self.text, self.calls = text, 0
         self.facts = {"precision": precision, "threads": threads, "text": text}
@@ -144,7 +145,7 @@ def test_predict_runs_images_in_order(clock: Clock, tmp_path: Path) -> None:
     clock.load("m", model(tmp_path, "sleep 0"))
     images = np.random.default_rng(0).standard_normal((130, 3), dtype=np.float32)
     np.testing.assert_array_equal(clock.predict("m", images), 2 * images)
-    with pytest.raises(errors.UsageError, match=r"takes \(1, 3\), not \(1, 4\)"):
+    with pytest.raises(errors.UsageError, match=r"takes float32 \(1, 3\), not float32 \(1, 4\)"):
         clock.predict("m", np.zeros((1, 4), np.float32))
     with pytest.raises(errors.UsageError, match="no images"):
         clock.predict("m", images[:0])
