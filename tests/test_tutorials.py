@@ -64,7 +64,7 @@ def follow(name: str) -> dict[str, Result]:
 
 def test_every_tutorial_is_listed_and_has_a_test() -> None:
     listed = re.findall(r"\]\((\S+)\.md\)", (DOCS / "README.md").read_text())
-    assert sorted(name for name in listed if not name.startswith("..")) == TUTORIALS
+    assert sorted(name for name in listed if not name.startswith("..") and name != "scale") == TUTORIALS
     source = Path(__file__).read_text()
     for name in TUTORIALS:
         assert commands(name)
