@@ -55,6 +55,7 @@ def request(
     accelerate_config: str | Path | None = None,
     device: str = "",
     accuracy_on: str = "build",
+    max_memory: str = "",
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
@@ -62,7 +63,7 @@ def request(
     is judged only. selection: which training images calibrate. tune_on: the share of the others that is tuned on,
     chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
     tokens stay where some go. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
-    "build" or "device", where accuracy is judged then.
+    "build" or "device", where accuracy is judged then. max_memory: as "4GiB", "" = no limit; see `edgeprune.footprint`.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
@@ -97,6 +98,7 @@ def request(
         dims=chosen, reducer=reducer, search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
+        max_memory=config.parse_size(max_memory, "max-memory") if max_memory else None,
     )  # fmt: skip
     return made, latencies
 

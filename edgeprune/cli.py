@@ -160,6 +160,7 @@ MACHINE = _options(
     click.option("--seed", default=0, show_default=True, help="Seed of data splits, sampling and tuning."),
     click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune)."),
     click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed."),
+    click.option("--max-memory", default="", metavar="SIZE", help="What this may take at most, as 4GiB: more than that waits on disk, and what cannot is refused before any work."),
 )  # fmt: skip
 CI = _options(
     click.option("--junit", type=click.Path(), metavar="FILE", help="Write the gates to FILE as JUnit XML; an undecided one is an error."),

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 1 << 27  # of an image on its way to the model: 400 MB
 MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
-DIGITS_TEST = 599  # of 1,797; a fixed third, never trained on, whatever the seed
+DIGITS = 1797
+DIGITS_TEST = 599  # of them; a fixed third, never trained on, whatever the seed
 DIGITS_SOURCE = "scikit-learn digits"
 DIVIDED = " (divided 80:20)"  # ends the name of a source without an evaluation part of its own
 EVAL_SPLITS = ("validation", "val", "test")

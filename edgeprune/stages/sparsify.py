@@ -62,6 +62,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             seed=request.seed,
             console=console,
             coach=coach,
+            lesson_bytes=request.lesson_bytes,
         )
         plan = coach.plan()
         gates.remove()

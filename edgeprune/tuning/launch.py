@@ -74,6 +74,7 @@ def fit(
         artifact.write_plan(planned, folder / "plan.json")
         job = {
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,
+            "lesson_bytes": request.lesson_bytes and request.lesson_bytes // max(1, request.processes),
             "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(to_json(job)))

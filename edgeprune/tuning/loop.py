@@ -74,6 +74,7 @@ def fit(
     group: Group | None = None,
     coach: Coach | None = None,
     checkpoint: Checkpoint | None = None,
+    lesson_bytes: int | None = None,
 ) -> History:
     """Tune `student` in place on `train`, phase after phase of the recipe; leaves it in eval mode, on the CPU.
 
@@ -82,6 +83,7 @@ def fit(
     `config` is timm's data config. `group` is this process unless `accelerate launch` started several.
     `coach` sees every step and may add to the loss; it is meant for one process, and for no `check`.
     `checkpoint`: where the state is kept from time to time, and gone on from when there is one; for one process too.
+    `lesson_bytes`: how much of images and answers may be kept to be used again, None = `lessons.CACHE_BYTES`.
     With `check` images a loss that stops being a number ends the phase, and the best weights stay; without them
     UsageError is raised, as it is when the recipe does not fit.
     """
@@ -116,7 +118,7 @@ def fit(
             images = train.with_transform(train_transform(config, recipe.augment, size))
             phase = Phase(
                 student, images, recipe, epochs, teacher, judge, seed + 1000 * number, console, group, history,
-                coach or Coach(), checkpoint, number,
+                coach or Coach(), checkpoint, number, lesson_bytes,
             )  # fmt: skip
             phase.run(f"tuning at {size or own_size[0]} px", resumed)
             resumed = None
@@ -154,6 +156,7 @@ class Phase:
     coach: Coach
     checkpoint: Checkpoint | None = None
     number: int = 0
+    lesson_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.taken = 0  # lessons, before the schedule that is running
@@ -169,6 +172,7 @@ class Phase:
             echo=1 if self.teacher is None else self.recipe.echo,
             workers=loader_workers(self.group.device),
             console=self.console,
+            room=self.lesson_bytes,
         )
         self.steps = max(1, round(self.lessons.per_epoch * self.epochs))
         asked, where = self.recipe.precision, self.group.device

@@ -85,7 +85,16 @@ def tune(folder: Path, group: Group) -> None:
         f"{group.size} processes tune on {group.device.type}, each on its share of every {recipe.batch_size} images"
     )
     history = loop.fit(
-        student, train, recipe, transforms, teacher=teacher, check=check, seed=job["seed"], console=console, group=group
+        student,
+        train,
+        recipe,
+        transforms,
+        teacher=teacher,
+        check=check,
+        seed=job["seed"],
+        console=console,
+        group=group,
+        lesson_bytes=job["lesson_bytes"],
     )
     (folder / f"unreadable-{group.rank}.json").write_text(json.dumps(train.corrupt))
     if group.rank == 0:
