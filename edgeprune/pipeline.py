@@ -142,7 +142,7 @@ PROFILING = (
 ASKS: dict[str, Callable[[Request], Any]] = {
     "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
     "weights": lambda r: _weights_key(r),
-    "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),
+    "data": lambda r: (r.card.data, data_key(r.card.data.dir)),
     "calibration": lambda r: r.card.calibration,
     "recipe": lambda r: (r.card.finetune, r.lesson_bytes),  # how many lessons are kept decides when they come again
     "target": lambda r: r.target,
@@ -583,7 +583,7 @@ def _device_key(request: Request) -> Any:
     return (*facts, machine.url) if machine.url else facts
 
 
-def _data_key(folder: str) -> str:
+def data_key(folder: str) -> str:
     """Names, sizes and times of all files of the data set."""
     digest = hashlib.sha256()
     for root, folders, files in os.walk(folder) if folder else ():

@@ -245,4 +245,5 @@ def test_the_digits_build_takes_no_more_than_it_says(tmp_path: Path, limit: str)
     options = ["--search-seconds", "20", "--epochs", "0.3", *(["--max-memory", limit] if limit else [])]
     expected, peak = built(config.shipped("models") / "digits.toml", target, profile, tmp_path, *options)
     print(f"digits {limit}: {expected / MIB:.0f} MiB expected, {peak / MIB:.0f} taken")
-    assert expected / 3 < peak < expected
+    # much below it where the machine is slow: then the search looks at fewer images
+    assert expected / 4 < peak < expected

@@ -18,7 +18,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, errors, extras
+from edgeprune import artifact, cache, errors, extras
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
 from edgeprune.errors import EdgepruneError, UsageError
@@ -75,7 +75,7 @@ def fit(
         job = {
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,
             "lesson_bytes": request.lesson_bytes and request.lesson_bytes // max(1, request.processes),
-            "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
+            "checkpoint": str(work / cache.CHECKPOINT), "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
         }  # fmt: skip
         (folder / "job.json").write_text(json.dumps(to_json(job)))
         if chosen is not None:
