@@ -234,7 +234,7 @@ def training_images(data: DataSpec) -> int | None:
     if data.name == "digits":
         return images.DIGITS - images.DIGITS_TEST
     part = Path(data.dir) / data.train_split
-    if data.name != "folder" or not Path(data.dir).is_dir():
+    if data.name != "folder" or not Path(data.dir).is_dir():  # an archive's directory is read later
         return None
     return sum(len(files) for _, _, files in os.walk(part if part.is_dir() else data.dir))
 

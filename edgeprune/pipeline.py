@@ -584,8 +584,11 @@ def _device_key(request: Request) -> Any:
 
 
 def data_key(folder: str) -> str:
-    """Names, sizes and times of all files of the data set."""
+    """Names, sizes and times of all files of the data set, or of the archive that it is."""
     digest = hashlib.sha256()
+    if folder and os.path.isfile(folder):
+        stat = os.stat(folder)
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     for root, folders, files in os.walk(folder) if folder else ():
         folders.sort()
         for name in sorted(files):

@@ -32,7 +32,7 @@ ROWS = (
      "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics"),
     ("config",),
     ("compat", "console", "methods", "shelf"),
-    ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile"),
+    ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile", "archives"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

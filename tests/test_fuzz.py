@@ -374,7 +374,7 @@ def test_images(tmp_path: Path, kind: str, count: int) -> None:
     @few(count)
     def test(seed: int) -> None:
         path.write_bytes(damaged(content, random.Random(seed)))
-        evaluation = images.Evaluation("x", ["x.png"], [0], lambda i: images.read_image(path))
+        evaluation = images.Evaluation("x", ["x.png"], [0], lambda i: images.read_image(path.open("rb")))
         survives(lambda: list(evaluation.batches(preprocessing, 1)))
         outcomes["noted" if evaluation.corrupt else "read"] += 1
 
