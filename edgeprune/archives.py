@@ -99,7 +99,7 @@ class Archive:
             if stat.S_ISLNK(mode) or (stat.S_IFMT(mode) and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)):
                 raise self._refused(info.orig_filename, "a link or a device")
             name = self._checked(info.orig_filename)
-            if info.is_dir():
+            if info.orig_filename.endswith("/"):
                 continue
             if info.flag_bits & 1:
                 raise self._refused(info.orig_filename, "encrypted")
