@@ -64,6 +64,7 @@ def request(
     device: str = "",
     accuracy_on: str = "build",
     sibling: Sequence[str | Path] | str | Path = (),
+    max_memory: str = "",
 ) -> tuple[Request, list[Latency]]:
     """Names and texts checked and turned into what the pipeline takes. Raises UsageError.
 
@@ -75,6 +76,7 @@ def request(
     chosen by the same selection. dims: what a plan may choose, "" = all that the allocator knows; reducer: which
     tokens stay where some go. device: that measures, a name or an ssh:// address; "" = this machine. accuracy_on:
     "build" or "device", where accuracy is judged then. sibling: artifacts whose dense models the report draws.
+    max_memory: as "4GiB", "" = no limit; see `edgeprune.footprint`.
     """
     texts = [latency] if isinstance(latency, str) else list(latency)
     latencies = list(dict.fromkeys(config.parse_latency(text) for text in texts))
@@ -126,6 +128,7 @@ def request(
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
         siblings=tuple(map(Path, [sibling] if isinstance(sibling, (str, Path)) else sibling)),
+        max_memory=config.parse_size(max_memory, "max-memory") if max_memory else None,
     )  # fmt: skip
     return made, latencies
 

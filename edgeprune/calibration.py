@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from edgeprune.data import Batch
+from edgeprune.shelf import MEMORY, Shelf
 from edgeprune.types import Levels, SubBlock
 
 #: (mean, damped covariance) of a layer's inputs.
@@ -26,7 +29,27 @@ class Calibration:
 
     levels: list[Levels]
     moments: dict[SubBlock, LayerMoments]  # of the inputs of every prunable layer
-    batches: list[Tensor]  # `[n, channels, height, width]`
+    batches: Sequence[Tensor]  # `[n, channels, height, width]`
     #: How much each token counts, per sub-block and batch `[n, tokens]`; None if all count alike.
     weights: dict[SubBlock, list[Tensor]] | None
     labelled: Callable[[], Iterator[Batch]]  # the same images with their labels
+    shelf: Shelf = MEMORY  # where what is known of each image waits
+
+    @property
+    def images(self) -> int:
+        return sum(self._lengths)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [len(batch) for batch in self.batches]
+
+    def pixels(self, start: int, stop: int) -> Tensor:
+        """The images from `start` to before `stop`, `[stop - start, channels, height, width]`."""
+        firsts = itertools.accumulate(self._lengths, initial=0)
+        ends = [(i, first, first + n) for i, (first, n) in enumerate(zip(firsts, self._lengths))]
+        parts = [
+            self.batches[i][max(start - first, 0) : stop - first]
+            for i, first, end in ends
+            if first < stop and start < end
+        ]
+        return torch.cat(parts)

@@ -148,7 +148,7 @@ TARGET = click.option(
 DATA = _options(
     click.option("--weights", type=click.Path(), metavar="FILE", help="Weights of the dense model, .safetensors or .pth, instead of the card's."),
     click.option("--data", default="", metavar="NAME", help="Data set in timm.data's names (folder, torch/cifar10, hfds/...), or digits."),
-    click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/)."),
+    click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/), or a .zip or .tar of one."),
     click.option("--held-out-domain", default="", metavar="NAME", help="DIR/<domain>/<class>/*: train and calibrate on the other domains only, and judge this one apart."),
 )  # fmt: skip
 TASK = click.option("--task", default="", metavar="NAME",
@@ -173,6 +173,7 @@ MACHINE = _options(
     click.option("--seed", default=0, show_default=True, help="Seed of data splits, sampling and tuning."),
     click.option("--cache-dir", type=click.Path(), metavar="DIR", help="Where finished stages are kept (default: $EDGEPRUNE_CACHE_DIR or ~/.cache/edgeprune)."),
     click.option("--rebuild", is_flag=True, help="Do every stage again, even where nothing has changed."),
+    click.option("--max-memory", default="", metavar="SIZE", help="What this may take at most, as 4GiB: more than that waits on disk, and what cannot is refused before any work."),
 )  # fmt: skip
 CI = _options(
     click.option("--junit", type=click.Path(), metavar="FILE", help="Write the gates to FILE as JUnit XML; an undecided one is an error."),

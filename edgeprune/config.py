@@ -45,6 +45,20 @@ def check_name(name: str, where: str) -> None:
         )
 
 
+#: 4GiB, 4G, 500MB, 1000
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of `4GiB`, `4G` (binary as well), `500MB` (decimal) or a plain number. Raises UsageError."""
+    found = SIZE.fullmatch(text.strip())
+    if found is None or not float(found[1]) or len(text) > 20:
+        raise UsageError(f"{option} must be a size such as 4GiB or 500MB, not '{text}'")
+    binary = found[3] or not text.strip().lower().endswith("b")
+    power = " kmgt".index(found[2].lower() or " ")
+    return int(float(found[1]) * (1024 if binary else 1000) ** power)
+
+
 class BadValue(ValueError):
     """A value that its field cannot have; the message names the key."""
 
@@ -263,6 +277,11 @@ class Request:
     accuracy_on: str = "build"  # where accuracy is judged: on the machine that builds, or on the device
     accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
     siblings: tuple[Path, ...] = ()  # artifacts whose dense models the report draws beside this one
+    max_memory: int | None = None  # bytes that the build may take; None = no limit
+    #: What follows from it, see `edgeprune.footprint`: bytes of activations that wait in memory, and of images and
+    #: answers that tuning keeps; None = as many as there are.
+    shelf_bytes: int | None = None
+    lesson_bytes: int | None = None
 
     @property
     def selects(self) -> bool:

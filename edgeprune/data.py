@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,15 @@ from edgeprune.images import (
     DIVIDED,
     EVAL_SPLITS,
     Digits,
-    check_links,
+    Folder,
+    Packed,
     divide,
     divide_domains,
     domain,
+    natural,
+    read_image,
     refuse_corrupt,
+    tree,
 )
 from edgeprune.intake import Intake
 
@@ -83,8 +87,7 @@ class Images(Dataset[Any]):
         file, label = reader[index][:2]  # not source[index]: timm replaces an unreadable image by its neighbour
         if isinstance(file, Image.Image):
             return file.convert("RGB"), label
-        with file, Image.open(file) as image:
-            return image.convert("RGB"), label
+        return read_image(file), label
 
     def note(self, bad: Corrupt) -> None:
         """Count an unreadable image; raises UsageError once more than 1 % are."""
@@ -145,6 +148,30 @@ class _Order(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self.order)
+
+
+class Unpacked:
+    """The images of an archive, or of one part of it, as timm reads a folder: each is labelled by the folder it lies in."""
+
+    def __init__(self, packed: Packed, part: str = "") -> None:
+        files = packed.files(part)
+        if stray := next((path for path in files if path.parent == PurePath(part)), None):
+            raise UsageError(f"'{packed.root / stray}' lies in no folder that names its class")
+        self.root, self.archive, self.reader = packed.root, packed.archive, self
+        names = sorted({path.parent.name for path in files}, key=natural)
+        self.class_to_idx = {name: i for i, name in enumerate(names)}
+        self.samples = [(str(path), self.class_to_idx[path.parent.name]) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        name, label = self.samples[index]
+        return self.archive.read(name), label
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        name = self.samples[index][0]
+        return str(self.root / name) if absolute else name
 
 
 @dataclass(frozen=True)
@@ -304,19 +331,17 @@ def _timm_sources(
     data: DataSpec, rng: np.random.Generator
 ) -> tuple[tuple[Any, np.ndarray, Any, np.ndarray], tuple[str, ...], str]:
     where = f"{data.name} data set" + (f" in '{data.dir}'" if data.dir else "")
-    if data.name == "folder" or data.name.startswith("torch/"):
-        _must_have_folder(data)
-    split = data.eval_split
-    if data.name == "folder":
+    split, found = data.eval_split, _tree(data)
+    if found is not None:
         parts = (split, *(s for s in EVAL_SPLITS if s != split))
-        split = next((s for s in parts if (Path(data.dir) / s).is_dir()), "")
-        if split and not (Path(data.dir) / data.train_split).is_dir():
+        split = next((s for s in parts if found.has(s)), "")
+        if split and not found.has(data.train_split):
             # timm would read the whole folder instead, evaluation images included
             raise UsageError(
                 f"'{data.dir}' has a folder '{split}' but no folder '{data.train_split}'; add the training images"
             )
-    train = _create(data, data.train_split, where)
-    evaluation = _create(data, split, where) if split else train
+    train = _create(data, data.train_split, where, found)
+    evaluation = _create(data, split, where, found) if split else train
     indices = np.arange(len(train))
     if split:
         chosen = (train, indices, evaluation, np.arange(len(evaluation)))
@@ -330,24 +355,26 @@ def _timm_sources(
     return chosen, classes, where
 
 
-def _must_have_folder(data: DataSpec) -> None:
-    if not data.dir:
+def _tree(data: DataSpec) -> Folder | Packed | None:
+    """Where the data set is a folder or an archive: its files. Raises UsageError where it should be and is not."""
+    of_folders = data.name == "folder"
+    if (of_folders or data.name.startswith("torch/")) and not data.dir:
         raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
-    if not Path(data.dir).is_dir():
+    if data.name.startswith("torch/") and not Path(data.dir).is_dir():
         raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
-    if data.name == "folder":
-        check_links(Path(data.dir))
+    return tree(Path(data.dir)) if of_folders else None
 
 
 def _domain_sources(
     data: DataSpec, rng: np.random.Generator
 ) -> tuple[tuple[Any, np.ndarray, Any, np.ndarray], dict[str, NDArray[np.int64]], tuple[str, ...], str]:
     """DIR/<domain>/<class>/*: what is trained on, the ordinary evaluation part, and what is judged of each domain."""
-    _must_have_folder(data)
+    found = _tree(data)
     where, held_out = f"folder data set in '{data.dir}'", data.held_out_domain
-    source = _create(data, "", where)
+    source = _create(data, "", where, found)
+    root = Path(data.dir)
     samples = [(Path(file), label) for file, label in source.reader.samples]
-    domains = [domain(file, Path(data.dir)) for file, _ in samples]
+    domains = [domain(file.relative_to(root) if root.is_dir() else file) for file, _ in samples]
     names, classes = sorted(set(domains)), _classes(source)
     if len(names) < 2:
         raise UsageError(f"'{data.dir}' has one domain only ({names[0]}); holding one out needs two, as "
@@ -367,8 +394,10 @@ def _domain_sources(
     return (source, train, source, evaluation), judged, classes, f"{where} without domain '{held_out}'{DIVIDED}"
 
 
-def _create(data: DataSpec, split: str, where: str) -> Any:
+def _create(data: DataSpec, split: str, where: str, found: Folder | Packed | None) -> Any:
     name = "" if data.name == "folder" else data.name
+    if isinstance(found, Packed):
+        return _filled(Unpacked(found, split if found.has(split) else ""), where)
     try:
         dataset = create_dataset(name, root=data.dir or None, split=split)
     except ImportError as error:
@@ -377,6 +406,10 @@ def _create(data: DataSpec, split: str, where: str) -> Any:
         raise UsageError(f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
     except OSError as error:
         raise StorageError(f"{where} cannot be read: {error}") from error
+    return _filled(dataset, where)
+
+
+def _filled(dataset: Any, where: str) -> Any:
     if len(dataset) == 0:
         raise UsageError(f"{where} holds no images")
     return dataset

@@ -11,13 +11,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune import extras
+from edgeprune.archives import Archive, is_archive
 from edgeprune.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 1 << 27  # of an image on its way to the model: 400 MB
 MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
-DIGITS_TEST = 599  # of 1,797; a fixed third, never trained on, whatever the seed
+DIGITS = 1797
+DIGITS_TEST = 599  # of them; a fixed third, never trained on, whatever the seed
 DIGITS_SOURCE = "scikit-learn digits"
 DIVIDED = " (divided 80:20)"  # ends the name of a source without an evaluation part of its own
 EVAL_SPLITS = ("validation", "val", "test")
@@ -66,9 +68,9 @@ def divide(count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDA
     return mixed[cut:], np.sort(mixed[:cut])
 
 
-def domain(path: Path, folder: Path) -> str:
-    """The domain that an image of DIR/<domain>/<class>/* belongs to; UsageError for one that lies elsewhere."""
-    parts = path.relative_to(folder).parts
+def domain(path: PurePath) -> str:
+    """The domain that an image <domain>/<class>/* of a folder belongs to; UsageError for one that lies elsewhere."""
+    parts = path.parts
     if len(parts) < 3:
         raise UsageError(f"'{path}' lies in no class of a domain; domains are read as DIR/<domain>/<class>/*")
     return parts[0]
@@ -122,6 +124,48 @@ def check_links(folder: Path) -> None:
 
 #: An image, and the manifest's `preprocessing` -> what a model file takes.
 Take = Callable[["Image.Image", Mapping[str, Any]], NDArray[Any]]
+
+
+class Folder:
+    """The image files below a folder, in timm's order. UsageError where there is none, or links lead out of it."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UsageError(f"there is no folder '{root}'; give --data-dir an existing folder of images")
+        check_links(root)
+        self.root = root
+
+    def has(self, part: str) -> bool:
+        return (self.root / part).is_dir()
+
+    def files(self, part: str = "") -> list[PurePath]:
+        """Relative to the folder; of one part of it alone, if that is named."""
+        return [path.relative_to(self.root) for path in image_files(self.root / part)]
+
+    def open(self, path: PurePath) -> BinaryIO:
+        return (self.root / path).open("rb")
+
+
+class Packed:
+    """The same of an archive."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.archive = root, Archive(root, SUFFIXES)
+        self._files = [PurePosixPath(name) for name in sorted(self.archive.entries, key=natural)]
+
+    def has(self, part: str) -> bool:
+        return any(len(path.parts) > 1 and path.parts[0] == part for path in self._files)
+
+    def files(self, part: str = "") -> list[PurePath]:
+        return [path for path in self._files if not part or (len(path.parts) > 1 and path.parts[0] == part)]
+
+    def open(self, path: PurePath) -> BinaryIO:
+        return self.archive.read(str(path))
+
+
+def tree(root: Path) -> Folder | Packed:
+    """The images of a folder, or of a .zip or .tar. Raises UsageError for anything else."""
+    return Packed(root) if is_archive(root) else Folder(root)
 
 
 @dataclass
@@ -202,9 +246,7 @@ def _digits() -> Evaluation:
 def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
     """The evaluation part of an image folder; what was divided 80:20 at build is divided alike."""
     extras.need("reading images", extras.IMAGES, "pip install 'edgeprune[runtime]'")
-    if not folder.is_dir():
-        raise UsageError(f"there is no folder '{folder}'; give --data-dir an existing folder of images")
-    check_links(folder)
+    found = tree(folder)
     if not manifest["classes"]:
         raise UsageError(
             f"the artifact names no classes, so the folders in '{folder}' cannot be matched to its logits; "
@@ -212,41 +254,41 @@ def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
         )
     recorded = manifest["data"]
     divided = recorded["source"].endswith(DIVIDED)
-    held_out = next((found["name"] for found in manifest.get("domains", ()) if found["held_out"]), "")
-    of_domains = bool(held_out) and (folder / held_out).is_dir()
-    part = next((folder / name for name in EVAL_SPLITS if (folder / name).is_dir() and not of_domains), folder)
-    if part == folder and (folder / "train").is_dir() and not divided:
+    held_out = next((one["name"] for one in manifest.get("domains", ()) if one["held_out"]), "")
+    of_domains = bool(held_out) and found.has(held_out)
+    part = next((name for name in EVAL_SPLITS if found.has(name) and not of_domains), "")
+    if not part and found.has("train") and not divided:
         raise UsageError(f"'{folder}' has training images only; add a folder {', '.join(EVAL_SPLITS[:-1])} or test")
-    files = image_files(part)
+    files = found.files(part)
     if not files:
-        raise UsageError(f"'{part}' holds no images ({', '.join(SUFFIXES)} in one folder per class)")
+        raise UsageError(f"'{folder / part}' holds no images ({', '.join(SUFFIXES)} in one folder per class)")
     index = {name: i for i, name in enumerate(manifest["classes"])}
     for path in files:
-        if path.parent.name not in index or path.parent == part:
+        if path.parent.name not in index or path.parent == PurePath(part):
             raise UsageError(
-                f"the folder '{path.parent}' is named after no class of the artifact "
+                f"the folder '{folder / path.parent}' is named after no class of the artifact "
                 f"({_some(manifest['classes'])}); name each folder of images after its class"
             )
-    where = f"folder '{part}'"
-    if divided and part == folder and of_domains == bool(held_out):
-        chosen = _kept_back(files, folder, held_out, recorded["seed"])
+    where = f"folder '{folder / part}'"
+    if divided and not part and of_domains == bool(held_out):
+        chosen = _kept_back(files, held_out, recorded["seed"])
         if len(chosen) == recorded["evaluation"]:
             files = [files[i] for i in chosen]
             where += f" without domain '{held_out}'" * of_domains + DIVIDED
     return Evaluation(
         where,
-        names=[str(path) for path in files],
+        names=[str(folder / path) for path in files],
         labels=[index[path.parent.name] for path in files],
-        read=lambda i: read_image(files[i]),
+        read=lambda i: read_image(found.open(files[i])),
     )
 
 
-def _kept_back(files: Sequence[Path], folder: Path, held_out: str, seed: int) -> NDArray[np.int64]:
+def _kept_back(files: Sequence[PurePath], held_out: str, seed: int) -> NDArray[np.int64]:
     """Which of the files are those that a build with this seed kept back to judge on."""
     rng = np.random.default_rng(seed)
     if not held_out:
         return divide(len(files), rng)[1]
-    _, judged = divide_domains([domain(path, folder) for path in files], held_out, rng)
+    _, judged = divide_domains([domain(path) for path in files], held_out, rng)
     return np.concatenate([own for name, own in judged.items() if name != held_out])
 
 
@@ -262,19 +304,19 @@ def image_files(folder: Path) -> list[Path]:
         for name in names
         if os.path.splitext(name)[1].lower() in SUFFIXES
     ]
-    return [Path(path) for path in sorted(found, key=_natural)]
+    return [Path(path) for path in sorted(found, key=natural)]
 
 
-def _natural(text: str) -> list[Any]:
+def natural(text: str) -> list[Any]:
     """Numbers by value: a2 before a10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text.lower())]
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(file: BinaryIO) -> Image.Image:
     """The file as an RGB image; transparency is dropped, as at build."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with file, Image.open(file) as image:
         return image.convert("RGB")
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgeprune import artifact, cache, modules, publish, recoveries, runtimes, schedules
+from edgeprune import artifact, cache, footprint, modules, publish, recoveries, runtimes, schedules
 from edgeprune.config import FEATURES, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
@@ -176,9 +176,9 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "ir_precision": lambda r: r.card.deploy.ir_precision,
     "judging": lambda r: r.card.task == FEATURES and r.card.features,
     "weights": lambda r: _weights_key(r),
-    "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),
+    "data": lambda r: (r.card.data, data_key(r.card.data.dir)),
     "calibration": lambda r: r.card.calibration,
-    "recipe": lambda r: r.card.finetune,
+    "recipe": lambda r: (r.card.finetune, r.lesson_bytes),  # how many lessons are kept decides when they come again
     "target": lambda r: r.target,
     "runtime": lambda r: r.runtime,
     "precision": lambda r: r.precision,
@@ -243,6 +243,7 @@ def build(
     that fails does not raise: the artifact says so.
     """
     preflight(request, out, cache_dir)
+    request = footprint.within(request, [stage.name for stage in stages_of(request)], console)
     cache.sweep(cache_dir, frozenset(stage.name for stage in PIPELINE))
     redone: set[str] | None = set() if rebuild else None
     return _until_undisturbed(lambda: _build(request, latencies, out, cache_dir, redone, console), console)
@@ -331,6 +332,7 @@ def run_stages(
 ) -> dict[str, Done]:
     """Run those of the stages that the request needs, in order, for one latency; returns their results by name."""
     preflight(request, cache_dir, cache_dir)
+    request = footprint.within(request, [stage.name for stage in stages if stage.when(request)], console)
     cache.sweep(cache_dir, frozenset(stage.name for stage in PROFILING))
 
     redone: set[str] | None = set() if rebuild else None
@@ -347,6 +349,8 @@ def run_stages(
 
 def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> list[tuple[str, str, bool]]:
     """What `build` would do: (stage, latency, whether it is cached), in order. Nothing is run."""
+    if request.max_memory is not None:
+        request = footprint.within(request, [stage.name for stage in stages_of(request)], SILENT)
     rows: list[tuple[str, str, bool]] = []
     members = [replace(request, latency=latency) for latency in latencies]
     keys: list[dict[str, str]] = [{} for _ in members]
@@ -429,6 +433,7 @@ def run_stage(
         seconds = time.monotonic() - start
         moved(inputs)
         record = cache.finish(work, folder, stage.name, key, seconds)
+    footprint.give_back()
     if redone is not None:
         redone.add(key)
     console.say(f"{stage.name}: {seconds:.1f} s")
@@ -608,7 +613,7 @@ def environment() -> dict[str, Any]:
 
 def _weights_key(request: Request) -> str:
     if request.weights is None and request.card.architecture.startswith("local-dir:"):
-        return _data_key(request.card.architecture.removeprefix("local-dir:"))
+        return data_key(request.card.architecture.removeprefix("local-dir:"))
     path = request.weights or (Path(request.card.weights) if request.card.weights not in ("", "hub") else None)
     if path is None:
         return request.card.weights
@@ -627,9 +632,12 @@ def _device_key(request: Request) -> Any:
     return (*facts, machine.url) if machine.url else facts
 
 
-def _data_key(folder: str) -> str:
-    """Names, sizes and times of all files of the data set."""
+def data_key(folder: str) -> str:
+    """Names, sizes and times of all files of the data set, or of the archive that it is."""
     digest = hashlib.sha256()
+    if folder and os.path.isfile(folder):
+        stat = os.stat(folder)
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     for root, folders, files in os.walk(folder) if folder else ():
         folders.sort()
         for name in sorted(files):

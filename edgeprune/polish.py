@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from edgeprune import recovery, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.reducers import Reduction
+from edgeprune.shelf import MEMORY, Shelf
 from edgeprune.types import SubBlock
 
 LEARNING_RATE = 3e-4  # of Adam; falls to 0 along a cosine
@@ -29,34 +30,43 @@ def polish(
     weights: Mapping[SubBlock, Sequence[Tensor]] | None,
     passes: int,
     advance: Callable[[float, str], None] = lambda amount, note: None,
+    shelf: Shelf = MEMORY,
 ) -> tuple[int, int]:
     """Train every block of `pruned` in place, `passes` times over images `[n, channels, height, width]` per batch.
 
     weights: how much each token counts, per sub-block and batch `[n, tokens]` (all alike if None). The last quarter of
     the batches takes no part and decides: a block that does not come closer to the dense stream there stays as it
-    was, as does one that drops tokens. The classifier is solved again at last. `advance(1, "")` is called after every block. Returns (accepted, tried), of blocks.
+    was, as does one that drops tokens. The classifier is solved again at last. `advance(1, "")` is called after every block.
+    `shelf`: where residual streams wait. Returns (accepted, tried), of blocks.
     """
     fit = recovery.fitted(batches)
     with torch.no_grad():
-        have = [vit.embed(pruned, images) for images in batches]
-        wanted = [vit.embed(dense, images) for images in batches]
+        have = shelf.keep(vit.embed(pruned, images) for images in batches)
+        wanted = shelf.keep(vit.embed(dense, images) for images in batches)
     accepted = 0
     so_far: list[Reduction] = [vit.as_it_is for _ in have]
     for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         with torch.no_grad():
-            wanted = [full(x) for x in wanted]
+            wanted = shelf.keep(full(x) for x in wanted)
         if isinstance(small, vit.ReducingBlock):
             with torch.no_grad():
-                have, own = map(list, zip(*(small.run(x) for x in have), strict=True))
+                own: list[Reduction] = []
+
+                def run(x: Tensor, small: vit.ReducingBlock = small, own: list[Reduction] = own) -> Tensor:
+                    after, reduction = small.run(x)
+                    own.append(reduction)
+                    return after
+
+                have = shelf.keep(run(x) for x in have)
             so_far = [vit.chained(first, second) for first, second in zip(so_far, own, strict=True)]
         else:
             counted = [torch.ones(x.shape[:2]) for x in have]
             if weights is not None:
                 counted = [vit.reduced_rows(part, r) for part, r in zip(weights[i, "mlp"], so_far, strict=True)]
-            reduced = [r(x) for r, x in zip(so_far, wanted, strict=True)]
+            reduced = shelf.keep(r(x) for r, x in zip(so_far, wanted, strict=True))
             accepted += _polish_block(small, have, reduced, counted, fit, passes)
             with torch.no_grad():
-                have = [small(x) for x in have]
+                have = shelf.keep(small(x) for x in have)
         advance(1, "")
     if recovery.has_plain_head(pruned):
         with torch.no_grad():

@@ -8,7 +8,7 @@ so that its logits do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from edgeprune import obs, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
 from edgeprune.reducers import Reduction
+from edgeprune.shelf import MEMORY, Item, Kept, Shelf
 from edgeprune.types import Plan, SubBlock, SubBlockKind
 
 RIDGE = 1e-2  # of the mean diagonal; the pull towards the weights that are already there
@@ -66,6 +67,7 @@ def sequential(
     batches: Sequence[Tensor],
     weights: Mapping[SubBlock, Sequence[Tensor]] | None = None,
     plan: Plan | None = None,
+    shelf: Shelf = MEMORY,
 ) -> tuple[int, int]:
     """Re-fit `pruned` in place, block by block, on images `[n, channels, height, width]` per batch.
 
@@ -73,12 +75,13 @@ def sequential(
     model's units see; then its last layer for the dense residual stream; at last the classifier for the logits.
     All by ridge least squares around the present weights. weights: how much each token counts, per sub-block and
     batch `[n, tokens]` (all alike if None). The last quarter of the batches decides: a solution of the others that
-    does not come closer there is dropped; one that does is solved again with all. Returns (accepted, tried), of
-    last layers and the classifier.
+    does not come closer there is dropped; one that does is solved again with all. `shelf`: where what is known of each
+    batch waits (about seven times its residual stream, and inputs of a layer). Returns (accepted, tried), of last
+    layers and the classifier.
     """
     sizes = vit.anatomy(dense)
-    wanted = [vit.embed(dense, images) for images in batches]
-    have = [x.clone() for x in wanted]
+    wanted = shelf.keep(vit.embed(dense, images) for images in batches)
+    have = wanted  # neither is changed in place
     so_far: list[Reduction] = [
         vit.as_it_is for _ in have
     ]  # what became of the tokens of each batch; the dense model keeps all
@@ -93,16 +96,18 @@ def sequential(
             place = Place(small, kind, vit.sub_block(small, kind))
             if units:
                 rows = vit.first_rows(kind, units, sizes)
-                hidden = [r(vit.hidden(full, kind, x, rows)) for x, r in zip(wanted, so_far, strict=True)]
-                refit_first(place, have, hidden, counted, fit)
-            wanted = [vit.step(full, kind, x) for x in wanted]
+                hidden = shelf.keep(r(vit.hidden(full, kind, x, rows)) for x, r in zip(wanted, so_far, strict=True))
+                refit_first(place, have, hidden, counted, fit, shelf)
+                del hidden
+            wanted = shelf.keep(vit.step(full, kind, x) for x in wanted)
             before = have
-            better, have = refit_sub_block(
-                place, have, [r(x) for x, r in zip(wanted, so_far, strict=True)], counted, fit
-            )
+            whole = all(r is vit.as_it_is for r in so_far)
+            reduced = wanted if whole else shelf.keep(r(x) for x, r in zip(wanted, so_far, strict=True))
+            better, have = refit_sub_block(place, have, reduced, counted, fit, shelf=shelf)
+            del reduced
             if kind == "attn" and isinstance(small, vit.ReducingBlock):
                 own = [small.reduction(x, after) for x, after in zip(before, have, strict=True)]
-                have = [r(x) for r, x in zip(own, have, strict=True)]
+                have = shelf.keep(r(x) for r, x in zip(own, have, strict=True))
                 so_far = [vit.chained(first, second) for first, second in zip(so_far, own, strict=True)]
             accepted += better
             tried += 1
@@ -115,7 +120,12 @@ def sequential(
 
 @torch.no_grad()
 def refit_first(
-    place: Place, have: Sequence[Tensor], wanted: Sequence[Tensor], weights: Sequence[Tensor], fit: int
+    place: Place,
+    have: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    fit: int,
+    shelf: Shelf = MEMORY,
 ) -> bool:
     """Solve the first layer at `place` (queries, keys and values, or fc1).
 
@@ -124,12 +134,12 @@ def refit_first(
     """
     block, kind = place.block, place.kind
     layer = vit.first_layer(place.sub, kind)
-    inputs = [(block.norm1 if kind == "attn" else block.norm2)(x) for x in have]
-    missing = [w - layer(z) for w, z in zip(wanted, inputs, strict=True)]
+    inputs = shelf.keep((block.norm1 if kind == "attn" else block.norm2)(x) for x in have)
+    missing = shelf.keep(w - layer(z) for w, z in zip(wanted, inputs, strict=True))
     solved = _solve(inputs, missing, weights, fit, True, _squares)
     if solved is None:
         return False
-    change, shift, _ = solved
+    change, shift = solved
     layer.weight.add_(change)
     if layer.bias is not None:
         layer.bias.add_(shift)
@@ -144,7 +154,8 @@ def refit_sub_block(
     weights: Sequence[Tensor],
     fit: int,
     again: bool = True,
-) -> tuple[bool, list[Tensor]]:
+    shelf: Shelf = MEMORY,
+) -> tuple[bool, Sequence[Tensor]]:
     """Solve the last layer (or what stays of it, a bias) at `place`.
 
     have, wanted: residual streams before the sub-block and as they should be after it, `[n, tokens, width]` per batch;
@@ -153,21 +164,21 @@ def refit_sub_block(
     """
     block, kind, sub = place.block, place.kind, place.sub
     gain = getattr(vit.scale(block, kind), "gamma", torch.ones(()))
-    inputs, outputs = _observe(place, have)
+    inputs, outputs = _observe(place, have, shelf)
     solved = None
     if not bool((gain.abs() < 1e-12).any()):  # else LayerScale hides it: nothing to learn from its output
-        missing = [(w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True)]
-        solved = _solve(inputs, missing, weights, fit, again, lambda m, w: _squares([x * gain for x in m], w))
+        missing = shelf.keep((w - x) / gain - y for w, x, y in zip(wanted, have, outputs, strict=True))
+        solved = _solve(inputs, missing, weights, fit, again, lambda m, w: _squares((x * gain for x in m), w))
     if solved is None:
-        return False, [x + y * gain for x, y in zip(have, outputs, strict=True)]
-    change, shift, left = solved
+        return False, shelf.keep(x + y * gain for x, y in zip(have, outputs, strict=True))
+    change, shift = solved
     if change.shape[1]:
         layer = vit.last_layer(sub, kind)
         layer.weight.add_(change)
         layer.bias.add_(shift)
     else:
         sub.bias += shift
-    return True, [w - m * gain for w, m in zip(wanted, left, strict=True)]
+    return True, shelf.keep(w - m * gain for w, m in zip(wanted, _left(missing, inputs, *solved), strict=True))
 
 
 def _solve(
@@ -176,13 +187,12 @@ def _solve(
     weights: Sequence[Tensor],
     fit: int,
     again: bool,
-    judge: Callable[[Sequence[Tensor], Sequence[Tensor]], float],
-) -> tuple[Tensor, Tensor, list[Tensor]] | None:
+    judge: Callable[[Iterable[Tensor], Sequence[Tensor]], float],
+) -> tuple[Tensor, Tensor] | None:
     """Ridge least squares of `missing` `[..., outputs]` on `inputs` `[..., columns]`, per batch.
 
     The first `fit` batches are solved; None if `judge(missing, weights)` is not lower on the others. Otherwise all
-    are if `again`, unless the others are still to judge by: change `[outputs, columns]`, shift `[outputs]`, and what
-    is still missing.
+    are if `again`, unless the others are still to judge by: change `[outputs, columns]`, shift `[outputs]`.
     """
     judged = slice(fit, None) if fit < len(inputs) else slice(None)
     columns = inputs[0].shape[-1]
@@ -194,13 +204,19 @@ def _solve(
 
     take(slice(0, fit))
     change, shift = _ridge(seen, columns)
-    left = [m - z @ change.T - shift for z, m in zip(inputs[judged], missing[judged], strict=True)]
-    if not judge(left, weights[judged]) < judge(missing[judged], weights[judged]):
+    if not judge(_left(missing[judged], inputs[judged], change, shift), weights[judged]) < judge(
+        missing[judged], weights[judged]
+    ):
         return None
     if again:
         take(slice(fit, None))
         change, shift = _ridge(seen, columns)
-    return change, shift, [m - z @ change.T - shift for z, m in zip(inputs, missing, strict=True)]
+    return change, shift
+
+
+def _left(missing: Sequence[Tensor], inputs: Sequence[Tensor], change: Tensor, shift: Tensor) -> Iterator[Tensor]:
+    """What a solution leaves missing, batch by batch."""
+    return (m - z @ change.T - shift for m, z in zip(missing, inputs, strict=True))
 
 
 def _ridge(seen: Moments, columns: int) -> tuple[Tensor, Tensor]:
@@ -213,7 +229,7 @@ def _ridge(seen: Moments, columns: int) -> tuple[Tensor, Tensor]:
     return change.float(), (mean[columns:] - change @ mean[:columns]).float()
 
 
-def _squares(missing: Sequence[Tensor], weights: Sequence[Tensor]) -> float:
+def _squares(missing: Iterable[Tensor], weights: Sequence[Tensor]) -> float:
     return sum(float(m.square().sum(-1).mul(w).sum()) for m, w in zip(missing, weights, strict=True))
 
 
@@ -230,7 +246,7 @@ def refit_head(
     wanted: Sequence[Tensor],
     fit: int,
     again: bool = True,
-) -> tuple[bool, list[Tensor]]:
+) -> tuple[bool, Sequence[Tensor]]:
     """Solve `head`, in the place of the model's, for the logits `wanted` `[n, classes]` per batch.
 
     have: residual streams after the last block. `head` is changed if what the first `fit` batches say makes the
@@ -241,30 +257,32 @@ def refit_head(
     missing = [w - logits for w, logits in zip(wanted, now, strict=True)]
     judged = wanted[fit:] if fit < len(wanted) else wanted
 
-    def diverged(left: Sequence[Tensor], _: Sequence[Tensor]) -> float:
+    def diverged(left: Iterable[Tensor], _: Sequence[Tensor]) -> float:
         return _divergence([w - m for w, m in zip(judged, left, strict=True)], judged, tasks.of(model))
 
     solved = _solve(read, missing, [torch.ones(len(z)) for z in read], fit, again, diverged)
     if solved is None:
         return False, now
-    change, shift, left = solved
+    change, shift = solved
     head.weight.add_(change)
     head.bias.add_(shift)
-    return True, [w - m for w, m in zip(wanted, left, strict=True)]
+    return True, [w - m for w, m in zip(wanted, _left(missing, read, *solved), strict=True)]
 
 
 def _divergence(own: Sequence[Tensor], wanted: Sequence[Tensor], task: str) -> float:
     return sum(float(tasks.divergence(o, w, task)) for o, w in zip(own, wanted, strict=True))
 
 
-def _observe(place: Place, have: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _observe(place: Place, have: Sequence[Tensor], shelf: Shelf) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Inputs `[n, tokens, columns]` of the last layer (no columns if removed) and the outputs of the sub-block."""
     block, kind, sub = place.block, place.kind, place.sub
     if isinstance(sub, vit.RemovedSubBlock):
-        return [x[..., :0] for x in have], [vit.call(block, kind, x, sub) for x in have]
-    inputs: list[Tensor] = []
-    hook = vit.last_layer(sub, kind).register_forward_pre_hook(lambda _, x: inputs.append(x[0]))
+        none = [x.new_empty(*x.shape[:-1], 0) for x in have]  # no view: it would hold on to the stream
+        return none, shelf.keep(vit.call(block, kind, x, sub) for x in have)
+    inputs: list[Item] = []
+    hook = vit.last_layer(sub, kind).register_forward_pre_hook(lambda _, x: inputs.append(shelf.put(x[0])))
     try:
-        return inputs, [vit.call(block, kind, x, sub) for x in have]
+        outputs = shelf.keep(vit.call(block, kind, x, sub) for x in have)
+        return Kept(inputs), outputs
     finally:
         hook.remove()

@@ -18,9 +18,11 @@ from edgeprune import obs, recovery, reducers, tasks, vit
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
 from edgeprune.reducers import Reduction
+from edgeprune.shelf import MEMORY, Item, Shelf
 from edgeprune.types import Levels, SubBlock
 
-STREAM_BYTES = 1 << 30  # residual streams that a judge may hold
+DATABASE_BYTES = 1 << 30  # sub-blocks that a database holds; the one that nobody asked for longest goes first
+STREAM_BYTES = 1 << 30  # residual streams that a judge may hold: bounds the images it looks at
 
 #: A residual stream `[n, tokens, width]`, and what became of the tokens up to there.
 State = tuple[Tensor, Reduction]
@@ -30,7 +32,7 @@ Choice = tuple[int, ...]
 
 
 class Database:
-    """Every sub-block at every level, re-fitted on the dense model's inputs; made when first asked for."""
+    """Every sub-block at every level, re-fitted on the dense model's inputs; made when asked for, and kept while there is room."""
 
     def __init__(
         self,
@@ -47,25 +49,33 @@ class Database:
         self.dense, self.levels, self.counts, self.moments = dense, levels, counts, moments
         self.patches, self.reducer = patches or [[None] * len(own) for own in counts], reducer
         self.sizes = vit.anatomy(dense)
-        self._made: dict[tuple[int, int], nn.Module] = {}
+        self._made: dict[tuple[int, int], nn.Module] = {}  # the one asked for last is the last
+        self._bytes = 0
 
     @torch.no_grad()
     def sub_block(self, at: int, option: int) -> nn.Module:
         """Attention or MLP of sub-block `at` (the dense one if nothing is removed)."""
-        if (at, option) not in self._made:
-            level = self.levels[at]
-            kept = level.kept(self.counts[at][option])
-            block = self.dense.blocks[level.block]
-            if len(kept) == self.sizes.units(level.kind):
-                made = vit.sub_block(block, level.kind)
-            else:
-                made = vit.slice_sub_block(block, level.kind, kept, self.sizes)
-                mean, hessian = self.moments[level.block, level.kind]
-                layer = vit.output_layer(block, level.kind)
-                columns = vit.columns(kept, self.sizes.unit_size(level.kind))
-                vit.write_output(made, level.kind, *obs.refit(layer.weight, layer.bias, mean, hessian, columns))
-            self._made[at, option] = made
-        return self._made[at, option]
+        made = self._made.pop((at, option), None)
+        if made is None:
+            made = self._make(at, option)
+            self._bytes += _size(made)
+        self._made[at, option] = made
+        while self._bytes > DATABASE_BYTES and len(self._made) > 1:
+            self._bytes -= _size(self._made.pop(next(iter(self._made))))
+        return made
+
+    def _make(self, at: int, option: int) -> nn.Module:
+        level = self.levels[at]
+        kept = level.kept(self.counts[at][option])
+        block = self.dense.blocks[level.block]
+        if len(kept) == self.sizes.units(level.kind):
+            return vit.sub_block(block, level.kind)
+        made = vit.slice_sub_block(block, level.kind, kept, self.sizes)
+        mean, hessian = self.moments[level.block, level.kind]
+        layer = vit.output_layer(block, level.kind)
+        columns = vit.columns(kept, self.sizes.unit_size(level.kind))
+        vit.write_output(made, level.kind, *obs.refit(layer.weight, layer.bias, mean, hessian, columns))
+        return made
 
     def reduction(self, at: int, option: int, before: Tensor, after: Tensor, sub: Any) -> Reduction | None:
         """What becomes of the tokens after sub-block `at`, from the residual streams around it; None if all stay."""
@@ -76,6 +86,15 @@ class Database:
         return vit.reduction(sub, normed, after, self.sizes.prefix, patches, self.reducer)
 
 
+def _size(sub: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in sub.parameters())
+
+
+def most_images(sizes: vit.Anatomy) -> int:
+    """How many images' residual streams `STREAM_BYTES` hold; at least two."""
+    return max(2, STREAM_BYTES // (4 * sizes.tokens * sizes.width * (2 * sizes.blocks + 1)))
+
+
 class Judge:
     """KL divergence from the dense model on fixed images; each choice is computed once, from where it is new.
 
@@ -83,30 +102,30 @@ class Judge:
     shares its first blocks costs only the others.
     """
 
-    def __init__(self, database: Database, images: Tensor, teacher: VisionTransformer | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        images: Tensor,
+        teacher: VisionTransformer | None = None,
+        shelf: Shelf = MEMORY,
+    ) -> None:
         """images: `[n, channels, height, width]`; no more are used than `STREAM_BYTES` of residual streams allow.
 
-        teacher: the model to stay close to, if that is not the one that is stitched from.
+        teacher: the model to stay close to, if that is not the one that is stitched from; shelf: where streams wait.
         """
-        images = images[: self.most_images(database)]
-        self.database = database
+        images = images[: most_images(database.sizes)]
+        self.database, self.shelf = database, shelf
         self.judged = 0  # the first image that is judged
         with torch.no_grad():
             self.start: State = (vit.embed(database.dense, images), vit.as_it_is)
             self.wanted = self._ask(teacher or database.dense, images)
         self.known: dict[Choice, float] = {}
         self.kept: Choice = ()
-        self.streams: list[State] = [self.start]
+        self.streams: list[tuple[Item, Reduction]] = [self._put(self.start)]
 
     def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
         """What the models shall answer: logits, or embeddings."""
         return teacher(images)
-
-    @staticmethod
-    def most_images(database: Database) -> int:
-        """How many images' residual streams `STREAM_BYTES` hold; at least two."""
-        sizes = database.sizes
-        return max(2, STREAM_BYTES // (4 * sizes.tokens * sizes.width * (2 * sizes.blocks + 1)))
 
     @torch.no_grad()
     def divergence(self, choice: Choice) -> float:
@@ -119,19 +138,23 @@ class Judge:
     def keep(self, choice: Choice) -> None:
         """Hold this choice's residual streams for its neighbours."""
         if choice != self.kept:
-            streams: list[State] = []
+            streams: list[tuple[Item, Reduction]] = []
             self.known[choice] = self._run(choice, streams)
             self.kept, self.streams = choice, streams
 
-    def _run(self, choice: Choice, streams: list[State] | None) -> float:
+    def _put(self, state: State) -> tuple[Item, Reduction]:
+        return self.shelf.put(state[0]), state[1]
+
+    def _run(self, choice: Choice, streams: list[tuple[Item, Reduction]] | None) -> float:
         shared = self._shared(choice)
-        state = self.streams[shared]
+        stream, so_far = self.streams[shared]
+        state: State = (stream(), so_far)
         if streams is not None:
             streams += self.streams[: shared + 1]
         for at in range(shared, len(choice)):
             state = self._step(at, choice, *state)
             if streams is not None:
-                streams.append(state)
+                streams.append(self._put(state))
         own, wanted = self._classify(state[0])[self.judged :], self.wanted[self.judged :]
         return float(tasks.divergence(own, wanted, tasks.of(self.database.dense))) / len(own)
 
@@ -170,19 +193,20 @@ class RefitJudge(Judge):
         second: Tensor,
         weights: Mapping[SubBlock, Sequence[Tensor]] | None = None,
         teacher: VisionTransformer | None = None,
+        shelf: Shelf = MEMORY,
     ) -> None:
         """weights: how much each token of the first and of the second images counts, per sub-block `[n, tokens]`."""
-        super().__init__(database, torch.cat([first, second]), teacher)
+        super().__init__(database, torch.cat([first, second]), teacher, shelf)
         self.judged = min(len(first), len(self.wanted) - 1)
         self.weights = {at: torch.cat(list(parts))[: len(self.wanted)] for at, parts in (weights or {}).items()}
 
     def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
-        self.targets: list[Tensor] = []  # the teacher's residual streams, after every sub-block
+        self.targets: list[Item] = []  # the teacher's residual streams, after every sub-block
         stream = vit.embed(teacher, images)
         for block in teacher.blocks:
             for kind in vit.KINDS:
                 stream = vit.step(block, kind, stream)
-                self.targets.append(stream)
+                self.targets.append(self.shelf.put(stream))
         return vit.classify(teacher, stream)
 
     def _classify(self, x: Tensor) -> Tensor:
@@ -190,7 +214,7 @@ class RefitJudge(Judge):
         if not recovery.has_plain_head(model):
             return vit.classify(model, x)
         head = copy.deepcopy(cast(nn.Linear, model.head))
-        return torch.cat(recovery.refit_head(model, head, self._split(x), self._split(self.wanted), 1, False)[1])
+        return torch.cat(list(recovery.refit_head(model, head, self._split(x), self._split(self.wanted), 1, False)[1]))
 
     def _split(self, part: Tensor) -> list[Tensor]:
         """First and second images."""
@@ -212,7 +236,7 @@ class RefitJudge(Judge):
         block, kind = self.database.dense.blocks[level.block], level.kind
         sub = copy.deepcopy(self.database.sub_block(at, choice[at]))
         counts = vit.reduced_rows(self.weights[level.block, kind], so_far) if self.weights else torch.ones(x.shape[:2])
-        have, wanted, counted = (self._split(part) for part in (x, so_far(self.targets[at]), counts))
+        have, wanted, counted = (self._split(part) for part in (x, so_far(self.targets[at]()), counts))
         place = recovery.Place(block, kind, sub)
-        after = torch.cat(recovery.refit_sub_block(place, have, wanted, counted, 1, False)[1])
+        after = torch.cat(list(recovery.refit_sub_block(place, have, wanted, counted, 1, False)[1]))
         return self._reduce(at, choice, x, after, sub, so_far)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from edgeprune import adapting, artifact, config, data, vit
+from edgeprune import adapting, artifact, cache, config, data, pipeline, sealed, vit
 from edgeprune.api import with_data
 from edgeprune.console import SILENT, Console
-from edgeprune.errors import UsageError
+from edgeprune.errors import StorageError, UsageError
+from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.loop import fit
+from edgeprune.types import to_json
 
 
 def train(
@@ -24,7 +28,8 @@ def train(
 ) -> dict[str, Any]:  # fmt: skip
     """Train the card `model` by its [train] recipe; returns where the weights are and how good they are.
 
-    Raises UsageError for bad input, StorageError when the weights cannot be written (checked first).
+    A training that was killed goes on from its last checkpoint, in a hidden folder beside `out`, if it is of the same
+    card, options, data and code; until it has ended another one with the same `out` waits. Raises UsageError for bad input, StorageError when the weights cannot be written (checked first).
     """
     card = with_data(config.load_card(model), data, data_dir, held_out_domain)
     recipe = replace(card.train, epochs=tuple(epochs)) if epochs else card.train
@@ -41,12 +46,34 @@ def train(
     network = vit.create(card.architecture, card.kwargs, card.num_classes)
     if weights:
         state, done = adapting.adapt(network, vit.read_weights(Path(weights)))
-        for what in done:
-            console.say(f"weights in '{weights}': {what}")
+        for change in done:
+            console.say(f"weights in '{weights}': {change}")
         vit.load_weights(network, state, weights)
     transforms, splits = _data(card, network, seed)
-    fit(network, splits.train, recipe, transforms, seed=seed, console=console)
-    save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path)
+    what = (
+        card.architecture,
+        card.kwargs,
+        card.num_classes,
+        card.data,
+        card.transforms,
+        card.calibration,
+        recipe,
+        seed,
+    )
+    facts = [to_json(what), pipeline.data_key(card.data.dir), artifact.sha256(Path(weights)) if weights else ""]
+    facts += [pipeline.code_key(__name__), pipeline.versions()]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def waiting() -> None:
+        console.say(f"another process is training '{path}'; waiting until it has ended")
+
+    try:
+        with cache.working(path.parent / f".{path.name}.training", waiting) as work:
+            checkpoint = Checkpoint(work / cache.CHECKPOINT, console, key)
+            fit(network, splits.train, recipe, transforms, seed=seed, console=console, checkpoint=checkpoint)
+            sealed.write_whole(path, save({k: v.half().contiguous() for k, v in network.state_dict().items()}))
+    except OSError as error:
+        raise StorageError(f"cannot write '{path}' or its checkpoint: {error.strerror or error}") from error
     vit.load_weights(network, vit.read_weights(path), str(path))  # judge what was written: rounded to fp16
     right = total = 0
     with torch.no_grad():

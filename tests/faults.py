@@ -19,7 +19,7 @@ from typing import Any
 import small
 
 
-def recorded(folder: Path, blocks: int = 3, heads: int = 3, width: int = 48) -> tuple[Path, Path]:
+def recorded(folder: Path, blocks: int = 3, heads: int = 3, width: int = 48, tokens: int = 17) -> tuple[Path, Path]:
     """A profile that a device which is not here has recorded of the small card, and its target."""
     import platform
 
@@ -37,7 +37,7 @@ def recorded(folder: Path, blocks: int = 3, heads: int = 3, width: int = 48) -> 
         "schema": "edgeprune.profile/1", "device": {"cpu": "a board", "machine": machine}, "conditions": {},
         "target": to_json(config.load_target(str(target))), "runtime": "onnxruntime",
         "anchor_ms": {"onnxruntime": dense}, "anchor": {"p50": dense, "p90": dense, "p99": dense, "samples": 99, "slope": 0.5},
-        "model": {"architecture": "vit_tiny_patch16_224", "batch": 1, "tokens": 17, "width": width, "blocks": blocks,
+        "model": {"architecture": "vit_tiny_patch16_224", "batch": 1, "tokens": tokens, "width": width, "blocks": blocks,
                   "heads": heads, "head_dim": width // heads, "neurons": 4 * width, "classes": 10},
         "worker": {"info": {"version": "1"}},
         "table": {"runtime": "onnxruntime", "precision": "fp32", "threads": 1, "blocks": blocks, "base_ms": 1.0, **prices,

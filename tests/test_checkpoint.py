@@ -6,6 +6,11 @@ A tuning that is killed after any step goes on as if it had not been; one that d
 from __future__ import annotations
 
 import copy
+import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +18,18 @@ from typing import Any
 import numpy as np
 import parts
 import pytest
+import small
 import torch
 
+from edgeprune import schedules
 from edgeprune.config import Recipe
 from edgeprune.console import Console
 from edgeprune.tuning import checkpoint as module
-from edgeprune.tuning import loop
+from edgeprune.tuning import frozen, loop
 from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.lessons import Lessons
 from edgeprune.tuning.loss import Targets
+from edgeprune.types import BlockPlan, Plan
 
 RECIPE = Recipe(epochs=(3.0,), batch_size=8, learning_rate=2e-3, precision="float32", views=0, checks=3)
 RECIPES = {
@@ -172,3 +180,109 @@ def test_a_rate_that_diverges_in_its_trial_is_not_taken(
     said = capsys.readouterr().err
     assert ": inf" in said and "learning rate 2.0e-03" in said
     assert all(torch.isfinite(value).all() for value in found.values())
+
+
+# Schedules: the coach's state is a part of it ---------------------------------------------------------
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("stops", [(8,), pytest.param((1, 4, 11, 14), marks=pytest.mark.slow)], ids=["once", "often"])
+@pytest.mark.parametrize("name", [name for name in schedules.names() if name != schedules.DEFAULT])
+def test_a_killed_schedule_ends_bit_for_bit_like_one_that_was_not(
+    tiny_vit: Any, tmp_path: Path, name: str, stops: tuple[int, ...]
+) -> None:
+    def train(folder: Path, stop: int = 0) -> tuple[Any, ...]:
+        given = parts.training(copy.deepcopy(tiny_vit), tiny_vit, target_ms=4.0)
+        saved = 0
+
+        class Counting(Checkpoint):
+            def save(self, *state: Any) -> None:
+                nonlocal saved
+                super().save(*state)
+                saved += 1
+                if saved == stop:
+                    raise Killed
+
+        coach = schedules.get(name).coach(given)
+        try:
+            history = loop.fit(given.model, parts.images(40), parts.RECIPE, parts.CONFIG, teacher=tiny_vit, coach=coach,
+                               checkpoint=Counting(folder))  # fmt: skip
+        except Killed:
+            return ()
+        given.gates.remove()
+        return coach.plan(), history.losses, given.model.state_dict()
+
+    plan, losses, weights = train(tmp_path / "whole")
+    assert len(losses) == 15
+    for stop in stops:
+        folder = tmp_path / str(stop)
+        assert train(folder, stop) == ()
+        torch.manual_seed(99)
+        resumed = train(folder)
+        assert resumed[0] == plan and resumed[1] == losses, stop
+        assert all(torch.equal(value, resumed[2][key]) for key, value in weights.items()), stop
+
+
+def test_what_a_coach_knows_is_kept_without_pickle() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    watched = torch.ones(3, requires_grad=True)
+    watched.grad = torch.arange(3.0)
+    generator = torch.Generator().manual_seed(7)
+    torch.rand(3, generator=generator)
+    plan = Plan((BlockPlan((0, 2), (1,)), BlockPlan((), (), 9)), reducer="tome")
+    value = {
+        (0, "attn"): watched, "computed": 2 * watched, "many": [1, (2.5, None), "x", True], "steps": range(3, 9),
+        "array": np.arange(4), "drawn": generator, "plan": plan,
+    }  # fmt: skip
+    found = frozen.thaw(json.loads(json.dumps(frozen.freeze(value, tensors))), tensors)
+    assert list(found) == list(value)
+    again = found[0, "attn"]
+    assert again.requires_grad and torch.equal(again, watched) and torch.equal(again.grad, watched.grad)
+    assert not found["computed"].requires_grad and torch.equal(found["computed"], 2 * watched.detach())
+    assert found["many"] == value["many"] and found["steps"] == range(3, 9) and found["plan"] == plan
+    assert np.array_equal(found["array"], np.arange(4))
+    assert torch.equal(torch.rand(5, generator=found["drawn"]), torch.rand(5, generator=generator))
+    with pytest.raises(TypeError, match="Path cannot be a part of a checkpoint"):
+        frozen.freeze(Path("x"), tensors)
+
+
+# `edgeprune train` ------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal
+import edgeprune.tuning.checkpoint as c
+c.EVERY_S, c.SHARE = 0, 1e9
+save, saved = c.Checkpoint.save, 0
+def counted(self, *state):
+    global saved
+    save(self, *state)
+    saved += 1
+    if saved == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+c.Checkpoint.save = counted
+from edgeprune.cli import main
+main()
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    card = tmp_path / "small.toml"
+    phases = "epochs = [0.5, 0.5]\nsizes = [16, 32]\nprecision = 'float32'"
+    card.write_text(small.CARD.replace("epochs = [4.0]", phases))
+    torch.set_num_threads(1)
+    whole = small.run("train", card, "--out", tmp_path / "whole.safetensors", "--format", "json")
+    assert whole.code == 0, whole.err
+    out = tmp_path / "killed.safetensors"
+    command = [sys.executable, "-c", KILLED, "train", str(card), "--out", str(out)]
+    killed = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert killed.returncode == -signal.SIGKILL and not out.exists(), killed.stderr
+    other = small.run("train", card, "--out", out, "--seed", 1, "--epochs", 0.1, "--epochs", 0.1)
+    assert other.code == 0 and "it is of another training" in other.err
+    out.unlink()
+    subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    resumed = small.run("train", card, "--out", out, "--format", "json")
+    # the last step of a phase has none: it is over
+    assert resumed.code == 0 and "going on from the checkpoint after 26 steps" in resumed.err
+    assert resumed.document["accuracy"] == whole.document["accuracy"]
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"small.toml", "whole.safetensors", out.name}

@@ -24,15 +24,15 @@ ROWS = (
     ("train",),
     ("api",),
     ("pipeline",),
-    ("stages", "publish"),
+    ("footprint", "stages", "publish"),
     ("schedules",),
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
      "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics", "tasks", "neighbours", "adapting", "intake", "folding", "resampling"),
     ("config",),
-    ("compat", "console", "methods"),
-    ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile"),
+    ("compat", "console", "methods", "shelf"),
+    ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile", "archives"),
     ("errors",),
 )  # fmt: skip
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -7,13 +7,17 @@ code of the contract; none is a defect (70), a traceback, or a hang.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import hashlib
+import io
 import json
 import random
 import struct
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -352,6 +356,40 @@ def test_packed_anchors(tmp_path: Path, count: int) -> None:
     fuzz(count, one)
 
 
+@pytest.mark.parametrize("count", both(150))
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_archives(tmp_path: Path, suffix: str, count: int) -> None:
+    """Up to the content of every image in them."""
+    path = tmp_path / f"set{suffix}"
+    content = archive(suffix)
+
+    def one(rng: random.Random) -> None:
+        path.write_bytes(damaged(content, rng))
+        found = images.tree(path)
+        for file in found.files():
+            with contextlib.suppress(ValueError, OSError):  # an unreadable image
+                found.open(file)
+
+    fuzz(count, one)
+
+
+def archive(suffix: str) -> bytes:
+    """Two images, one with a long name, in a .zip or a .tar."""
+    made = io.BytesIO()
+    names = ("train/a/1.png", f"train/b/{'long' * 40}.png")
+    if suffix == ".zip":
+        with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as file:
+            for name in names:
+                file.writestr(name, b"content" * 20)
+    else:
+        with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name in names:
+                entry = tarfile.TarInfo(name)
+                entry.size = 140
+                tar.addfile(entry, io.BytesIO(b"content" * 20))
+    return made.getvalue()
+
+
 @pytest.mark.parametrize("count", both(100))
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "tiff", "bmp", "webp"])
 def test_images(tmp_path: Path, kind: str, count: int) -> None:
@@ -374,7 +412,7 @@ def test_images(tmp_path: Path, kind: str, count: int) -> None:
     @few(count)
     def test(seed: int) -> None:
         path.write_bytes(damaged(content, random.Random(seed)))
-        evaluation = images.Evaluation("x", ["x.png"], [0], lambda i: images.read_image(path))
+        evaluation = images.Evaluation("x", ["x.png"], [0], lambda i: images.read_image(path.open("rb")))
         survives(lambda: list(evaluation.batches(preprocessing, 1)))
         outcomes["noted" if evaluation.corrupt else "read"] += 1
 

@@ -106,14 +106,14 @@ def test_no_sub_block_gets_worse_on_held_out_images(
     """Before and after every single re-fit, the stream's distance on the batches that did not fit it."""
     refit, seen = recovery.refit_sub_block, []
 
-    def watched(place: Any, have: Any, wanted: Any, weights: Any, fit: int) -> tuple[bool, Any]:
+    def watched(place: Any, have: Any, wanted: Any, weights: Any, fit: int, **options: Any) -> tuple[bool, Any]:
         def held_out() -> float:
             pairs = list(zip(have, wanted, strict=True))[fit:]
             assert pairs
             return sum(float((w - vit.step(place.block, place.kind, x)).square().sum()) for x, w in pairs)
 
         before = held_out()
-        accepted, after = refit(place, have, wanted, weights, fit)
+        accepted, after = refit(place, have, wanted, weights, fit, **options)
         seen.append((accepted, before, held_out()))
         for x, stream in zip(have, after, strict=True):
             torch.testing.assert_close(vit.step(place.block, place.kind, x), stream, rtol=1e-4, atol=1e-4)

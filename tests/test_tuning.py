@@ -201,3 +201,41 @@ def test_a_group_within_a_group_does_not_see_it() -> None:
 def test_what_is_left_behind_is_read(tmp_path: Path) -> None:
     (tmp_path / "history.json").write_text(json.dumps({"losses": [1.0], "checks": [[1, 0.5]]}))
     assert History.of(artifact.read_json(tmp_path / "history.json")) == History(losses=[1.0], checks=[(1, 0.5)])
+
+
+@pytest.mark.slow
+def test_processes_that_were_killed_go_on_from_their_checkpoint(
+    request_: Request, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second group takes over the losses of the first, and ends where one that was not killed does."""
+    recipe = replace(request_.card.finetune, precision="float32", learning_rate_search=False)
+    both = replace(request_, processes=2, card=replace(request_.card, finetune=recipe))
+    _, whole = tune(both, tmp_path)
+    start = launch.command
+
+    def eager(request: Request, folder: Path, after: int | None) -> list[str]:
+        """Checkpoints of every step; the first process ends itself after so many."""
+        program = (
+            "import os, sys, edgeprune.tuning.checkpoint as c; from pathlib import Path\n"
+            "c.EVERY_S, c.SHARE, save, saved = 0, 1e9, c.Checkpoint.save, []\n"
+            "def counted(self, *state):\n"
+            f"    save(self, *state); saved.append(1)\n    if len(saved) == {after}: os.kill(os.getpid(), 9)\n"
+            "c.Checkpoint.save = counted\n"
+            "from edgeprune.tuning.worker import main; sys.exit(main(Path(sys.argv[1])))\n"
+        )
+        (folder / "eager.py").write_text(program)
+        arguments = start(request, folder)
+        at = arguments.index("-m", 3)
+        return [*arguments[:at], str(folder / "eager.py"), str(folder)]
+
+    monkeypatch.setattr(launch, "command", lambda request, folder: eager(request, folder, 5))
+    with pytest.raises(EdgepruneError):  # as the launcher tells it, or the process that lost the other
+        tune(both, tmp_path)
+    [kept] = tmp_path.iterdir()
+    assert kept.name == "checkpoint"
+    monkeypatch.setattr(launch, "command", lambda request, folder: eager(request, folder, None))
+    capsys.readouterr()
+    _, resumed = tune(both, tmp_path, Console())
+    assert "going on from the checkpoint after 5 steps" in capsys.readouterr().err
+    assert resumed.losses[:5] == whole.losses[:5]
+    assert resumed.losses == pytest.approx(whole.losses, rel=1e-3)

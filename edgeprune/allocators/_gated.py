@@ -28,14 +28,16 @@ class Gated:
             )
             for level, own in zip(task.levels, task.counts, strict=True)
         }
-        self.portions = [part for batch in task.found.batches for part in batch.split(IMAGES)]
+        self.batches = task.found.batches
+        self.portions = [(i, start) for i, part in enumerate(self.batches) for start in range(0, len(part), IMAGES)]
 
     def divergence(self, step: int, masks: Sequence[Tensor]) -> Tensor:
         """Mean KL(teacher || masked) in nats on the images of this step.
 
         masks: per sub-block, of the units that are still there, in the order in which they go.
         """
-        pixels = self.portions[step % len(self.portions)]
+        batch, start = self.portions[step % len(self.portions)]
+        pixels = self.batches[batch][start : start + IMAGES]
         for (at, order), mask in zip(self.orders.items(), masks, strict=True):
             self.gates.values[at] = torch.zeros_like(self.gates.values[at]).scatter(0, order, mask)
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor
 from edgeprune.allocators import Choose, Task, _tokens, knapsack
 from edgeprune.compat import VisionTransformer
 from edgeprune.search import Space, improve
-from edgeprune.stitch import Choice, Database, Judge, RefitJudge
+from edgeprune.stitch import Choice, Database, Judge, RefitJudge, most_images
 
 NEEDS = ("activations",)
 
@@ -59,18 +59,20 @@ def judges(task: Task) -> tuple[Judge, RefitJudge]:
     The more a model costs, the fewer images each plan is judged on.
     """
     database = Database(task.model, task.levels, task.counts, task.found.moments, task.patches, task.reducer)
-    images = torch.cat(task.found.batches)
-    fit = len(images) - max(1, len(images) // 4)
-    most = min(JUDGED, Judge.most_images(database) // 2)
-    affordable = task.seconds / (2 * PLANS * seconds_per_image(task.teacher, images))
+    images = task.found.images
+    fit = images - max(1, images // 4)
+    most = min(JUDGED, most_images(database.sizes) // 2)
+    affordable = task.seconds / (2 * PLANS * seconds_per_image(task.teacher, task.found.pixels(0, PROBED)))
     count = int(min(max(affordable, JUDGED_LEAST), most))
-    first, second = slice(0, min(fit, count)), slice(fit, fit + count)
+    first, second = slice(0, min(fit, count)), slice(fit, min(fit + count, images))
     weights = None
     if task.found.weights:
         joined = {at: torch.cat(parts) for at, parts in task.found.weights.items()}
         weights = {at: (tokens[first], tokens[second]) for at, tokens in joined.items()}
-    stitched = Judge(database, images[first], task.teacher)
-    return stitched, RefitJudge(database, images[first], images[second], weights, task.teacher)
+    fitted, judged = (task.found.pixels(part.start, part.stop) for part in (first, second))
+    shelf = task.found.shelf
+    stitched = Judge(database, fitted, task.teacher, shelf)
+    return stitched, RefitJudge(database, fitted, judged, weights, task.teacher, shelf)
 
 
 @torch.no_grad()

@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from edgeprune.allocators import Choose, Task, knapsack, nearby
-from edgeprune.allocators.search import seconds_per_image
+from edgeprune.allocators.search import PROBED, seconds_per_image
 from edgeprune.calibration import uncentred
 from edgeprune.solve import solve
 from edgeprune.stitch import Choice, Database, Judge
@@ -35,17 +34,17 @@ def prepare(task: Task) -> Choose:
     if task.seconds <= 0:
         return knapsack.prepare(task)
     database = Database(task.model, task.levels, task.counts, uncentred(task.found.moments))
-    images = torch.cat(task.found.batches)
-    affordable = int(task.seconds / ((1 + RANDOM + LOCAL) * seconds_per_image(task.teacher, images)))
-    judge = Judge(database, images[: min(max(affordable, LEAST), IMAGES)], task.teacher)
+    found = task.found
+    affordable = int(task.seconds / ((1 + RANDOM + LOCAL) * seconds_per_image(task.teacher, found.pixels(0, PROBED))))
+    judge = Judge(database, found.pixels(0, min(max(affordable, LEAST), IMAGES)), task.teacher, found.shelf)
     task.console.say(f"SPDY: {1 + RANDOM + LOCAL} candidates, each judged on {len(judge.wanted)} images")
 
     def search(room_ms: float) -> FloatArray:
         with task.console.progress("SPDY", RANDOM + LOCAL, "candidates") as advance:
             return coefficients(task, judge.divergence, room_ms, advance)
 
-    found = nearby(task, search)
-    return lambda room_ms: weighed(task, found(room_ms), room_ms)
+    searched = nearby(task, search)
+    return lambda room_ms: weighed(task, searched(room_ms), room_ms)
 
 
 def weighed(task: Task, weights: FloatArray, room_ms: float) -> Choice:

@@ -20,7 +20,8 @@ def recover(damage: Damage) -> VisionTransformer:
     pruned = recovery.survivors(damage.model, damage.plan, damage.found.moments)
     same = damage.model is damage.dense  # the units of a model that was trained since are no longer the dense model's
     plan = damage.plan if same else None
-    accepted, tried = recovery.sequential(damage.dense, pruned, damage.found.batches, damage.found.weights, plan)
+    found = damage.found
+    accepted, tried = recovery.sequential(damage.dense, pruned, found.batches, found.weights, plan, found.shelf)
     damage.console.say(
         f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
     )

@@ -12,7 +12,7 @@ import bisect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -64,6 +64,14 @@ class Planned(Coach):
 
     def __init__(self, training: Training) -> None:
         self.training = training
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "training": None, "gates": self.training.gates.values}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        own = {name: value for name, value in state.items() if name not in ("training", "gates")}
+        self.training.gates.values = state["gates"]
+        vars(self).update(own)
 
     def plan(self) -> Plan:
         """What is kept; the table predicts it within the training's target."""

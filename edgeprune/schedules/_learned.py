@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,14 @@ class Learned(Planned):
             at: torch.full((units(at[1]),), value, requires_grad=True) for at in self.training.gates.values
         }
         self.optimizer = torch.optim.Adam(self.numbers.values(), lr=distance / steps)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.optimizer = torch.optim.Adam(self.numbers.values())
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def learn(self) -> None:
         """A step by the gradients of the last loss; a sum over the batch or a mean is the same to Adam."""

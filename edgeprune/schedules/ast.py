@@ -44,6 +44,13 @@ class Ast(Planned):
         if self.hooks and over(step, steps, RAMP):
             self.end()
 
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "hooks": len(self.hooks)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.hooks = [self.through(at) for at in self.training.gates.values] if state["hooks"] else []
+
     def through(self, at: SubBlock) -> Any:
         """Let the weights behind a gate have the gradient of an open one."""
         gates = self.training.gates

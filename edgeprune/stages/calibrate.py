@@ -8,6 +8,7 @@ asked for, unless models are pruned one from the other: then the model is the on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.data import Batch
 from edgeprune.errors import UsageError
+from edgeprune.shelf import MEMORY, Shelf
 from edgeprune.stages import baseline
 from edgeprune.types import Levels
 
@@ -103,14 +105,15 @@ def gather(
     return evidence, found
 
 
-def read(folder: Path, dense: baseline.Dense, batch_size: int) -> Calibration:
-    """What the stage wrote to `folder`."""
+def read(folder: Path, dense: baseline.Dense, batch_size: int, shelf: Shelf = MEMORY) -> Calibration:
+    """What the stage wrote to `folder`; shelf: where the images wait, and what is found out about each."""
     places = [(i, kind) for i in range(dense.sizes.blocks) for kind in vit.KINDS]
-    batches = [pixels for pixels, _ in dense.splits.calibration.batches(batch_size)]
+    batches = shelf.keep(pixels for pixels, _ in dense.splits.calibration.batches(batch_size))
     tensors, tokens = load_file(folder / "moments.safetensors"), load_file(folder / "tokens.safetensors")
     with np.load(folder / "levels.npz", allow_pickle=False) as arrays:
         levels = [Levels(i, kind, arrays[f"{i}.{kind}.order"], arrays[f"{i}.{kind}.errors"]) for i, kind in places]
     moments = {(i, kind): (tensors[f"{i}.{kind}.mean"], tensors[f"{i}.{kind}.hessian"]) for i, kind in places}
     lengths = [len(batch) for batch in batches]
     weights = {(i, kind): list(tokens[f"{i}.{kind}"].float().split(lengths)) for i, kind in places} if tokens else None
-    return Calibration(levels, moments, batches, weights, lambda: dense.splits.calibration.batches(batch_size))
+    labelled = functools.partial(dense.splits.calibration.batches, batch_size)
+    return Calibration(levels, moments, batches, weights, labelled, shelf)

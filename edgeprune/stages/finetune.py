@@ -110,5 +110,5 @@ def tune(
     return fit(
         student, train, recipe, dense.transforms,
         teacher=dense.model, check=check, seed=request.seed, console=console,
-        checkpoint=Checkpoint(work / cache.CHECKPOINT, console),
+        checkpoint=Checkpoint(work / cache.CHECKPOINT, console), lesson_bytes=request.lesson_bytes,
     )  # fmt: skip

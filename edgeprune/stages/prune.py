@@ -22,6 +22,7 @@ from edgeprune.latency import choose, devices
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.recoveries import Damage
+from edgeprune.shelf import Shelf
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
 from edgeprune.types import LatencyTable, Plan, Quiet, Shape, to_json
 
@@ -50,7 +51,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     else:
         here = devices.machine(request.device).same(document)
         refuse_unreachable(request, table, limit, AIM if here else AIM_UNMEASURED)
-        found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size)
+        shelf = Shelf(request.shelf_bytes, out)
+        found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size, shelf)
         model, bounds = baseline.parent(dense, read)
         seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
         task = allocators.task(
@@ -89,7 +91,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         pruned = recoveries.get(request.recovery).recover(damage)
         if request.polish:
             with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
-                polished = polish.polish(dense.model, pruned, found.batches, found.weights, request.polish, advance)
+                polished = polish.polish(
+                    dense.model, pruned, found.batches, found.weights, request.polish, advance, shelf
+                )
             console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
     if broken := [k for k, v in pruned.state_dict().items() if not bool(v.isfinite().all())]:
         raise UsageError(

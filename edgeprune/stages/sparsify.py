@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from edgeprune import allocators, criteria, obs, schedules, vit
+from edgeprune import allocators, cache, criteria, obs, schedules, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.calibration import Calibration
 from edgeprune.config import WIDTHS, Request
@@ -24,6 +25,7 @@ from edgeprune.latency import devices
 from edgeprune.schedules import SHARE, Training
 from edgeprune.stages import baseline, calibrate, profile, prune
 from edgeprune.tuning import launch
+from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.judge import divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import LatencyTable, Levels, Plan, Shape, to_json
@@ -62,7 +64,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             seed=request.seed,
             console=console,
             coach=coach,
+            lesson_bytes=request.lesson_bytes,
+            checkpoint=Checkpoint(out / cache.CHECKPOINT, console),
         )
+        shutil.rmtree(out / cache.CHECKPOINT, ignore_errors=True)
         plan = coach.plan()
         gates.remove()
         kept = sum(row[0] for row in plan.shape), sum(row[1] for row in plan.shape)

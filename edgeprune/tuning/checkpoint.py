@@ -28,6 +28,7 @@ class Checkpoint:
 
     folder: Path
     console: Console = SILENT
+    key: str = ""  # of what is tuned, where the folder does not say: a checkpoint of something else is not used
     last: float = field(default_factory=time.monotonic)
     took_s: float = 0.0
 
@@ -41,7 +42,10 @@ class Checkpoint:
         self.folder.mkdir(exist_ok=True)
         name = f"step-{facts['lessons']}-{facts['phase']}.safetensors"
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, self.folder / name)
-        sealed.write(self.folder / STATE, {**facts, "tensors": name, "hash": artifact.sha256(self.folder / name)})
+        sealed.write(
+            self.folder / STATE,
+            {**facts, "key": self.key, "tensors": name, "hash": artifact.sha256(self.folder / name)},
+        )
         for path in self.folder.iterdir():
             if path.name not in (STATE, name):
                 path.unlink()
@@ -52,6 +56,8 @@ class Checkpoint:
         """What was saved; None when there is nothing, or it is damaged, which is said."""
         try:
             facts = sealed.read(self.folder / STATE)
+            if facts["key"] != self.key:
+                raise sealed.Damaged("it is of another training, with other data, options or code")
             path = self.folder / str(facts["tensors"])
             if artifact.sha256(path) != facts["hash"]:
                 raise sealed.Damaged(f"{path.name} is not as it was written")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -17,3 +19,10 @@ class Coach:
 
     def after(self, step: int, steps: int) -> None:
         """After the step; gradients are still there."""
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on beside the model, made of what `tuning.frozen` knows."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` returned, with a model that has the weights it had then."""

@@ -34,6 +34,16 @@ class Group:
         total: Tensor = self.accelerator.reduce(values, "sum")
         return total
 
+    def all(self, here: bool) -> bool:
+        """Whether it is so in all processes."""
+        return here if self.size == 1 else int(self.total(torch.tensor([float(here)], device=self.device))) == self.size
+
+    def leads(self, here: bool) -> bool:
+        """What is so in the first process."""
+        if self.size == 1:
+            return here
+        return bool(self.total(torch.tensor([float(here and not self.rank)], device=self.device)))
+
     def average_gradients(self, parameters: Iterable[nn.Parameter], count: int, loss: Tensor | None) -> float:
         """Divide the gradients of summed losses by the images of all processes; returns the mean loss.
 

@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, errors, extras
+from edgeprune import artifact, cache, errors, extras
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
 from edgeprune.errors import EdgepruneError, UsageError
@@ -78,7 +78,8 @@ def fit(
         artifact.write_plan(planned, folder / "plan.json")
         job = {
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,
-            "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
+            "lesson_bytes": request.lesson_bytes and request.lesson_bytes // max(1, request.processes),
+            "checkpoint": str(work / cache.CHECKPOINT), "verbose": console.verbose, "parent": {"pid": os.getpid(), "node": platform.node()},
         }  # fmt: skip
         if chosen is not None:
             chosen.save(folder)

@@ -102,6 +102,7 @@ class Lessons:
     echo: int = 1  # how often a lesson is given where views are not kept; data echoing, arXiv 1907.05550
     workers: int = 0
     console: Console = SILENT
+    room: int | None = None  # bytes of lessons that are kept; None = CACHE_BYTES
     keep: bool | None = None  # None = not known yet
 
     @property
@@ -146,7 +147,7 @@ class Lessons:
     def _echoed(self, lesson: Lesson) -> int:
         """How many lessons are collected before they are given again."""
         share = math.ceil(self.batch_size / self.size)
-        fit = int(CACHE_BYTES // max(1, share * _bytes_per_image(lesson)))
+        fit = int(self._room // max(1, share * _bytes_per_image(lesson)))
         return max(1, min(ECHO_LESSONS, fit, math.ceil(self.per_epoch * self.epochs / self.echo)))
 
     def _fresh(self, skip: int) -> Iterator[Lesson]:
@@ -200,15 +201,19 @@ class Lessons:
         pixels, labels = torch.stack([x for x, _ in items]), torch.tensor([y for _, y in items])
         return at[good], (pixels, labels, None if self.ask is None else self.ask(pixels))
 
+    @property
+    def _room(self) -> int:
+        return CACHE_BYTES if self.room is None else min(self.room, CACHE_BYTES)
+
     def _keeps(self, lesson: Lesson) -> bool:
         """Whether answers are kept: found out once, at the first lesson."""
         if self.keep is None:
             size = _bytes_per_image(lesson) * len(self.images) * max(self.views, 1)
             comes_again = 0 < self.views < self.epochs
-            self.keep = comes_again and size <= CACHE_BYTES
+            self.keep = comes_again and size <= self._room
             if comes_again and not self.keep:
                 self.console.say(
-                    f"images and teacher outputs are not kept: {size / 2**30:.1f} GiB is above {CACHE_BYTES / 2**30:.0f} GiB"
+                    f"images and teacher outputs are not kept: {size / 2**30:.1f} GiB is above {self._room / 2**30:.1f} GiB"
                 )
         return self.keep
 

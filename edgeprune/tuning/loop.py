@@ -23,6 +23,7 @@ from edgeprune.tuning import checkpoint as saved
 from edgeprune.tuning import loss as losses
 from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.coach import Coach
+from edgeprune.tuning.frozen import freeze, thaw
 from edgeprune.tuning.group import Group, alone, loader_workers
 from edgeprune.tuning.judge import Average, Best, Judge, number_or_inf
 from edgeprune.tuning.lessons import Lesson, Lessons
@@ -74,14 +75,17 @@ def fit(
     group: Group | None = None,
     coach: Coach | None = None,
     checkpoint: Checkpoint | None = None,
+    lesson_bytes: int | None = None,
 ) -> History:
     """Tune `student` in place on `train`, phase after phase of the recipe; leaves it in eval mode, on the CPU.
 
     With a teacher and `check` images, which must not be among `train`, the model ends with the weights that
     diverged least from the teacher on them: the last, an average, earlier ones, or those it came with.
     `config` is timm's data config. `group` is this process unless `accelerate launch` started several.
-    `coach` sees every step and may add to the loss; it is meant for one process, and for no `check`.
-    `checkpoint`: where the state is kept from time to time, and gone on from when there is one; for one process too.
+    `coach` sees every step and may add to the loss; it is meant for one process, one phase, and for no `check`.
+    `checkpoint`: where the state is kept from time to time, and gone on from when there is one; all processes of a
+    group must see its folder.
+    `lesson_bytes`: how much of images and answers may be kept to be used again, None = `lessons.CACHE_BYTES`.
     With `check` images a loss that stops being a number ends the phase, and the best weights stay; without them
     UsageError is raised, as it is when the recipe does not fit.
     """
@@ -99,6 +103,8 @@ def fit(
     torch.manual_seed(seed)
     history = History()
     resumed = checkpoint.load() if checkpoint is not None else None
+    if not group.all(resumed is not None):
+        resumed = None  # one of several processes could not read it
     if resumed is not None:
         history = History.of(resumed[0]["history"])
         train.corrupt.update(resumed[0]["corrupt"])
@@ -116,7 +122,7 @@ def fit(
             images = train.with_transform(train_transform(config, recipe.augment, size))
             phase = Phase(
                 student, images, recipe, epochs, teacher, judge, seed + 1000 * number, console, group, history,
-                coach or Coach(), checkpoint, number,
+                coach or Coach(), checkpoint, number, lesson_bytes,
             )  # fmt: skip
             phase.run(f"tuning at {size or own_size[0]} px", resumed)
             resumed = None
@@ -154,6 +160,7 @@ class Phase:
     coach: Coach
     checkpoint: Checkpoint | None = None
     number: int = 0
+    lesson_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self.taken = 0  # lessons, before the schedule that is running
@@ -169,6 +176,7 @@ class Phase:
             echo=1 if self.teacher is None else self.recipe.echo,
             workers=loader_workers(self.group.device),
             console=self.console,
+            room=self.lesson_bytes,
         )
         self.steps = max(1, round(self.lessons.per_epoch * self.epochs))
         asked, where = self.recipe.precision, self.group.device
@@ -249,14 +257,15 @@ class Phase:
         optimizer, schedule = self._optimizer(steps, rate)
         average = Average(self.student, self.recipe.ema) if best is not None and self.recipe.ema else None
         checks = {round((i + 1) * steps / self.recipe.checks) for i in range(self.recipe.checks)} if best else set()
+        saves = self.checkpoint if best is not None or self.judge is None else None  # not in the trial of a rate
         start = 0
         if resumed is not None:
             start = resumed[0]["step"]
             self._restore(resumed, optimizer, schedule, average, best)
         for step, lesson in enumerate(lessons, start + 1):
-            self.coach.before(step - 1, steps)
             if self.checkpoint is not None:
                 torch.manual_seed(self.seed * 1_000_003 + step)  # what a step draws, if anything, is the step's own
+            self.coach.before(step - 1, steps)
             loss = self._backward(lesson)
             if not math.isfinite(loss):
                 raise Diverged(f"the loss became {loss} at step {step - 1} of {steps}")
@@ -275,27 +284,31 @@ class Phase:
                 if self.recipe.patience and best.stale >= self.recipe.patience and step < steps:
                     self.console.say(f"stopped at step {step} of {steps}: no better for {best.stale} checks")
                     return
-            if best is not None and self.checkpoint is not None and self.checkpoint.due():
-                self._save(self.checkpoint, step, steps, rate, optimizer, schedule, average, best)
+            if saves is not None and step < steps and self.group.leads(saves.due()):
+                self._save(saves, step, steps, rate, optimizer, schedule, average, best)
 
     def _save(
         self, checkpoint: Checkpoint, step: int, steps: int, rate: float, optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler, average: Average | None, best: Best,
+        schedule: torch.optim.lr_scheduler.LRScheduler, average: Average | None,
+        best: Best | None,
     ) -> None:  # fmt: skip
-        """Keep all that the steps after `step` depend on."""
+        """Keep all that the steps after `step` depend on; what several processes know alike, the first one writes."""
+        if self.group.rank:
+            return
         facts = {
             "phase": self.number, "step": step, "steps": steps, "rate": rate, "lessons": self.taken + step,
             "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
             "rates": [group["lr"] for group in optimizer.param_groups],
-            "averaged": average.steps if average is not None else 0, "best": best.value, "stale": best.stale,
+            "averaged": average.steps if average is not None else 0, "best": best and best.value, "stale": best and best.stale,
             "precision": self.precision.state(), "teaching": self.teaching.state(),
             "history": to_json(self.history), "corrupt": self.images.corrupt,
         }  # fmt: skip
         moments = {f"{i}.{k}": v for i, own in optimizer.state_dict()["state"].items() for k, v in own.items()}
         tensors = {
-            **saved.named("student", self.student.state_dict()), **saved.named("best", best.state),
+            **saved.named("student", self.student.state_dict()), **saved.named("best", best.state if best else {}),
             **saved.named("optimizer", moments), **saved.named("average", average.state if average is not None else {}),
         }  # fmt: skip
+        facts["coach"] = freeze(self.coach.state(), tensors)
         checkpoint.save(facts, tensors)
 
     def _restore(
@@ -318,6 +331,7 @@ class Phase:
         if best is not None:
             best.value, best.stale = facts["best"], facts["stale"]
             best.state = _on(saved.part(tensors, "best"), self.group.device)
+        self.coach.restore(thaw(facts["coach"], tensors))
         self.advance(facts["step"] * self.recipe.batch_size, "resumed")
 
     def _backward(self, lesson: Lesson) -> float:

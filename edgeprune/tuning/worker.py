@@ -21,6 +21,7 @@ from edgeprune.config import ModelSpec, Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.tuning import judge, loop
+from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.group import Group, launched
 from edgeprune.tuning.launch import JOB
 from edgeprune.types import to_json
@@ -86,7 +87,17 @@ def tune(folder: Path, group: Group) -> None:
         f"{group.size} processes tune on {group.device.type}, each on its share of every {recipe.batch_size} images"
     )
     history = loop.fit(
-        student, train, recipe, transforms, teacher=teacher, check=check, seed=job["seed"], console=console, group=group
+        student,
+        train,
+        recipe,
+        transforms,
+        teacher=teacher,
+        check=check,
+        seed=job["seed"],
+        console=console,
+        group=group,
+        lesson_bytes=job["lesson_bytes"],
+        checkpoint=Checkpoint(Path(job["checkpoint"]), console),
     )
     (folder / f"unreadable-{group.rank}.json").write_text(json.dumps(train.corrupt))
     if group.rank == 0:

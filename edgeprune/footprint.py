@@ -1,0 +1,248 @@
+"""Footprint: how much memory a build will take, said before it starts, and how it is kept within `--max-memory`.
+
+Every term is a size of the model times a number of images, or of copies of the weights; tests hold the sum to what
+builds really take. Memory counts as resident, of this process and of the worker that measures beside it, if it does so
+on this machine. What grows with the number of images can wait on disk (`edgeprune.shelf`) or be remembered less, so a
+limit has to leave room for the rest only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from edgeprune import images, schedules, stitch, vit
+from edgeprune.allocators import search
+from edgeprune.config import CalibrationSpec, DataSpec, Recipe, Request
+from edgeprune.console import Console
+from edgeprune.criteria import SCORED, fisher
+from edgeprune.errors import UsageError
+from edgeprune.latency import device
+from edgeprune.latency.clock import COPIES
+from edgeprune.stages import profile, shapes
+from edgeprune.tuning import judge, lessons
+from edgeprune.vit import Anatomy
+
+GIB = 1 << 30
+#: What the interpreter and the libraries take in this process once all of them are loaded, and in a worker.
+LIBRARIES, WORKER = int(0.75 * GIB), int(0.2 * GIB)
+LOADED = 3  # times its file: what a model takes in a worker (weights, a repacked copy, scratch)
+EXPORTED = 8  # times its weights: what a model takes while it becomes ONNX and is simplified
+SPARE = 1.2  # times the sum: what allocators do not give back, and small things
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def in_words(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes at most, in bytes: `least`, which it cannot do without, and what may wait on disk or be left out."""
+
+    stage: str
+    least: float
+    more: float = 0.0
+
+    @property
+    def most(self) -> float:
+        return self.least + self.more
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can: what one stage has freed, the next one would add to."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def within(request: Request, stages: Sequence[str], console: Console) -> Request:
+    """The request with its limits on what is kept, after the expected peak has been said.
+
+    Raises UsageError where --max-memory is not enough for these stages; warns where the machine has less than is expected.
+    """
+    with torch.device("meta"):  # sizes alone
+        model = vit.create(request.card.architecture, request.card.kwargs, request.card.num_classes)
+    found = [need for need in needs(request, vit.anatomy(model), vit.parameters(model)) if need.stage in stages]
+    peak = max(found, key=lambda need: need.most)
+    limit = request.max_memory
+    if limit is None:
+        console.say(f"memory: at most {in_words(peak.most)} expected, in the stage {peak.stage}")
+        free = available()
+        if free is not None and peak.most > free:
+            console.warn(
+                f"{in_words(peak.most)} of memory are expected to be needed and {in_words(free)} are available here; "
+                "give --max-memory, or a smaller [calibration] batch_size in the card"
+            )
+        return request
+    short = max(found, key=lambda need: need.least)
+    if short.least > limit:
+        raise UsageError(
+            f"--max-memory {in_words(limit)} is not enough: the stage {short.stage} needs {in_words(short.least)}, whatever waits "
+            "on disk; give more, or a smaller [calibration] or [finetune] batch_size in the card"
+        )
+    room = {need.stage: int((limit - need.least) / SPARE) for need in found if need.most > limit}
+    kept = {
+        "prune": "activations of calibration images wait on disk",
+        "finetune": "fewer answers of the teacher are kept",
+    }
+    said = "; ".join(words for stage, words in kept.items() if stage in room)
+    console.say(
+        f"memory: at most {in_words(min(peak.most, limit))} expected, in the stage {peak.stage}{f', as {said}' if said else ''}"
+    )
+    return replace(request, shelf_bytes=room.get("prune"), lesson_bytes=room.get("finetune", room.get("sparsify")))
+
+
+def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
+    """What each stage takes that takes much."""
+    card, weights = request.card, 4 * parameters
+    measuring = 0.0 if request.device else 1.0
+    dense = WORKER + COPIES * LOADED * weights
+    export = EXPORTED * weights
+    found = [
+        Need("baseline", weights + export),
+        Need("profile", weights + export + measuring * (dense + LOADED * weights * _shapes(request, sizes))),
+        calibrating(request, sizes, weights),
+        pruning(card.calibration, sizes, weights, measuring * (dense + COPIES * LOADED * weights) + export),
+        tuning("finetune", card.finetune, card.data, sizes, weights),
+        Need("export", 3 * weights + export),
+        Need("simplify", export),
+        Need("compile", export),
+        Need("validate", 3 * weights + WORKER + 2 * COPIES * LOADED * weights),
+        Need("inspect", 3 * weights + WORKER + 2 * LOADED * weights + 64 * sizes.blocks * stream(sizes)),
+        Need("survey", weights + export + measuring * (dense + COPIES * LOADED * weights)),
+        Need("check", weights + export + measuring * (dense + LOADED * weights * request.check)),
+    ]
+    if request.schedule != schedules.DEFAULT:
+        trains, scores = (
+            tuning("sparsify", card.finetune, card.data, sizes, weights),
+            calibrating(request, sizes, weights),
+        )
+        found.append(Need("sparsify", trains.least + scores.most, trains.more))
+    if request.profile is not None:
+        found = [need for need in found if need.stage != "profile"]
+    return [Need(need.stage, LIBRARIES + SPARE * need.least, SPARE * need.more) for need in found]
+
+
+def stream(sizes: Anatomy) -> int:
+    """A residual stream of one image."""
+    return 4 * sizes.tokens * sizes.width
+
+
+def pixels(sizes: Anatomy) -> int:
+    channels, height, width = sizes.image
+    return 4 * channels * height * width
+
+
+def graph(sizes: Anatomy) -> int:
+    """What one image leaves for the backward pass: 12 tensors of the width and 3 of the neurons per block."""
+    return sizes.blocks * 4 * sizes.tokens * (12 * sizes.width + 3 * rows(sizes))
+
+
+def rows(sizes: Anatomy) -> int:
+    """Of fc1."""
+    return sizes.neurons * sizes.row_groups("mlp")
+
+
+def calibrating(request: Request, sizes: Anatomy, weights: int) -> Need:
+    """Backward passes over a batch, moments of every layer, and the weight changes that are scored at once."""
+    spec = request.card.calibration
+    squares = 8 * sizes.blocks * (sizes.width**2 + sizes.neurons**2)
+    grid = len(vit.neuron_grid(sizes.neurons, request.target.neuron_step))
+    changes = 4 * sizes.width * sizes.blocks * (sizes.neurons * grid + sizes.width * (sizes.heads + 1))
+    largest = 4 * sizes.width * sizes.neurons * grid  # at least one sub-block is scored at once
+    batch = min(spec.batch_size, spec.images)
+    tokens = spec.images * 4 * 2 * sizes.blocks * sizes.tokens  # how much each counts
+    scored = max(min(changes, fisher.CHANGES_BYTES + largest), 2 * weights)  # or means and squares of gradients
+    if request.criterion == "kl":
+        scored += judged(sizes, min(spec.images, SCORED, stitch.most_images(sizes)), 1)
+    work = 6 * 8 * max(sizes.width, sizes.neurons) ** 2  # a covariance's factor, inverse and solutions
+    per_image = 4 * sizes.width * sizes.neurons
+    return Need("calibrate", 2 * weights + batch * (graph(sizes) + per_image) + 2 * squares + scored + tokens + work)
+
+
+def pruning(spec: CalibrationSpec, sizes: Anatomy, weights: int, measuring: float) -> Need:
+    """Judges of the search, re-fitted sub-blocks, and the refit over all calibration images at once; which may wait on disk."""
+    most = min(search.JUDGED, stitch.most_images(sizes) // 2)
+    fitted = min(spec.images - spec.images // 4, most)
+    both = fitted + min(max(spec.images // 4, 1), most)
+    waiting = spec.images * (pixels(sizes) + _refit(sizes)) + (2 * both + fitted) * (2 * sizes.blocks + 1) * stream(
+        sizes
+    )
+    every = max(vit.MAX_WIDTHS, sizes.heads) * weights / 2  # sub-blocks at every level
+    work = both * pixels(sizes) * 2 + judged(sizes, both, 0)
+    squares = 8 * sizes.blocks * (sizes.width**2 + sizes.neurons**2)
+    least = 3 * weights + min(every, stitch.DATABASE_BYTES) + squares + work + measuring
+    return Need("prune", least, waiting)
+
+
+def available(meminfo: str | None = None, group: Path | None = None) -> int | None:
+    """Bytes that this process may still take: free memory, or less where its control group has a limit; None if unknown.
+
+    meminfo: the text of /proc/meminfo. group: the folder of the control group.
+    """
+    words = device.cpu_facts(device.read(MEMINFO) if meminfo is None else meminfo).get("memavailable", "").split()
+    found = [1024 * int(words[0])] if words else []
+    if group is None:
+        own = device.read(device.CGROUP).rpartition("::")[2].strip("/ \n")  # version 2: one line, 0::/path
+        group = device.CGROUP_ROOT / own
+    for folder in (group, *group.parents):
+        limit, used = device.read(folder / "memory.max"), device.read(folder / "memory.current")
+        if limit.isdigit() and used.isdigit():
+            found.append(max(0, int(limit) - int(used)))
+    return min(found) if found else None
+
+
+def _refit(sizes: Anatomy) -> int:
+    """What the refit knows of one image: streams before and after, of both models, and what a layer sees and misses."""
+    first = 3 * sizes.width + 2 * max(3 * sizes.width, rows(sizes))
+    last = 6 * sizes.width + max(sizes.width, sizes.neurons)
+    return 4 * sizes.tokens * max(first, last)
+
+
+def judged(sizes: Anatomy, count: int, held: int) -> int:
+    """What a judge works with on so many images at once, and the streams of `held` choices."""
+    one = 4 * sizes.tokens * (6 * sizes.width + 4 * max(3 * sizes.width, rows(sizes)))
+    return count * (one + held * (2 * sizes.blocks + 1) * stream(sizes))
+
+
+def tuning(stage: str, recipe: Recipe, data: DataSpec, sizes: Anatomy, weights: int) -> Need:
+    """Weights of both models, gradients, AdamW, the average and the best, a batch, and answers that are kept."""
+    if sum(recipe.epochs) <= 0:
+        return Need(stage, 4 * weights)
+    read = stream(sizes) * max(recipe.token_layers - 1, 0) // 2 + pixels(sizes)  # of one image, as it is kept
+    answered = read + stream(sizes) * recipe.token_layers
+    checked = judge.CHECK_IMAGES * pixels(sizes)
+    least = 14 * weights + recipe.batch_size * (graph(sizes) + 2 * answered) + checked
+    views = recipe.views if recipe.augment else 1
+    count = training_images(data)
+    if 0 < views < max(recipe.epochs):
+        kept = float("inf") if count is None else count * views * read
+    else:
+        kept = recipe.batch_size * lessons.ECHO_LESSONS * read if recipe.echo > 1 else 0
+    return Need(stage, least, min(kept, lessons.CACHE_BYTES))
+
+
+def training_images(data: DataSpec) -> int | None:
+    """At most so many; None where that takes more than a look at a folder."""
+    if data.name == "digits":
+        return images.DIGITS - images.DIGITS_TEST
+    part = Path(data.dir) / data.train_split
+    if data.name != "folder" or not Path(data.dir).is_dir():  # an archive's directory is read later
+        return None
+    return sum(len(files) for _, _, files in os.walk(part if part.is_dir() else data.dir))
+
+
+def _shapes(request: Request, sizes: Anatomy) -> float:
+    """The models that the latency table is measured on, in dense ones."""
+    attn, mlp = 4 * sizes.width, sizes.width + rows(sizes)
+    share = attn / (attn + mlp)
+    widths = len(vit.neuron_grid(sizes.neurons, request.target.neuron_step))
+    tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims else 0
+    return sizes.heads * (1 - share / 2) + widths * (share + (1 - share) / 2) + tokens + profile.FITTING_PLANS / 2
