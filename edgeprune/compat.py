@@ -46,17 +46,27 @@ heal_torchvision()
 
 import timm  # noqa: E402
 from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
-from timm.layers import GluMlp, Mlp  # noqa: E402
+from timm.layers import AttentionRope, GluMlp, LayerScale, Mlp, SwiGLU, apply_rot_embed_cat  # noqa: E402
+from timm.models.beit import Beit  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
+from timm.models.eva import Eva, EvaAttention, EvaBlock  # noqa: E402
 from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
 
 __all__ = [
     "Attention",
+    "AttentionRope",
+    "Beit",
     "Block",
+    "Eva",
+    "EvaAttention",
+    "EvaBlock",
     "GluMlp",
+    "LayerScale",
     "Mlp",
+    "SwiGLU",
     "VisionTransformer",
     "VisionTransformerDistilled",
+    "apply_rot_embed_cat",
     "create_dataset",
     "create_transform",
     "heal_torchvision",

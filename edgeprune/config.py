@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgeprune import families
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.extras import need_build_packages
 from edgeprune.types import Latency, Target
@@ -278,7 +279,7 @@ def _path(kind: str, name: str) -> Path | None:
 
 
 def _timm_knows(name: str) -> bool:
-    if not any(part in name for part in ("vit", "deit")):  # spares a mistyped card name the import of timm
+    if not any(part in name for part in families.PARTS):  # spares a mistyped card name the import of timm
         return False
     need_build_packages("looking up a timm name")
     from edgeprune.compat import timm

@@ -26,25 +26,44 @@ PLANS = {
     "tokens": Plan((BlockPlan((0, 1), WIDE, 9), BlockPlan((0, 1, 2), tuple(range(0, 24, 2)), 4))),
     "harsh": Plan((BlockPlan((), tuple(range(0, 24, 3))), BlockPlan((1,), ()))),
 }
+
+
+def plans(sizes: vit.Anatomy) -> dict[str, Plan]:
+    """The same without dropped tokens, where all of them have to stay."""
+    return {name: without_drops(plan) for name, plan in PLANS.items()} if sizes.positional else PLANS
+
+
+def without_drops(plan: Plan) -> Plan:
+    return Plan(tuple(BlockPlan(block.heads, block.neurons) for block in plan.blocks))
+
+
 #: 48 wide, 2 blocks of 3 heads and 24 neurons, 16 patches.
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 0.5}
-GATED = {"mlp_ratio": 1.0}  # two rows per neuron
+GATED = {"mlp_ratio": 1.0}  # timm halves it where one layer holds both rows of a neuron
+PACKED = ("vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2")
 
 
-def tiny(name: str, classes: int = 5) -> Any:
-    """Every tensor random: a fresh model is zero in its biases and would hide what goes wrong there."""
+def tiny_kwargs(name: str) -> dict[str, Any]:
     patch = next(
         int(part[5:]) for part in [*name.split("_"), "patch16"] if part.startswith("patch") and part[5:].isdigit()
     )
-    kwargs = {**SMALL, **(GATED if "giant" in name else {}), "img_size": 4 * patch}
+    return {**SMALL, **(GATED if name in PACKED else {}), "img_size": 4 * patch}
+
+
+def tiny(name: str, classes: int = 5) -> Any:
+    model: Any = fill(vit.create(name, tiny_kwargs(name), classes))
+    model.edgeprune_kwargs = tiny_kwargs(name)
+    return model
+
+
+@torch.no_grad()
+def fill(model: Any) -> Any:
+    """Every parameter random: a fresh model is zero in its biases and would hide what goes wrong there."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = vit.create(name, kwargs, classes)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                noise = torch.randn_like(parameter) * 0.15
-                parameter.copy_(1 + noise if "norm" in key and key.endswith("weight") else noise)
-    model.edgeprune_kwargs = kwargs
+        for key, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter) * 0.15
+            parameter.copy_(1 + noise if "norm" in key and key.endswith("weight") else noise)
     return model
 
 
@@ -73,12 +92,14 @@ def test_slicing_equals_masking_and_tunes(name: str) -> None:
     model = tiny(name)
     sizes = vit.anatomy(model)
     assert (sizes.blocks, sizes.heads, sizes.neurons, sizes.patches) == (2, 3, 24, 16)
-    for plan in PLANS.values():
+    for plan in plans(sizes).values():
         small = vit.slice_model(model, plan)
-        without_drops = Plan(tuple(BlockPlan(b.heads, b.neurons) for b in plan.blocks))
+        narrow = without_drops(plan)
         with torch.no_grad():
-            got = vit.slice_model(model, without_drops)(pixels(model))
-            torch.testing.assert_close(got, masked(model, without_drops)(pixels(model)), rtol=1e-3, atol=1e-4)
+            got = vit.slice_model(model, narrow)(pixels(model))
+            torch.testing.assert_close(got, masked(model, narrow)(pixels(model)), rtol=1e-3, atol=1e-4)
+            again = vit.in_dense_shape(model, narrow, vit.slice_model(model, narrow))
+            torch.testing.assert_close(again(pixels(model)), got, rtol=1e-3, atol=1e-4)
         small(pixels(model)).square().mean().backward()
         assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in small.parameters())
         assert sum(p.grad is not None for p in small.parameters()) > 10
@@ -88,7 +109,7 @@ def test_slicing_equals_masking_and_tunes(name: str) -> None:
 QUICK = {
     "vit_tiny_patch16_224", "vit_base_patch16_gap_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
     "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2", "vit_base_patch16_clip_quickgelu_224",
-    "vit_base_patch16_siglip_224", "test_vit2",
+    "vit_base_patch16_siglip_224", "test_vit2", "eva02_tiny_patch14_224", "vit_small_plus_patch16_dinov3", "beit_base_patch16_224",
 }  # fmt: skip
 
 
@@ -100,7 +121,8 @@ def test_it_exports_runs_in_both_runtimes_and_reloads(name: str, tmp_path: Path)
     import openvino
 
     model = tiny(name)
-    small, images = vit.slice_model(model, PLANS["tokens"]), pixels(model)
+    plan = plans(vit.anatomy(model))["tokens"]
+    small, images = vit.slice_model(model, plan), pixels(model)
     exported, path = tmp_path / "exported.onnx", tmp_path / "model.onnx"
     export.to_onnx(small, vit.anatomy(model).image, exported)
     simplify.simplify(exported, path)
@@ -112,7 +134,7 @@ def test_it_exports_runs_in_both_runtimes_and_reloads(name: str, tmp_path: Path)
         scale = 1e-3 * np.abs(row).max() + 1e-5
         np.testing.assert_allclose(session.run(None, {"pixels": image[None]})[0][0], row, atol=scale)
         np.testing.assert_allclose(compiled(image[None])[0][0], row, atol=scale)
-    planned = artifact.PlannedModel(name, model.edgeprune_kwargs, 5, PLANS["tokens"], 1.0, 2.0)
+    planned = artifact.PlannedModel(name, model.edgeprune_kwargs, 5, plan, 1.0, 2.0)
     artifact.write_plan(planned, tmp_path / "plan.json")
     save_file({k: v.contiguous() for k, v in small.state_dict().items()}, tmp_path / "model.safetensors")
     again = artifact.rebuild(artifact.read_plan(tmp_path / "plan.json"), tmp_path / "model.safetensors")
@@ -130,8 +152,12 @@ def test_gates_go_with_their_neurons() -> None:
 @pytest.mark.parametrize(
     "name, what",
     [
-        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
-        ("vit_base_patch16_rpn_224", "ResPostBlock"),
+        ("vit_base_patch16_xp_224", "ParallelScalingBlock, where attention and MLP run in parallel"),
+        ("vit_base_patch16_rpn_224", "ResPostBlock, where norms come after"),
+        ("eva02_enormous_patch14_clip_224", "EvaBlockPostNorm, where norms come after"),
+        ("eva02_base_patch14_224", "a norm inside MLP"),
+        ("eva02_base_patch16_clip_224", "a norm inside attention"),
+        ("vit_small_patch16_rope_mixed_224", "learnt for every head"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
         ("samvit_base_patch16", "VisionTransformerSAM"),
         ("vit_dlittle_patch16_reg1_gap_256", "DiffAttention"),
@@ -142,10 +168,18 @@ def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable
         vit.create(name, {"embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 64}, 5)
 
 
-@pytest.mark.parametrize("name", ["vit_7b_patch16_dinov3", "swin_large_patch4_window7_224", "aimv2_3b_patch14_224"])
-def test_the_unsupported_are_refused_before_their_weights_are_made(name: str) -> None:
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("eva02_enormous_patch14_clip_224", "eva02_"),
+        ("eva02_large_patch14_448", "eva02_"),
+        ("swin_large_patch4_window7_224", "(vit|deit)_"),
+        ("vit_huge_patch14_xp_224", "vit_"),
+    ],
+)
+def test_the_unsupported_are_refused_before_their_weights_are_made(name: str, nearest: str) -> None:
     began = time.monotonic()
-    with pytest.raises(UsageError, match=r"the nearest .* is tested is '(vit|deit)"):
+    with pytest.raises(UsageError, match=rf"the nearest .* is tested is '{nearest}"):
         vit.create(name, {}, 1000)
     assert time.monotonic() - began < 5
 
@@ -155,3 +189,77 @@ def test_the_supported_are_listed() -> None:
     assert done.exit_code == 0 and all(f"  {name}\n" in done.output for name in families.NAMES)
     assert len(set(families.NAMES)) == len(families.NAMES) >= 30
     assert families.nearest("swin_tiny_patch4_window7_224.ms_in1k") in families.NAMES
+
+
+#: What timm names otherwise, or has as no parameter at all: every way in which a family is rewritten.
+REWRITTEN = {
+    "queries and values have biases": ("eva02_tiny_patch14_224", {}),
+    "queries, keys and values apart": ("eva02_tiny_patch14_224", {"qkv_fused": False}),
+    "no biases": ("vit_small_patch16_dinov3", {}),
+    "gates apart": ("vit_small_plus_patch16_dinov3", {}),
+    "rotation, and queries, keys and values apart": ("vit_small_patch16_rope_224", {"qkv_fused": False}),
+    "norms of queries and keys": ("vit_small_patch16_rope_224", {"qk_norm": True}),
+    "LayerScale of the attention alone": ("vit_small_patch16_rope_224", {"attn_only_layer_scale": True}),
+    "pooling by attention": ("vit_pe_core_tiny_patch16_384", {}),
+    "registers, no class token": ("vit_medium_patch16_rope_reg1_gap_256", {}),
+    "another size and other channels": ("eva02_tiny_patch14_224", {"img_size": (28, 70), "in_chans": 1}),
+    "a table per block": ("beit_base_patch16_224", {}),
+    "a shared table": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
+    "a shared table and one per block": ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True}),
+    "no table, and SwiGLU": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "swiglu_mlp": True}),
+    "a table, another size and other channels": ("beitv2_base_patch16_224", {"img_size": (32, 80), "in_chans": 4}),
+    "SwiGLU without biases": ("aimv2_large_patch14_224", {}),
+}
+
+
+@pytest.mark.parametrize("what", REWRITTEN)
+def test_a_family_computes_what_timm_computes_and_loads_its_weights(what: str, tmp_path: Path) -> None:
+    from edgeprune.compat import timm
+
+    name, more = REWRITTEN[what]
+    kwargs = {**tiny_kwargs(name), **more}
+    original = fill(timm.create_model(name, num_classes=7, **kwargs).eval())
+    path = tmp_path / "timm.safetensors"
+    save_file({k: v.contiguous() for k, v in original.state_dict().items()}, path)
+    model = vit.create(name, kwargs, 7)
+    vit.load_weights(model, vit.read_weights(path), str(path))
+    images = pixels(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), original(images), rtol=1e-5, atol=1e-5)
+        *_, logits = vit.streams(model, images)
+        torch.testing.assert_close(logits, original(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_weights_in_timms_names_are_loaded_strictly(name: str) -> None:
+    from edgeprune.compat import timm
+
+    model = tiny(name)
+    state = timm.create_model(name, num_classes=5, **tiny_kwargs(name)).state_dict()
+    older = {**state, "blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long)}
+    vit.load_weights(model, older, "older.pth")  # timm kept it in its checkpoints once
+    without = {k: v for k, v in state.items() if k != "blocks.1.attn.v_bias"}
+    with pytest.raises(UsageError, match=r"do not fit .*blocks\.1\.attn\.v_bias is missing"):
+        vit.load_weights(model, without, "w.pth")
+    with pytest.raises(UsageError, match=r"head.weight is \(9, 48\), the model wants \(5, 48\)"):
+        vit.load_weights(model, {**state, "head.weight": torch.zeros(9, 48)}, "w.pth")
+
+
+def test_biases_by_distance_go_with_their_heads() -> None:
+    model = tiny("beit_base_patch16_224")
+    small = vit.slice_model(model, without_drops(PLANS["mild"]))
+    table = model.blocks[1].attn.relative_position_bias_table
+    torch.testing.assert_close(small.blocks[1].attn.relative_position_bias_table, table[:, [0, 2]])
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_tokens_stay_where_attention_depends_on_their_places(name: str) -> None:
+    model = tiny(name)
+    sizes = vit.anatomy(model)
+    with pytest.raises(UsageError, match="depends on where its tokens are"):
+        vit.slice_model(model, PLANS["tokens"])
+    with pytest.raises(UsageError, match="choose --dims heads,mlp,depth"):
+        vit.choosable(("tokens",), sizes)
+    assert vit.choosable(("heads", "mlp", "depth", "tokens"), sizes) == ("heads", "mlp", "depth")
+    plain = vit.anatomy(tiny("eva_giant_patch14_224"))  # no rotation: positions are embedded once
+    assert vit.choosable(("tokens",), plain) == ("tokens",)

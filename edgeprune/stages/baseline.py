@@ -42,6 +42,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     model = load_source(request.card, request.weights)
     dense = with_data(model, request)
     sizes = dense.sizes
+    if vit.choosable(request.dims, sizes) != request.dims:
+        console.say(f"{vit.ALL_TOKENS_STAY}: heads, neurons and sub-blocks may go")
     check_classes(dense.splits, sizes.num_classes)
     if request.selects:
         chosen = select(dense, request, out, console)

@@ -51,7 +51,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         f"(SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
     )
     models = shapes.shape_models(dense.model, grid, out, console)
-    patches = shapes.patch_counts(dense.sizes) if "tokens" in request.dims else ()
+    patches = shapes.patch_counts(dense.sizes) if "tokens" in vit.choosable(request.dims, dense.sizes) else ()
     reducing: Shape = ()
     if len(patches) > 1:
         token_models, reducing = shapes.token_models(dense.model, out, console)
@@ -126,7 +126,7 @@ def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
     return {
         "architecture": request.card.architecture, "batch": 1, "tokens": sizes.tokens, "width": sizes.width,
         "blocks": sizes.blocks, "heads": sizes.heads, "head_dim": sizes.head_dim, "neurons": sizes.neurons,
-        "classes": sizes.num_classes,
+        "classes": sizes.num_classes, **({"attention": "positional"} if sizes.positional else {}),
     }  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             seconds,
             request.seed,
             console,
-            request.dims,
+            vit.choosable(request.dims, dense.sizes),
             request.reducer,
         )
         choose = allocators.get(request.allocator).prepare(task)
