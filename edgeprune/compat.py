@@ -46,7 +46,7 @@ heal_torchvision()
 
 import timm  # noqa: E402
 from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
-from timm.layers import AttentionRope, GluMlp, LayerScale, Mlp, SwiGLU, apply_rot_embed_cat  # noqa: E402
+from timm.layers import AttentionRope, GluMlp, LayerScale, Mlp, SwiGLU  # noqa: E402
 from timm.models.beit import Beit  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.eva import Eva, EvaAttention, EvaBlock  # noqa: E402
@@ -66,7 +66,6 @@ __all__ = [
     "SwiGLU",
     "VisionTransformer",
     "VisionTransformerDistilled",
-    "apply_rot_embed_cat",
     "create_dataset",
     "create_transform",
     "heal_torchvision",

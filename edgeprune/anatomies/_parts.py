@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune.compat import Attention, Block, GluMlp, LayerScale, Mlp, SwiGLU, VisionTransformer, apply_rot_embed_cat
+from edgeprune.compat import Attention, Block, GluMlp, LayerScale, Mlp, SwiGLU, VisionTransformer
 
 MLPS = (Mlp, GluMlp, SwiGLU)
 
@@ -41,6 +41,7 @@ class PositionalAttention(Attention):
     """
 
     rope: Tensor | None
+    turn: Tensor | None
     relative_position_index: Tensor | None
     relative_position_bias_table: nn.Parameter | None
 
@@ -59,7 +60,7 @@ class PositionalAttention(Attention):
         super().__init__(dim, num_heads, head_dim, qkv_bias=qkv_bias)
         self.register_buffer("rope", rope, persistent=False)  # both follow from the architecture
         self.register_buffer("relative_position_index", index, persistent=False)
-        self.rotate_half = rotate_half
+        self.register_buffer("turn", None if rope is None else quarter_turn(head_dim, rotate_half), persistent=False)
         table = None if index is None else nn.Parameter(torch.empty(distances, num_heads))
         self.register_parameter("relative_position_bias_table", table)
 
@@ -68,13 +69,18 @@ class PositionalAttention(Attention):
         queries, keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
         queries, keys = self.q_norm(queries), self.k_norm(keys)
         if self.rope is not None:
-            queries, keys = (apply_rot_embed_cat(part, self.rope, half=self.rotate_half) for part in (queries, keys))
+            queries, keys = self.rotated(queries), self.rotated(keys)
         dropout = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
             queries, keys, values.to(queries), attn_mask=self.bias(), dropout_p=dropout
         )
         # a copy: which memory layout the attention returns differs between the exporter's steps where there is a bias
         return self.proj_drop(self.proj(mixed.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)))
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Queries or keys `[n, heads, tokens, head_dim]`, each pair of channels turned by an angle of its own."""
+        sines, cosines = cast(Tensor, self.rope).chunk(2, -1)
+        return x * cosines + (x @ cast(Tensor, self.turn)) * sines
 
     def bias(self) -> Tensor | None:
         """What is added to the scores, `[1, heads, tokens, tokens]`."""
@@ -93,6 +99,19 @@ class PositionalAttention(Attention):
         """The reverse: take what a sliced attention has for these heads."""
         if self.relative_position_bias_table is not None:
             self.relative_position_bias_table[:, list(heads)] = cast(Tensor, small.relative_position_bias_table)
+
+
+def quarter_turn(head_dim: int, half: bool) -> Tensor:
+    """What turns every pair of channels by 90 degrees, `[head_dim, head_dim]`; `half`: pairs are half a head apart.
+
+    A matrix, since slices with strides, as timm has them, are slow: EVA-02 tiny took 27.8 instead of 36.1 ms in
+    OpenVINO and 30.5 instead of 32.5 ms in ONNX Runtime (medians of 30 runs, one thread of an AMD EPYC).
+    """
+    channels = torch.arange(head_dim, device="cpu").reshape((2, -1) if half else (-1, 2))
+    first, second = channels.unbind(0 if half else 1)
+    turn = torch.zeros(head_dim, head_dim, device="cpu")
+    turn[second, first], turn[first, second] = -1, 1
+    return turn
 
 
 def padded(rope: Tensor, prefix: int) -> Tensor:
