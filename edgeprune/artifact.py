@@ -10,11 +10,11 @@ import json
 import stat
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import schema, sealed
+from edgeprune import families, schema, sealed
 from edgeprune.errors import StorageError, UsageError
 from edgeprune.types import BlockPlan, Plan
 
@@ -37,6 +37,7 @@ class PlannedModel:
     plan: Plan
     predicted_ms: float
     limit_ms: float
+    anatomy: dict[str, str] = field(default_factory=dict)  # see `config.ModelSpec`
 
 
 def write_plan(planned: PlannedModel, path: Path) -> None:
@@ -49,6 +50,7 @@ def write_plan(planned: PlannedModel, path: Path) -> None:
         "schema": PLAN_SCHEMA,
         "architecture": planned.architecture,
         "kwargs": planned.kwargs,
+        **({"anatomy": planned.anatomy} if planned.anatomy else {}),
         "num_classes": planned.num_classes,
         "limit_ms": planned.limit_ms,
         "predicted_ms": planned.predicted_ms,
@@ -74,6 +76,7 @@ def read_plan(path: Path) -> PlannedModel:
             str(document["architecture"]), dict(document["kwargs"]), int(document["num_classes"]),
             Plan(blocks, str(document.get("reducer", "cls"))),
             float(document["predicted_ms"]), float(document["limit_ms"]),
+            _anatomy(document.get("anatomy", {})),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UsageError(f"{path}: the plan is damaged ({type(error).__name__}: {error})") from error
@@ -91,11 +94,18 @@ def _count(value: Any) -> int | None:
     return value
 
 
+def _anatomy(value: Any) -> dict[str, str]:
+    if odd := families.odd_part(dict(value)):
+        raise ValueError(odd)
+    return dict(value)
+
+
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:
     """The pruned torch model in eval mode, its weights strictly loaded."""
     from edgeprune import vit
 
-    model = vit.slice_model(vit.create(planned.architecture, planned.kwargs, planned.num_classes), planned.plan)
+    dense = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
+    model = vit.slice_model(dense, planned.plan)
     vit.load_weights(model, vit.read_weights(weights), str(weights))
     return model.eval()
 

@@ -152,6 +152,7 @@ class ModelSpec:
     data: DataSpec
     weights: str = ""  # a file beside the card, "hub" = timm's pretrained weights, "" = give --weights
     kwargs: dict[str, Any] = field(default_factory=dict)
+    anatomy: dict[str, str] = field(default_factory=dict)  # where units live in a model that edgeprune does not know
     transforms: TransformSpec = TransformSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     finetune: Recipe = Recipe()
@@ -159,6 +160,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         within(self, 0, "num_classes", 1_000_000)
+        if odd := families.odd_part(self.anatomy):
+            raise BadValue(f"[anatomy]: {odd}")
 
 
 @dataclass(frozen=True)

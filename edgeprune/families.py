@@ -6,6 +6,10 @@ Others of the same classes work as well; what cannot be sliced is refused by `vi
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
+
+from edgeprune.errors import unknown
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "ViT": (
@@ -46,7 +50,28 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 #: Of their names and those of their relatives; whatever has none of these is no model that edgeprune could prune.
 PARTS = ("vit", "deit", "eva", "beit", "swin")
 
+#: What a card's [anatomy] may name, and what timm's VisionTransformer calls it, in the model and in a block.
+MODEL_PARTS = {
+    name: name
+    for name in ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre", "blocks", "norm", "fc_norm", "head")
+}
+BLOCK_PARTS = {
+    "norm1": "norm1", "qkv": "attn.qkv", "num_heads": "attn.num_heads", "proj": "attn.proj", "ls1": "ls1",
+    "norm2": "norm2", "fc1": "mlp.fc1", "act": "mlp.act", "fc2": "mlp.fc2", "ls2": "ls2",
+}  # fmt: skip
+
 NAMES = tuple(name for names in FAMILIES.values() for name in names)
+
+
+def odd_part(anatomy: Mapping[str, object]) -> str:
+    """What is wrong with a card's [anatomy], in words; "" if nothing."""
+    known = {**MODEL_PARTS, **BLOCK_PARTS}
+    for part, name in anatomy.items():
+        if part not in known:
+            return str(unknown("part", part, known))
+        if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*(, *\w+(\.\w+)*){0,2}", name):
+            return f"'{part}' must be a name like 'mlp.fc1', not {str(name)[:40]!r}"
+    return ""
 
 
 def nearest(name: str) -> str:

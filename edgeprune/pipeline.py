@@ -140,7 +140,13 @@ PROFILING = (
 )
 
 ASKS: dict[str, Callable[[Request], Any]] = {
-    "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
+    "model": lambda r: (
+        r.card.architecture,
+        r.card.kwargs,
+        r.card.num_classes,
+        r.card.transforms,
+        *filter(None, [r.card.anatomy]),
+    ),
     "weights": lambda r: _weights_key(r),
     "data": lambda r: (r.card.data, _data_key(r.card.data.dir)),
     "calibration": lambda r: r.card.calibration,

@@ -34,7 +34,7 @@ def train(
         raise UsageError(f"the [train] recipe of '{card.name}' has label_weight 0: there is no teacher to learn from")
     start = time.monotonic()
     torch.manual_seed(seed)
-    network = vit.create(card.architecture, card.kwargs, card.num_classes)
+    network = vit.create(card.architecture, card.kwargs, card.num_classes, card.anatomy)
     if weights:
         vit.load_weights(network, vit.read_weights(Path(weights)), weights)
     transforms, splits = _data(card, network, seed)

@@ -13,7 +13,7 @@ import inspect
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -144,23 +144,28 @@ def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
 
 
 def create(
-    architecture: str, kwargs: dict[str, Any], num_classes: int, *, pretrained: bool = False
+    architecture: str,
+    kwargs: dict[str, Any],
+    num_classes: int,
+    anatomy: Mapping[str, str] | None = None,
+    *,
+    pretrained: bool = False,
 ) -> VisionTransformer:
     """A dense timm ViT in eval mode, its `proj` and `fc2` with a bias (zero where timm had none).
 
-    `num_classes` 0 leaves the number to timm.
+    `num_classes` 0 leaves the number to timm. anatomy: what a card says of a model that edgeprune does not know.
 
     Raises UsageError for a name timm does not know, arguments the model refuses, and models whose
     blocks are not the plain pre-norm blocks that this version can slice.
     """
     hub = architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(architecture.split(".")[0]):
-        raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+        raise unknown("model", architecture, timm.list_models([f"*{part}*" for part in families.PARTS]))
     check_kwargs(architecture, kwargs)
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
     if not hub:
-        _check_early(architecture, kwargs)
+        _check_early(architecture, kwargs, anatomy or {})
     try:
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except OSError as error:
@@ -171,7 +176,7 @@ def create(
         raise UsageError(
             f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
         ) from error
-    made: Any = anatomies.canonical(model, check_anatomy(model, architecture))
+    made: Any = anatomies.canonical(model, check_anatomy(model, architecture, anatomy or {}))
     before = set(made.state_dict())
     block: Any
     for block in made.blocks:
@@ -183,14 +188,14 @@ def create(
     return cast(VisionTransformer, made)
 
 
-def _check_early(architecture: str, kwargs: dict[str, Any]) -> None:
+def _check_early(architecture: str, kwargs: dict[str, Any], anatomy: Mapping[str, str]) -> None:
     """`check_anatomy` without making any weights, which takes minutes for a large model; what fails otherwise fails later."""
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, **kwargs)
     except Exception:
         return
-    check_anatomy(model, architecture)
+    check_anatomy(model, architecture, anatomy)
 
 
 def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
@@ -212,15 +217,18 @@ def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
             raise UsageError(f"the argument '{key}' in [kwargs] is beyond {most}: {str(value)[:40]}")
 
 
-def check_anatomy(model: Any, name: str) -> anatomies.Family:
+def check_anatomy(model: Any, name: str, anatomy: Mapping[str, str]) -> anatomies.Family:
     """The family of a timm model; raises UsageError, saying what and where, unless every block is one we can slice."""
-    family = anatomies.find(model)
+    family = anatomies.find(model, anatomy)
     nearest = (
         f"the nearest model that is tested is '{families.nearest(name)}' (`edgeprune models --supported` lists them)"
     )
     if family is None:
         known = ", ".join(cls.__name__ for cls in anatomies.classes())
-        raise UsageError(f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's {known}; {nearest}")
+        raise UsageError(
+            f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's {known}; {nearest}; "
+            "if its blocks are a plain ViT's under other names, the card's [anatomy] can say so"
+        )
     if obstacle := family.obstacle(model):
         raise UsageError(f"'{name}' cannot be sliced: {obstacle}; {nearest}")
     return family

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from edgeprune import artifact, families, vit
+from edgeprune import anatomies, artifact, compat, config, families, vit
 from edgeprune.cli import cli
+from edgeprune.compat import AttentionRope, VisionTransformer, timm
 from edgeprune.errors import UsageError
 from edgeprune.stages import export, simplify
 from edgeprune.types import BlockPlan, Plan
@@ -75,8 +78,6 @@ def pixels(model: Any, count: int = 3) -> torch.Tensor:
 @torch.no_grad()
 def masked(model: Any, plan: Plan) -> Any:
     """The dense model with the removed columns of `proj` and `fc2` at zero."""
-    import copy
-
     sizes, own = vit.anatomy(model), copy.deepcopy(model)
     for block, keep in zip(own.blocks, plan.blocks, strict=True):
         for kind, units in (("attn", keep.heads), ("mlp", keep.neurons)):
@@ -214,8 +215,6 @@ REWRITTEN = {
 
 @pytest.mark.parametrize("what", REWRITTEN)
 def test_a_family_computes_what_timm_computes_and_loads_its_weights(what: str, tmp_path: Path) -> None:
-    from edgeprune.compat import timm
-
     name, more = REWRITTEN[what]
     kwargs = {**tiny_kwargs(name), **more}
     original = fill(timm.create_model(name, num_classes=7, **kwargs).eval())
@@ -232,8 +231,6 @@ def test_a_family_computes_what_timm_computes_and_loads_its_weights(what: str, t
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
 def test_weights_in_timms_names_are_loaded_strictly(name: str) -> None:
-    from edgeprune.compat import timm
-
     model = tiny(name)
     state = timm.create_model(name, num_classes=5, **tiny_kwargs(name)).state_dict()
     older = {**state, "blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long)}
@@ -263,3 +260,151 @@ def test_tokens_stay_where_attention_depends_on_their_places(name: str) -> None:
     assert vit.choosable(("heads", "mlp", "depth", "tokens"), sizes) == ("heads", "mlp", "depth")
     plain = vit.anatomy(tiny("eva_giant_patch14_224"))  # no rotation: positions are embedded once
     assert vit.choosable(("tokens",), plain) == ("tokens",)
+
+
+class Unlike(torch.nn.Module):
+    """A ViT under names of its own; `swapped` puts its norms after attention and MLP."""
+
+    def __init__(self, swapped: bool = False) -> None:
+        super().__init__()
+        plain: Any = VisionTransformer(img_size=64, num_classes=5, class_token=False, global_pool="avg", **SMALL)
+        self.stem, self.places, self.last, self.classifier = (
+            plain.patch_embed,
+            plain.pos_embed,
+            plain.fc_norm,
+            plain.head,
+        )
+        self.encoder = torch.nn.Module()
+        self.encoder.layers = torch.nn.ModuleList(UnlikeBlock(block, swapped) for block in plain.blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x) + self.places
+        for layer in self.encoder.layers:
+            x = layer(x)
+        return self.classifier(self.last(x.mean(1)))
+
+
+class UnlikeBlock(torch.nn.Module):
+    def __init__(self, block: Any, swapped: bool) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2, self.heads, self.swapped = block.norm1, block.norm2, block.attn.num_heads, swapped
+        self.q, self.k, self.v = (torch.nn.Linear(48, 48) for _ in range(3))
+        self.out = block.attn.proj
+        self.ffn = torch.nn.Sequential(block.mlp.fc1, torch.nn.ReLU(), block.mlp.fc2)
+
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.swapped:
+            x = x + self.ln_1(self.attention(x))
+            return x + self.ln_2(self.ffn(x))
+        x = x + self.attention(self.ln_1(x))
+        return x + self.ffn(self.ln_2(x))
+
+
+ANATOMY = {
+    "patch_embed": "stem", "pos_embed": "places", "blocks": "encoder.layers", "fc_norm": "last", "head": "classifier",
+    "norm1": "ln_1", "qkv": "q, k, v", "num_heads": "heads", "proj": "out", "norm2": "ln_2", "fc1": "ffn.0",
+    "act": "ffn.1", "fc2": "ffn.2",
+}  # fmt: skip
+
+
+@pytest.fixture(params=[False, True])
+def swapped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Makes 'unlike_vit' a model of timm's, plain in all but names or not."""
+    monkeypatch.setattr(timm, "is_model", lambda name: name == "unlike_vit")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: Unlike(request.param))
+    return bool(request.param)
+
+
+def test_a_card_can_say_where_units_live(swapped: bool, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is a Unlike; .* the card's \[anatomy\] can say so"):
+        vit.create("unlike_vit", {}, 5)
+    if swapped:
+        with pytest.raises(UsageError, match=r"are off by \d+% of the greatest logit"):
+            vit.create("unlike_vit", {}, 5, ANATOMY)
+        return
+    original = fill(Unlike().eval())
+    model: Any = vit.create("unlike_vit", {}, 5, ANATOMY)
+    vit.load_weights(model, original.state_dict(), "theirs.pth")
+    images = pixels(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), original(images), rtol=1e-5, atol=1e-5)
+        for plan in PLANS.values():
+            narrow = without_drops(plan)
+            got = vit.slice_model(model, narrow)(images)
+            torch.testing.assert_close(got, masked(model, narrow)(images), rtol=1e-3, atol=1e-4)
+    small = vit.slice_model(model, PLANS["tokens"])
+    planned = artifact.PlannedModel("unlike_vit", {}, 5, PLANS["tokens"], 1.0, 2.0, ANATOMY)
+    artifact.write_plan(planned, tmp_path / "plan.json")
+    save_file({k: v.contiguous() for k, v in small.state_dict().items()}, tmp_path / "model.safetensors")
+    again = artifact.rebuild(artifact.read_plan(tmp_path / "plan.json"), tmp_path / "model.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), small(images))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({"norm1": "ln_9"}, r"block 0 has no 'ln_9'.*norm1"),
+        ({"norm1": "norm_before"}, r"block 0 has no 'norm_before'"),
+        ({"fc1": "ffn.2", "fc2": "ffn.0"}, "does not describe the model"),
+        ({"proj": "heads"}, "does not describe the model"),
+        ({"norm1": "ln_2", "norm2": "ln_1"}, "are off by"),
+    ],
+)
+@pytest.mark.parametrize("swapped", [False], indirect=True)
+def test_a_card_that_describes_another_model_is_refused(swapped: bool, wrong: dict[str, str], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        vit.create("unlike_vit", {}, 5, {**ANATOMY, **wrong})
+
+
+@pytest.mark.parametrize(
+    "anatomy, says",
+    [("norm = 3", "must be a name like"), ('qvk = "x"', "did you mean 'qkv'"), ('fc1 = "a b"', "must be a name")],
+)
+def test_odd_parts_in_a_card_are_named(anatomy: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "card.toml"
+    path.write_text(
+        f'description = "x"\narchitecture = "y"\nnum_classes = 2\n[data]\nname = "digits"\n[anatomy]\n{anatomy}\n'
+    )
+    with pytest.raises(UsageError, match=says) as error:
+        config.load_card(str(path))
+    assert "card.toml" in str(error.value) and "[anatomy]" in str(error.value)
+
+
+def test_contributings_family_in_one_file_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of CONTRIBUTING.md, for a model that is made here."""
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [code] = [part for part in text.split("```")[1::2] if "def obstacle" in part]
+    (tmp_path / "rotary.py").write_text(code.removeprefix("python\n"))
+    monkeypatch.setattr(compat, "RotaryViT", RotaryViT, raising=False)
+    monkeypatch.setattr(anatomies, "__path__", [*anatomies.__path__, str(tmp_path)])
+    try:
+        model: Any = fill(RotaryViT().eval())
+        made: Any = anatomies.canonical(copy.deepcopy(model), vit.check_anatomy(model, "rotary_vit", {}))
+        images = pixels(made)
+        with torch.no_grad():
+            torch.testing.assert_close(made(images), model(images), rtol=1e-5, atol=1e-5)
+            narrow = without_drops(PLANS["harsh"])
+            got = vit.slice_model(made, narrow)(images)
+            torch.testing.assert_close(got, masked(made, narrow)(images), rtol=1e-3, atol=1e-4)
+    finally:
+        sys.modules.pop("edgeprune.anatomies.rotary", None)
+
+
+class RotaryViT(VisionTransformer):
+    def __init__(self) -> None:
+        super().__init__(img_size=64, num_classes=5, **SMALL)
+        self.rope = timm.layers.RotaryEmbeddingCat(16, in_pixels=False, feat_shape=[4, 4])
+        for block in self.blocks:
+            block.attn = AttentionRope(48, 3)
+
+    def forward_features(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        x = vit.embed(self, x)
+        for block in self.blocks:
+            x = x + block.attn(block.norm1(x), rope=self.rope.get_embed())
+            x = x + block.mlp(block.norm2(x))
+        return self.norm(x)

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from edgeprune.anatomies._described import Described
 from edgeprune.anatomies._parts import PositionalAttention
 from edgeprune.compat import VisionTransformer
 
@@ -48,8 +50,13 @@ def classes() -> list[type[nn.Module]]:
     return [cls for name in names() for cls in get(name).CLASSES]
 
 
-def find(model: nn.Module) -> Family | None:
-    """The family that a model is of; None for a class that none names. Classes derived from theirs may differ: they are none's."""
+def find(model: nn.Module, anatomy: Mapping[str, str]) -> Family | None:
+    """The family that a model is of, or what a card's [anatomy] says of it; None for a class that no family names.
+
+    Classes derived from a family's may differ: they are none's.
+    """
+    if anatomy:
+        return Described(anatomy)
     return next((family for family in map(get, names()) if type(model) in family.CLASSES), None)
 
 

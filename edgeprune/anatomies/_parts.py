@@ -177,8 +177,11 @@ def around(model: Any, blocks: Iterable[nn.Module]) -> VisionTransformer:
         getattr(model, "norm_pre", nn.Identity()),
         getattr(model, "dynamic_img_size", False),
     )
-    for name in ("patch_embed", "pos_drop", "norm", "fc_norm", "head_drop", "head", "pretrained_cfg", "default_cfg"):
+    for name in ("patch_embed", "pos_drop", "norm", "fc_norm", "head_drop", "head"):
         setattr(made, name, getattr(model, name))
+    for name in ("pretrained_cfg", "default_cfg"):  # only there if timm's registry made the model
+        if hasattr(model, name):
+            setattr(made, name, getattr(model, name))
     made.blocks = nn.Sequential(*blocks)
     return made
 

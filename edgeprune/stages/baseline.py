@@ -90,7 +90,7 @@ def load_source(card: ModelSpec, weights: Path | None) -> VisionTransformer:
     source = weights or (Path(card.weights) if card.weights not in ("", "hub") else None)
     if source is None and not card.weights:
         raise UsageError(f"the card '{card.name}' has no weights; give a .safetensors or .pth file with --weights")
-    model = vit.create(card.architecture, card.kwargs, card.num_classes, pretrained=source is None)
+    model = vit.create(card.architecture, card.kwargs, card.num_classes, card.anatomy, pretrained=source is None)
     if source is not None:
         vit.load_weights(model, vit.read_weights(source), str(source))
     return model
@@ -105,7 +105,8 @@ def with_data(model: VisionTransformer, request: Request, chosen: Chosen | None 
 def load(request: Request, folder: Path) -> Dense:
     """The dense model that the baseline stage wrote to `folder`, with its data."""
     facts = json.loads((folder / "baseline.json").read_text())
-    model = vit.create(request.card.architecture, request.card.kwargs, facts["num_classes"])
+    card = request.card
+    model = vit.create(card.architecture, card.kwargs, facts["num_classes"], card.anatomy)
     vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
     return with_data(model, request, Chosen.find(folder))
 

@@ -95,7 +95,13 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.detail(" ".join(f"{h}h/{n}n" + "".join(f"/{p}p" for p in patches) for h, n, *patches in kept))
     save_file({k: v.contiguous() for k, v in pruned.state_dict().items()}, out / "pruned.safetensors")
     planned = PlannedModel(
-        request.card.architecture, request.card.kwargs, dense.sizes.num_classes, plan, predicted, limit
+        request.card.architecture,
+        request.card.kwargs,
+        dense.sizes.num_classes,
+        plan,
+        predicted,
+        limit,
+        request.card.anatomy,
     )
     write_plan(planned, out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))

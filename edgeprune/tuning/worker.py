@@ -71,7 +71,7 @@ def tune(folder: Path, group: Group) -> None:
     recipe = config.parse(Recipe, job["recipe"], "job.json")
     planned = artifact.read_plan(folder / "plan.json")
     student = artifact.rebuild(planned, folder / "student.safetensors")
-    teacher = vit.create(planned.architecture, planned.kwargs, planned.num_classes)
+    teacher = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
     vit.load_weights(teacher, vit.read_weights(folder / "teacher.safetensors"), str(folder))
     transforms = data.transform_config(card, teacher)
     check, train = judge.divide(data.load_splits(card, transforms, job["seed"], data.Chosen.find(folder)).train)
