@@ -251,7 +251,12 @@ def load_card(name: str) -> ModelSpec:
             data=DataSpec(name="folder"),
             weights="hub",
         )
-    raise unknown("model", name, names("models"))
+    known = unknown("model", name, names("models"))
+    if not re.search(r"[_\d]", name):
+        raise known
+    raise UsageError(
+        f"{known}; of timm's models, the nearest that is tested is '{families.nearest(name)}' (`edgeprune models --supported` lists them)"
+    )
 
 
 def load_target(name: str) -> Target:
