@@ -37,7 +37,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "InternViT": ("vit_intern300m_patch14_448",),
     "AIMv2": ("aimv2_large_patch14_224",),
     "EVA": ("eva_giant_patch14_224", "eva_giant_patch14_clip_224"),
-    "EVA-02": ("eva02_tiny_patch14_224", "eva02_small_patch14_224", "eva02_tiny_patch14_336"),
+    "EVA-02": (
+        "eva02_tiny_patch14_224", "eva02_small_patch14_224", "eva02_tiny_patch14_336", "eva02_base_patch14_224",
+        "eva02_large_patch14_448",
+    ),
     "DINOv3": ("vit_small_patch16_dinov3", "vit_base_patch16_dinov3", "vit_small_plus_patch16_dinov3"),
     "ViT with rotary embedding": (
         "vit_small_patch16_rope_224", "vit_medium_patch16_rope_reg1_gap_256", "vit_mediumd_patch16_rope_reg1_gap_256",

@@ -33,6 +33,7 @@ from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
+WHOLE_MLPS = "a norm inside the MLP couples its neurons by their mean and variance, so an MLP stays or goes as a whole"
 ALL_TOKENS_STAY = "attention of this model depends on where its tokens are, so all of them stay"
 MAX_WIDTHS = 24  # MLP widths that are measured, besides 0
 
@@ -51,6 +52,7 @@ class Anatomy:
     num_classes: int
     prefix: int = 1  # tokens that are no patches: class, distillation, registers
     gated: bool = False  # whether a neuron has two rows of `fc1`, one of which gates the other (SwiGLU)
+    whole_mlp: bool = False  # whether a norm over the neurons couples them, so that an MLP stays or goes as a whole
     positional: bool = False  # whether attention depends on where its tokens are, so that all of them stay
 
     @property
@@ -131,6 +133,11 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     split = attn.qkv(x).reshape(*x.shape[:2], 3, attn.num_heads, attn.head_dim)
     queries, keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
     return attn.q_norm(queries), attn.k_norm(keys), values
+
+
+def widths(sizes: Anatomy, step: int) -> tuple[int, ...]:
+    """The MLP widths a plan may choose: those of `neuron_grid`, or none and all."""
+    return (0, sizes.neurons) if sizes.whole_mlp else neuron_grid(sizes.neurons, step)
 
 
 def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
@@ -249,6 +256,7 @@ def anatomy(model: VisionTransformer) -> Anatomy:
         num_classes=model.num_classes,
         prefix=model.num_prefix_tokens,
         gated=isinstance(block.mlp, GluMlp),
+        whole_mlp=not isinstance(block.mlp.norm, nn.Identity),
         positional=isinstance(block.attn, PositionalAttention),
     )
 
@@ -489,6 +497,10 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
         for what, units, count in (("heads", block.heads, sizes.heads), ("neurons", block.neurons, sizes.neurons)):
             if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < count):
                 raise UsageError(f"block {i} of the plan: {what} must be ascending numbers from 0 to {count - 1}")
+        if sizes.whole_mlp and 0 < len(block.neurons) < sizes.neurons:
+            raise UsageError(
+                f"block {i} of the plan keeps {len(block.neurons)} of {sizes.neurons} neurons; {WHOLE_MLPS}"
+            )
     left = sizes.patches
     for i, block in enumerate(plan.blocks):
         if block.patches is not None:

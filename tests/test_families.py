@@ -6,6 +6,7 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,13 @@ PLANS = {
 
 
 def plans(sizes: vit.Anatomy) -> dict[str, Plan]:
-    """The same without dropped tokens, where all of them have to stay."""
-    return {name: without_drops(plan) for name, plan in PLANS.items()} if sizes.positional else PLANS
+    """The same without dropped tokens or without parts of MLPs, where those have to stay."""
+    found = {name: without_drops(plan) for name, plan in PLANS.items()} if sizes.positional else PLANS
+    return {name: whole_mlps(plan) for name, plan in found.items()} if sizes.whole_mlp else found
+
+
+def whole_mlps(plan: Plan) -> Plan:
+    return Plan(tuple(replace(block, neurons=block.neurons and WIDE) for block in plan.blocks))
 
 
 def without_drops(plan: Plan) -> Plan:
@@ -53,9 +59,9 @@ def tiny_kwargs(name: str) -> dict[str, Any]:
     return {**SMALL, **(GATED if name in PACKED else {}), "img_size": 4 * patch}
 
 
-def tiny(name: str, classes: int = 5) -> Any:
-    model: Any = fill(vit.create(name, tiny_kwargs(name), classes))
-    model.edgeprune_kwargs = tiny_kwargs(name)
+def tiny(name: str, **more: Any) -> Any:
+    model: Any = fill(vit.create(name, {**tiny_kwargs(name), **more}, 5))
+    model.edgeprune_kwargs = {**tiny_kwargs(name), **more}
     return model
 
 
@@ -110,7 +116,7 @@ def test_slicing_equals_masking_and_tunes(name: str) -> None:
 QUICK = {
     "vit_tiny_patch16_224", "vit_base_patch16_gap_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
     "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2", "vit_base_patch16_clip_quickgelu_224",
-    "vit_base_patch16_siglip_224", "test_vit2", "eva02_tiny_patch14_224", "vit_small_plus_patch16_dinov3", "beit_base_patch16_224",
+    "vit_base_patch16_siglip_224", "test_vit2", "eva02_tiny_patch14_224", "beit_base_patch16_224",
 }  # fmt: skip
 
 
@@ -156,7 +162,6 @@ def test_gates_go_with_their_neurons() -> None:
         ("vit_base_patch16_xp_224", "ParallelScalingBlock, where attention and MLP run in parallel"),
         ("vit_base_patch16_rpn_224", "ResPostBlock, where norms come after"),
         ("eva02_enormous_patch14_clip_224", "EvaBlockPostNorm, where norms come after"),
-        ("eva02_base_patch14_224", "a norm inside MLP"),
         ("eva02_base_patch16_clip_224", "a norm inside attention"),
         ("vit_small_patch16_rope_mixed_224", "learnt for every head"),
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
@@ -173,7 +178,7 @@ def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable
     "name, nearest",
     [
         ("eva02_enormous_patch14_clip_224", "eva02_"),
-        ("eva02_large_patch14_448", "eva02_"),
+        ("eva02_large_patch14_clip_336", "eva02_"),
         ("swin_large_patch4_window7_224", "(vit|deit)_"),
         ("vit_huge_patch14_xp_224", "vit_"),
     ],
@@ -197,6 +202,7 @@ REWRITTEN = {
     "queries and values have biases": ("eva02_tiny_patch14_224", {}),
     "queries, keys and values apart": ("eva02_tiny_patch14_224", {"qkv_fused": False}),
     "no biases": ("vit_small_patch16_dinov3", {}),
+    "gates apart, and a norm over neurons": ("eva02_base_patch14_224", {}),
     "gates apart": ("vit_small_plus_patch16_dinov3", {}),
     "rotation, and queries, keys and values apart": ("vit_small_patch16_rope_224", {"qkv_fused": False}),
     "norms of queries and keys": ("vit_small_patch16_rope_224", {"qk_norm": True}),
@@ -240,6 +246,15 @@ def test_weights_in_timms_names_are_loaded_strictly(name: str) -> None:
         vit.load_weights(model, without, "w.pth")
     with pytest.raises(UsageError, match=r"head.weight is \(9, 48\), the model wants \(5, 48\)"):
         vit.load_weights(model, {**state, "head.weight": torch.zeros(9, 48)}, "w.pth")
+
+
+def test_an_mlp_with_a_norm_inside_stays_or_goes_as_a_whole() -> None:
+    sizes = vit.anatomy(tiny("eva02_base_patch14_224"))
+    assert vit.widths(sizes, 8) == (0, 24) and vit.widths(replace(sizes, whole_mlp=False), 8) == (0, 8, 16, 24)
+    with pytest.raises(UsageError, match="block 0 of the plan keeps 16 of 24 neurons; a norm inside the MLP couples"):
+        vit.check_plan(without_drops(PLANS["mild"]), sizes)
+    with pytest.raises(UsageError, match="couples"):
+        vit.slice_model(tiny("vit_tiny_patch16_224", scale_mlp_norm=True), PLANS["mild"])
 
 
 def test_biases_by_distance_go_with_their_heads() -> None:

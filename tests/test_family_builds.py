@@ -41,11 +41,12 @@ batch_size = 32
 """
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-FAMILIES = {"eva02_tiny_patch14_224": SIZES, "beit_base_patch16_224": SIZES}
+FAMILIES = {"eva02_tiny_patch14_224": SIZES, "eva02_base_patch14_224": SIZES, "beit_base_patch16_224": SIZES}
 
 
 @pytest.fixture(
-    scope="module", params=["beit_base_patch16_224", pytest.param("eva02_tiny_patch14_224", marks=pytest.mark.slow)]
+    scope="module",
+    params=[name if "beit" in name else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
 )
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     """The folder of a build, its manifest, and what it said; weights are in timm's names."""

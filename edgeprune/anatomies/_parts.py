@@ -27,10 +27,9 @@ def _odd_mlp(mlp: nn.Module) -> str:
 
 
 def _inner_norm(block: Any) -> str:
-    for sub, name, units in ((block.attn, "attention", "heads"), (block.mlp, "MLP", "neurons")):
-        if not isinstance(getattr(sub, "norm", nn.Identity()), nn.Identity):
-            return f"a norm inside {name}, whose mean and variance couple all {units}: none can go alone"
-    return ""
+    if isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity):
+        return ""
+    return "a norm inside attention, whose mean and variance couple all heads: none can go alone"
 
 
 class PositionalAttention(Attention):

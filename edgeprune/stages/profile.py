@@ -45,10 +45,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         request.conditions, dict.fromkeys(choose.eligible(request.conditions, console), anchor), threads
     )
     console.say(f"runtime: {runtime}, {choose.why(request.conditions, runtime, times)}")
-    grid = vit.neuron_grid(dense.sizes.neurons, request.target.neuron_step)
+    grid = vit.widths(dense.sizes, request.target.neuron_step)
+    steps = f"in steps of {grid[1]} neurons (SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
     console.say(
-        f"grid: 0 to {dense.sizes.heads} heads, {len(grid)} MLP widths in steps of {grid[1]} neurons "
-        f"(SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
+        f"grid: 0 to {dense.sizes.heads} heads, {len(grid)} MLP widths{': ' if dense.sizes.whole_mlp else ' '}"
+        f"{vit.WHOLE_MLPS if dense.sizes.whole_mlp else steps}"
     )
     models = shapes.shape_models(dense.model, grid, out, console)
     patches = shapes.patch_counts(dense.sizes) if "tokens" in vit.choosable(request.dims, dense.sizes) else ()
@@ -126,7 +127,7 @@ def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
     return {
         "architecture": request.card.architecture, "batch": 1, "tokens": sizes.tokens, "width": sizes.width,
         "blocks": sizes.blocks, "heads": sizes.heads, "head_dim": sizes.head_dim, "neurons": sizes.neurons,
-        "classes": sizes.num_classes, **({"attention": "positional"} if sizes.positional else {}),
+        "classes": sizes.num_classes, **({"attention": "positional"} if sizes.positional else {}), **({"mlp": "whole"} if sizes.whole_mlp else {}),
     }  # fmt: skip
 
 

@@ -43,7 +43,9 @@ def shape_models(model: VisionTransformer, grid: tuple[int, ...], folder: Path, 
 def width_models(model: VisionTransformer, widths: Sequence[int], folder: Path) -> dict[int, Path]:
     """ONNX files of full-depth models with all heads and these MLP widths in every block, by width."""
     sizes = vit.anatomy(model)
-    marker = 0 if sizes.gated else marker_width(sizes)  # a gated layer has twice the width, and splits it
+    marker = (
+        0 if sizes.gated or sizes.whole_mlp else marker_width(sizes)
+    )  # a gated layer has twice the width, and splits it
     paths = {width: folder / f"neurons{width}.onnx" for width in widths}
     for width in (w for w in widths if w == 0 or w > marker):
         export_shape(model, ((sizes.heads, width),) * sizes.blocks, sizes, paths[width])
