@@ -10,11 +10,11 @@ import json
 import stat
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import schema, sealed
+from edgeprune import families, schema, sealed
 from edgeprune.config import CLASSIFY
 from edgeprune.errors import StorageError, UsageError
 from edgeprune.types import BlockPlan, Plan
@@ -39,6 +39,7 @@ class PlannedModel:
     predicted_ms: float
     limit_ms: float
     task: str = CLASSIFY
+    anatomy: dict[str, str] = field(default_factory=dict)  # see `config.ModelSpec`
 
 
 def write_plan(planned: PlannedModel, path: Path) -> None:
@@ -51,6 +52,7 @@ def write_plan(planned: PlannedModel, path: Path) -> None:
         "schema": PLAN_SCHEMA,
         "architecture": planned.architecture,
         "kwargs": planned.kwargs,
+        **({"anatomy": planned.anatomy} if planned.anatomy else {}),
         "num_classes": planned.num_classes,
         "limit_ms": planned.limit_ms,
         "predicted_ms": planned.predicted_ms,
@@ -78,6 +80,7 @@ def read_plan(path: Path) -> PlannedModel:
             Plan(blocks, str(document.get("reducer", "cls"))),
             float(document["predicted_ms"]), float(document["limit_ms"]),
             str(document.get("task", CLASSIFY)),
+            _anatomy(document.get("anatomy", {})),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UsageError(f"{path}: the plan is damaged ({type(error).__name__}: {error})") from error
@@ -95,11 +98,18 @@ def _count(value: Any) -> int | None:
     return value
 
 
+def _anatomy(value: Any) -> dict[str, str]:
+    if odd := families.odd_part(dict(value)):
+        raise ValueError(odd)
+    return dict(value)
+
+
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:
     """The pruned torch model in eval mode, its weights strictly loaded."""
     from edgeprune import tasks, vit
 
-    model = vit.slice_model(vit.create(planned.architecture, planned.kwargs, planned.num_classes), planned.plan)
+    dense = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
+    model = vit.slice_model(dense, planned.plan)
     vit.load_weights(model, vit.read_weights(weights), str(weights))
     return tasks.mark(model.eval(), planned.task)
 

@@ -48,9 +48,11 @@ heal_torchvision()
 
 import timm  # noqa: E402
 from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
-from timm.layers import GluMlp, Mlp  # noqa: E402
+from timm.layers import AttentionRope, GluMlp, LayerScale, Mlp, SwiGLU  # noqa: E402
 from timm.models import adapt_input_conv  # noqa: E402
+from timm.models.beit import Beit  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
+from timm.models.eva import Eva, EvaAttention, EvaBlock  # noqa: E402
 from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
 
 
@@ -64,9 +66,16 @@ def checkpoint_filter(model: torch.nn.Module) -> Callable[[dict[str, torch.Tenso
 
 __all__ = [
     "Attention",
+    "AttentionRope",
+    "Beit",
     "Block",
+    "Eva",
+    "EvaAttention",
+    "EvaBlock",
     "GluMlp",
+    "LayerScale",
     "Mlp",
+    "SwiGLU",
     "VisionTransformer",
     "VisionTransformerDistilled",
     "adapt_input_conv",

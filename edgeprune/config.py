@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgeprune import families
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.extras import need_build_packages
 from edgeprune.types import Latency, Target
@@ -196,6 +197,7 @@ class ModelSpec:
     task: str = CLASSIFY  # or "features": an embedding model, without a classifier
     weights: str = ""  # a file beside the card, "hub" = timm's pretrained weights, "" = give --weights
     kwargs: dict[str, Any] = field(default_factory=dict)
+    anatomy: dict[str, str] = field(default_factory=dict)  # where units live in a model that edgeprune does not know
     transforms: TransformSpec = TransformSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     features: FeaturesSpec = FeaturesSpec()
@@ -205,6 +207,8 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         within(self, 0, "num_classes", 1_000_000)
+        if odd := families.odd_part(self.anatomy):
+            raise BadValue(f"[anatomy]: {odd}")
         if self.task not in TASKS:
             raise BadValue(str(unknown("task", self.task, TASKS)))
         if self.task == FEATURES and self.finetune.label_weight:
@@ -324,7 +328,12 @@ def load_card(name: str) -> ModelSpec:
             data=DataSpec(name="folder"),
             weights="hub",
         )
-    raise unknown("model", name, names("models"))
+    known = unknown("model", name, names("models"))
+    if not re.search(r"[_\d]", name):
+        raise known
+    raise UsageError(
+        f"{known}; of timm's models, the nearest that is tested is '{families.nearest(name)}' (`edgeprune models --supported` lists them)"
+    )
 
 
 def load_target(name: str) -> Target:
@@ -405,7 +414,7 @@ def _path(kind: str, name: str) -> Path | None:
 
 
 def _timm_knows(name: str) -> bool:
-    if not any(part in name for part in ("vit", "deit")):  # spares a mistyped card name the import of timm
+    if not any(part in name for part in families.PARTS):  # spares a mistyped card name the import of timm
         return False
     need_build_packages("looking up a timm name")
     from edgeprune.compat import timm

@@ -68,7 +68,9 @@ def within(request: Request, stages: Sequence[str], console: Console) -> Request
     Raises UsageError where --max-memory is not enough for these stages; warns where the machine has less than is expected.
     """
     with torch.device("meta"):  # sizes alone
-        model = vit.create(request.card.architecture, request.card.kwargs, request.card.num_classes)
+        model = vit.create(
+            request.card.architecture, request.card.arguments, request.card.num_classes, request.card.anatomy
+        )
     found = [need for need in needs(request, vit.anatomy(model), vit.parameters(model)) if need.stage in stages]
     peak = max(found, key=lambda need: need.most)
     limit = request.max_memory

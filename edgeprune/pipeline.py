@@ -171,7 +171,14 @@ PROFILING = (
 )
 
 ASKS: dict[str, Callable[[Request], Any]] = {
-    "model": lambda r: (r.card.architecture, r.card.arguments, r.card.num_classes, r.card.transforms, r.card.task),
+    "model": lambda r: (
+        r.card.architecture,
+        r.card.arguments,
+        r.card.num_classes,
+        r.card.transforms,
+        r.card.task,
+        *filter(None, [r.card.anatomy]),
+    ),
     "deploy": lambda r: replace(r.card.deploy, ir_precision="fp32"),
     "ir_precision": lambda r: r.card.deploy.ir_precision,
     "judging": lambda r: r.card.task == FEATURES and r.card.features,

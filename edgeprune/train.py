@@ -43,7 +43,7 @@ def train(
         raise UsageError(f"the [train] recipe of '{card.name}' has label_weight 0: there is no teacher to learn from")
     start = time.monotonic()
     torch.manual_seed(seed)
-    network = vit.create(card.architecture, card.kwargs, card.num_classes)
+    network = vit.create(card.architecture, card.kwargs, card.num_classes, card.anatomy)
     if weights:
         state, done = adapting.adapt(network, vit.read_weights(Path(weights)))
         for change in done:
@@ -53,6 +53,7 @@ def train(
     what = (
         card.architecture,
         card.kwargs,
+        card.anatomy,
         card.num_classes,
         card.data,
         card.transforms,

@@ -1,4 +1,4 @@
-"""What a Vision Transformer is: the one file that knows timm's anatomy.
+"""What a Vision Transformer is: units, slicing, running; of timm's VisionTransformer, which `anatomies` makes of others.
 
 A block holds two prunable sub-blocks, attention and MLP, each ending in a linear layer that writes
 to the residual stream: `attn.proj` and `mlp.fc2`. The units of a sub-block are slices of that
@@ -13,7 +13,7 @@ import inspect
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,14 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgeprune import families, modules, reducers
-from edgeprune.compat import Attention, Block, GluMlp, Mlp, VisionTransformer, VisionTransformerDistilled, timm
+from edgeprune import anatomies, families, modules, reducers
+from edgeprune.anatomies import PositionalAttention
+from edgeprune.compat import GluMlp, VisionTransformer, timm
+from edgeprune.config import DIMS, WIDTHS
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
+WHOLE_MLPS = "a norm inside the MLP couples its neurons by their mean and variance, so an MLP stays or goes as a whole"
+ALL_TOKENS_STAY = "attention of this model depends on where its tokens are, so all of them stay"
 MAX_WIDTHS = 24  # MLP widths that are measured, besides 0
 
 
@@ -48,6 +52,8 @@ class Anatomy:
     num_classes: int
     prefix: int = 1  # tokens that are no patches: class, distillation, registers
     gated: bool = False  # whether a neuron has two rows of `fc1`, one of which gates the other (SwiGLU)
+    whole_mlp: bool = False  # whether a norm over the neurons couples them, so that an MLP stays or goes as a whole
+    positional: bool = False  # whether attention depends on where its tokens are, so that all of them stay
 
     @property
     def patches(self) -> int:
@@ -129,6 +135,11 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attn.q_norm(queries), attn.k_norm(keys), values
 
 
+def widths(sizes: Anatomy, step: int) -> tuple[int, ...]:
+    """The MLP widths a plan may choose: those of `neuron_grid`, or none and all."""
+    return (0, sizes.neurons) if sizes.whole_mlp else neuron_grid(sizes.neurons, step)
+
+
 def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
     """The MLP widths a plan may choose: 0, multiples of the SIMD-friendly `step`, and the dense width.
 
@@ -140,23 +151,28 @@ def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
 
 
 def create(
-    architecture: str, kwargs: dict[str, Any], num_classes: int, *, pretrained: bool = False
+    architecture: str,
+    kwargs: dict[str, Any],
+    num_classes: int,
+    anatomy: Mapping[str, str] | None = None,
+    *,
+    pretrained: bool = False,
 ) -> VisionTransformer:
     """A dense timm ViT in eval mode, its `proj` and `fc2` with a bias (zero where timm had none).
 
-    `num_classes` 0 leaves the number to timm.
+    `num_classes` 0 leaves the number to timm. anatomy: what a card says of a model that edgeprune does not know.
 
     Raises UsageError for a name timm does not know, arguments the model refuses, and models whose
     blocks are not the plain pre-norm blocks that this version can slice.
     """
     hub = architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not hub and not timm.is_model(architecture.split(".")[0]):
-        raise unknown("model", architecture, timm.list_models("*vit*") + timm.list_models("deit*"))
+        raise unknown("model", architecture, timm.list_models([f"*{part}*" for part in families.PARTS]))
     check_kwargs(architecture, kwargs)
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
     if not hub:
-        _check_early(architecture, kwargs)
+        _check_early(architecture, kwargs, anatomy or {})
     try:
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except OSError as error:
@@ -167,26 +183,26 @@ def create(
         raise UsageError(
             f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
         ) from error
-    check_anatomy(model, architecture)
-    before = set(model.state_dict())
+    made: Any = anatomies.canonical(model, check_anatomy(model, architecture, anatomy or {}))
+    before = set(made.state_dict())
     block: Any
-    for block in model.blocks:
+    for block in made.blocks:
         for kind in KINDS:
             layer = output_layer(block, kind)
             if layer.bias is None:
                 layer.bias = nn.Parameter(torch.zeros(layer.out_features))
-    model.added_biases = frozenset(set(model.state_dict()) - before)  # what foreign weights may lack
-    return cast(VisionTransformer, model.eval())
+    made.added_biases = frozenset(set(made.state_dict()) - before)  # what foreign weights may lack
+    return cast(VisionTransformer, made)
 
 
-def _check_early(architecture: str, kwargs: dict[str, Any]) -> None:
+def _check_early(architecture: str, kwargs: dict[str, Any], anatomy: Mapping[str, str]) -> None:
     """`check_anatomy` without making any weights, which takes minutes for a large model; what fails otherwise fails later."""
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, **kwargs)
     except Exception:
         return
-    check_anatomy(model, architecture)
+    check_anatomy(model, architecture, anatomy)
 
 
 def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
@@ -194,7 +210,7 @@ def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
 
     timm takes others with them, such as a checkpoint that it would unpickle.
     """
-    known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self"}
+    known = {key for cls in anatomies.classes() for key in inspect.signature(cls.__init__).parameters} - {"self"}
     for key, value in kwargs.items():
         if key not in known:
             raise UsageError(f"timm cannot make '{architecture}' with {kwargs}: {unknown('argument', key, known)}")
@@ -208,28 +224,21 @@ def check_kwargs(architecture: str, kwargs: dict[str, Any]) -> None:
             raise UsageError(f"the argument '{key}' in [kwargs] is beyond {most}: {str(value)[:40]}")
 
 
-def check_anatomy(model: Any, name: str) -> None:
-    """Raise UsageError, saying what and where, unless every block is one we can slice."""
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+def check_anatomy(model: Any, name: str, anatomy: Mapping[str, str]) -> anatomies.Family:
+    """The family of a timm model; raises UsageError, saying what and where, unless every block is one we can slice."""
+    family = anatomies.find(model, anatomy)
+    nearest = (
+        f"the nearest model that is tested is '{families.nearest(name)}' (`edgeprune models --supported` lists them)"
+    )
+    if family is None:
+        known = ", ".join(cls.__name__ for cls in anatomies.classes())
         raise UsageError(
-            f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's VisionTransformer models, "
-            f"the nearest that is tested is '{families.nearest(name)}' (`edgeprune models --supported` lists them)"
+            f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's {known}; {nearest}; "
+            "if its blocks are a plain ViT's under other names, the card's [anatomy] can say so"
         )
-    for i, block in enumerate(model.blocks):
-        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        odd = (
-            type(block).__name__ if type(block) is not Block
-            else type(attn).__name__ if type(attn) is not Attention
-            else type(mlp).__name__ if type(mlp) not in (Mlp, GluMlp)
-            else "a norm inside attention or MLP" if not all(isinstance(sub.norm, nn.Identity) for sub in (attn, mlp) if sub is not None)
-            else "gated attention" if attn.gate is not None
-            else ""
-        )  # fmt: skip
-        if odd:
-            raise UsageError(
-                f"block {i} of '{name}' has {odd}, which edgeprune cannot slice; the nearest model that is tested is "
-                f"'{families.nearest(name)}' (`edgeprune models --supported` lists them)"
-            )
+    if obstacle := family.obstacle(model):
+        raise UsageError(f"'{name}' cannot be sliced: {obstacle}; {nearest}")
+    return family
 
 
 def anatomy(model: VisionTransformer) -> Anatomy:
@@ -247,6 +256,8 @@ def anatomy(model: VisionTransformer) -> Anatomy:
         num_classes=model.num_classes,
         prefix=model.num_prefix_tokens,
         gated=isinstance(block.mlp, GluMlp),
+        whole_mlp=not isinstance(block.mlp.norm, nn.Identity),
+        positional=isinstance(block.attn, PositionalAttention),
     )
 
 
@@ -350,24 +361,33 @@ def refuse_compressed(path: Path) -> None:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load strictly; raises UsageError naming the tensors that do not fit."""
-    own = model.state_dict()
+    """Load strictly, in the model's own names or in timm's; raises UsageError naming the tensors that do not fit."""
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    timm_shapes: dict[str, torch.Size] = getattr(model, "timm_shapes", own)
+    if any(name in timm_shapes and name not in own for name in state):
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(".relative_position_index")}
+        _check_fit(state, timm_shapes, source)
+        state = cast(Any, model).rename(state)
     added: Iterable[str] = getattr(model, "added_biases", ())
-    state = {**{k: own[k] for k in added if k in own}, **state}
-    misfits = [f"{k} is {tuple(state[k].shape)}, the model wants {tuple(own[k].shape)}"
-               for k in own if k in state and state[k].shape != own[k].shape]  # fmt: skip
-    misfits += [f"{k} is missing" for k in own if k not in state]
-    misfits += [f"{k} is unknown to the model" for k in state if k not in own]
+    state = {**{k: torch.zeros(own[k]) for k in added if k in own}, **state}
+    _check_fit(state, own, source)
+    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if broken:
+        raise UsageError(f"the weights in '{source}' hold NaN or infinity in {', '.join(broken[:4])}")
+    model.load_state_dict(state, strict=True)
+
+
+def _check_fit(state: dict[str, Tensor], shapes: dict[str, torch.Size], source: str) -> None:
+    misfits = [f"{k} is {tuple(state[k].shape)}, the model wants {tuple(shape)}"
+               for k, shape in shapes.items() if k in state and state[k].shape != shape]  # fmt: skip
+    misfits += [f"{k} is missing" for k in shapes if k not in state]
+    misfits += [f"{k} is unknown to the model" for k in state if k not in shapes]
     if misfits:
         more = f", and {len(misfits) - 4} more" if len(misfits) > 4 else ""
         raise UsageError(
             f"the weights in '{source}' do not fit the architecture: {'; '.join(misfits[:4])}{more}; "
             "give weights of this architecture, or change architecture and [kwargs] in the card"
         )
-    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if broken:
-        raise UsageError(f"the weights in '{source}' hold NaN or infinity in {', '.join(broken[:4])}")
-    model.load_state_dict(state, strict=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -427,6 +447,8 @@ def slice_sub_block(block: Any, kind: SubBlockKind, units: tuple[int, ...], size
     if kind == "attn":
         sub.qkv, sub.proj = _linear(sub.qkv, rows=rows), _linear(sub.proj, cols=kept)
         sub.num_heads, sub.attn_dim = len(units), len(kept)
+        if isinstance(sub, PositionalAttention):
+            sub.keep_heads(units)
     else:
         sub.fc1, sub.fc2 = _linear(sub.fc1, rows=rows), _linear(sub.fc2, cols=kept)
     return sub
@@ -462,6 +484,8 @@ def in_dense_shape(dense: VisionTransformer, plan: Plan, pruned: VisionTransform
             into.weight[rows] = source.weight
             if into.bias is not None:
                 into.bias[rows] = source.bias
+            if kind == "attn" and isinstance(sub, PositionalAttention):
+                sub_block(block, kind).write_heads(units, sub)
     return own
 
 
@@ -473,9 +497,15 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
         for what, units, count in (("heads", block.heads, sizes.heads), ("neurons", block.neurons, sizes.neurons)):
             if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < count):
                 raise UsageError(f"block {i} of the plan: {what} must be ascending numbers from 0 to {count - 1}")
+        if sizes.whole_mlp and 0 < len(block.neurons) < sizes.neurons:
+            raise UsageError(
+                f"block {i} of the plan keeps {len(block.neurons)} of {sizes.neurons} neurons; {WHOLE_MLPS}"
+            )
     left = sizes.patches
     for i, block in enumerate(plan.blocks):
         if block.patches is not None:
+            if sizes.positional:
+                raise UsageError(f"block {i} of the plan drops tokens; {ALL_TOKENS_STAY}")
             if not 1 <= block.patches <= left:
                 raise UsageError(
                     f"block {i} of the plan: patches must be a number from 1 to {left}, those that came in"
@@ -582,6 +612,21 @@ def reduced_rows(values: Tensor, reduction: Reduction) -> Tensor:
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def choosable(dims: tuple[str, ...], sizes: Anatomy) -> tuple[str, ...]:
+    """Of what a plan shall choose, what it can: without tokens where all of them stay.
+
+    Raises UsageError where tokens were asked for by name, which is whenever not everything is chosen.
+    """
+    if not sizes.positional or "tokens" not in dims:
+        return dims
+    left = tuple(name for name in dims if name != "tokens")
+    if dims != DIMS:
+        raise UsageError(
+            f"{ALL_TOKENS_STAY}; choose --dims {','.join(left or WIDTHS)}, without a method that drops tokens"
+        )
+    return left
 
 
 def macs(sizes: Anatomy, shape: Shape) -> int:

@@ -31,6 +31,7 @@ ROWS = (
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
      "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics", "tasks", "neighbours", "adapting", "intake", "folding", "resampling"),
     ("config",),
+    ("anatomies",),
     ("compat", "console", "methods", "shelf"),
     ("types", "extras", "modules", "families", "sealed", "schema", "onnxfile", "archives"),
     ("errors",),

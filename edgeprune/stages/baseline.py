@@ -47,6 +47,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     model = load_source(request.card, request.weights, console)
     dense = with_data(model, request)
     sizes = dense.sizes
+    if vit.choosable(request.dims, sizes) != request.dims:
+        console.say(f"{vit.ALL_TOKENS_STAY}: heads, neurons and sub-blocks may go")
     if request.card.task == CLASSIFY:
         check_classes(dense.splits, sizes.num_classes)
     if request.selects:
@@ -97,7 +99,7 @@ def load_source(card: ModelSpec, weights: Path | None, console: Console = SILENT
     source = weights or (Path(card.weights) if card.weights not in ("", "hub") else None)
     if source is None and not card.weights:
         raise UsageError(f"the card '{card.name}' has no weights; give a .safetensors or .pth file with --weights")
-    model = vit.create(card.architecture, card.arguments, card.num_classes, pretrained=source is None)
+    model = vit.create(card.architecture, card.arguments, card.num_classes, card.anatomy, pretrained=source is None)
     if source is not None:
         state = vit.read_weights(source)
         if card.task == FEATURES and not card.num_classes:
@@ -119,7 +121,8 @@ def with_data(model: VisionTransformer, request: Request, chosen: Chosen | None 
 def load(request: Request, folder: Path) -> Dense:
     """The dense model that the baseline stage wrote to `folder`, with its data."""
     facts = json.loads((folder / "baseline.json").read_text())
-    model = vit.create(request.card.architecture, request.card.arguments, facts["num_classes"])
+    card = request.card
+    model = vit.create(card.architecture, card.arguments, facts["num_classes"], card.anatomy)
     vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
     return with_data(tasks.mark(model, request.card.task), request, Chosen.find(folder))
 

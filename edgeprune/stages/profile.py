@@ -44,13 +44,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         request.conditions, dict.fromkeys(choose.eligible(request.conditions, console), anchor), threads
     )
     console.say(f"runtime: {runtime}, {choose.why(request.conditions, runtime, times)}")
-    grid = vit.neuron_grid(dense.sizes.neurons, request.target.neuron_step)
+    grid = vit.widths(dense.sizes, request.target.neuron_step)
+    steps = f"in steps of {grid[1]} neurons (SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
     console.say(
-        f"grid: 0 to {dense.sizes.heads} heads, {len(grid)} MLP widths in steps of {grid[1]} neurons "
-        f"(SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
+        f"grid: 0 to {dense.sizes.heads} heads, {len(grid)} MLP widths{': ' if dense.sizes.whole_mlp else ' '}"
+        f"{vit.WHOLE_MLPS if dense.sizes.whole_mlp else steps}"
     )
     models = shapes.shape_models(dense.model, grid, out, console)
-    patches = shapes.patch_counts(dense.sizes) if "tokens" in request.dims else ()
+    patches = shapes.patch_counts(dense.sizes) if "tokens" in vit.choosable(request.dims, dense.sizes) else ()
     reducing: Shape = ()
     if len(patches) > 1:
         token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
@@ -129,6 +130,8 @@ def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
         "classes": sizes.num_classes,
         **({"dynamic_batch": True} if request.card.deploy.dynamic_batch else {}),
         **({"folded": request.card.deploy.fold_preprocessing} if request.card.deploy.fold_preprocessing else {}),
+        **({"attention": "positional"} if sizes.positional else {}),
+        **({"mlp": "whole"} if sizes.whole_mlp else {}),
     }  # fmt: skip
 
 

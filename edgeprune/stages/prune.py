@@ -64,7 +64,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             seconds,
             request.seed,
             console,
-            request.dims,
+            vit.choosable(request.dims, dense.sizes),
             request.reducer,
         )
         choose = allocators.get(request.allocator).prepare(task)
@@ -112,6 +112,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         predicted,
         limit,
         request.card.task,
+        request.card.anatomy,
     )
     write_plan(planned, out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))

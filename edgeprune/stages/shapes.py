@@ -44,7 +44,7 @@ def width_models(model: VisionTransformer, widths: Sequence[int], folder: Path) 
     """ONNX files of full-depth models with all heads and these MLP widths in every block, by width."""
     sizes = vit.anatomy(model)
     marker = (
-        0 if sizes.gated else marker_width(sizes, export.how(model).intake.frame or ())
+        0 if sizes.gated or sizes.whole_mlp else marker_width(sizes, export.how(model).intake.frame or ())
     )  # a gated layer has twice the width, and splits it
     paths = {width: folder / f"neurons{width}.onnx" for width in widths}
     for width in (w for w in widths if w == 0 or w > marker):

@@ -83,6 +83,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         table.predict_ms(plan.shape),
         limit,
         request.card.task,
+        request.card.anatomy,
     )
     write_plan(planned, out / "plan.json")
     dense.splits.report(out, console)

@@ -32,6 +32,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 
 def beside_the_grid(sizes: vit.Anatomy, step: int) -> tuple[int, ...]:
-    """Half the dense MLP's width, on the SIMD grid, and widths up to the next step of it: where the stairs are."""
+    """Half the dense MLP's width, on the SIMD grid, and widths up to the next step of it: where the stairs are.
+
+    None where an MLP has no widths between.
+    """
+    if sizes.whole_mlp:
+        return ()
     half = sizes.neurons // 2 // step * step
     return tuple(width for width in (half, half + 1, half + step // 2, half + step) if 0 < width < sizes.neurons)

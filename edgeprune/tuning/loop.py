@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgeprune.anatomies import PositionalAttention
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe
 from edgeprune.console import SILENT, Console
@@ -94,6 +95,10 @@ def fit(
     sizes: tuple[int | None, ...] = recipe.sizes or (None,) * len(recipe.epochs)
     if teacher is not None and recipe.sizes:
         raise UsageError("the recipe has 'sizes', but a teacher only sees the model's own image size; leave them out")
+    if recipe.sizes and any(isinstance(module, PositionalAttention) for module in student.modules()):
+        raise UsageError(
+            "the recipe has 'sizes', but attention of this model depends on where its tokens are, at its own image size; leave them out"
+        )
     if len(sizes) != len(recipe.epochs):
         raise UsageError(
             f"the recipe has {len(recipe.epochs)} 'epochs' but {len(sizes)} 'sizes'; give one of each per phase"
