@@ -176,7 +176,7 @@ def make_manifest(
         "allocator": request.allocator,
         "schedule": request.schedule,
         "recovery": request.recovery,
-        "dims": [dim for dim in request.dims if dim != "tokens" or profile["table"]["patches"]],
+        "dims": [dim for dim in request.dims if dim != "tokens" or profile["table"].get("patches")],
         "reducer": request.reducer,
         "dense": facts["dense"],
         "pruned": {
