@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 #: Of their names and those of their relatives; whatever has none of these is no model that edgeprune could prune.
-PARTS = ("vit", "deit", "eva", "beit", "swin")
+PARTS = ("vit", "deit", "eva", "beit", "aim", "swin")
 
 #: What a card's [anatomy] may name, and what timm's VisionTransformer calls it, in the model and in a block.
 MODEL_PARTS = {
