@@ -81,7 +81,7 @@ def nearest(name: str) -> str:
     """The tested name that is most like this one, of its own family if there is one."""
     first = _first(name)
     own = [tested for tested in NAMES if _first(tested) == first] or [
-        tested for tested in (*FAMILIES["ViT"], *FAMILIES["DeiT"]) if _first(tested) != "test"
+        tested for tested in (*FAMILIES["ViT"], *FAMILIES["DeiT"]) if _first(tested) in ("vit", "deit")
     ]
     return difflib.get_close_matches(name.split(".")[0], own, n=1, cutoff=0.0)[0]
 
