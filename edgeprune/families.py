@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 #: Of their names and those of their relatives; whatever has none of these is no model that edgeprune could prune.
-PARTS = ("vit", "deit", "eva", "beit", "swin")
+PARTS = ("vit", "deit", "eva", "beit", "aim", "swin")
 
 #: What a card's [anatomy] may name, and what timm's VisionTransformer calls it, in the model and in a block.
 MODEL_PARTS = {
@@ -81,7 +81,7 @@ def nearest(name: str) -> str:
     """The tested name that is most like this one, of its own family if there is one."""
     first = _first(name)
     own = [tested for tested in NAMES if _first(tested) == first] or [
-        tested for tested in (*FAMILIES["ViT"], *FAMILIES["DeiT"]) if _first(tested) != "test"
+        tested for tested in (*FAMILIES["ViT"], *FAMILIES["DeiT"]) if _first(tested) in ("vit", "deit")
     ]
     return difflib.get_close_matches(name.split(".")[0], own, n=1, cutoff=0.0)[0]
 

@@ -190,6 +190,17 @@ def test_the_unsupported_are_refused_before_their_weights_are_made(name: str, ne
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_supported_name_is_a_model_of_the_command_line(name: str) -> None:
+    assert config.load_card(name).architecture == name
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])
+def test_a_name_that_is_no_vit_gets_the_nearest_that_is_tested(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"unknown model '{name}'.*the nearest that is tested is '(vit|deit)"):
+        config.load_card(name)
+
+
 def test_the_supported_are_listed() -> None:
     done = CliRunner().invoke(cli, ["models", "--supported"])
     assert done.exit_code == 0 and all(f"  {name}\n" in done.output for name in families.NAMES)

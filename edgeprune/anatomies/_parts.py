@@ -63,6 +63,11 @@ class PositionalAttention(Attention):
         table = None if index is None else nn.Parameter(torch.empty(distances, num_heads))
         self.register_parameter("relative_position_bias_table", table)
 
+    def reset_parameters(self) -> None:
+        """No bias, which is what timm begins with; the layers within have their own."""
+        if self.relative_position_bias_table is not None:
+            nn.init.zeros_(self.relative_position_bias_table)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         split = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
         queries, keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
@@ -151,7 +156,8 @@ def block(old: Any, attn: Attention) -> Block:
     width = old.norm1.weight.shape[0]
     with torch.device("meta"):
         made: Any = Block(width, 1)
-        scales = [nn.Identity() if gamma is None else LayerScale(width) for gamma in (old.gamma_1, old.gamma_2)]
+        gammas = (old.gamma_1, old.gamma_2)
+        scales = [nn.Identity() if gamma is None else LayerScale(width, old.init_values) for gamma in gammas]
     made.attn, made.mlp, (made.ls1, made.ls2) = attn, packed(old.mlp), scales
     for name in ("norm1", "norm2", "drop_path1", "drop_path2"):
         setattr(made, name, getattr(old, name))
