@@ -363,7 +363,7 @@ def test_a_card_can_say_where_units_live(swapped: bool, tmp_path: Path) -> None:
             got = vit.slice_model(model, narrow)(images)
             torch.testing.assert_close(got, masked(model, narrow)(images), rtol=1e-3, atol=1e-4)
     small = vit.slice_model(model, PLANS["tokens"])
-    planned = artifact.PlannedModel("unlike_vit", {}, 5, PLANS["tokens"], 1.0, 2.0, ANATOMY)
+    planned = artifact.PlannedModel("unlike_vit", {}, 5, PLANS["tokens"], 1.0, 2.0, anatomy=ANATOMY)
     artifact.write_plan(planned, tmp_path / "plan.json")
     save_file({k: v.contiguous() for k, v in small.state_dict().items()}, tmp_path / "model.safetensors")
     again = artifact.rebuild(artifact.read_plan(tmp_path / "plan.json"), tmp_path / "model.safetensors")
