@@ -236,7 +236,9 @@ def training_images(data: DataSpec) -> int | None:
     part = Path(data.dir) / data.train_split
     if data.name != "folder" or not Path(data.dir).is_dir():  # an archive's directory is read later
         return None
-    return sum(len(files) for _, _, files in os.walk(part if part.is_dir() else data.dir))
+    return sum(
+        len(files) for _, _, files in os.walk(part if part.is_dir() else data.dir, followlinks=data.follow_links)
+    )
 
 
 def _shapes(request: Request, sizes: Anatomy) -> float:

@@ -22,8 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgeprune import artifact, cache, footprint, modules, publish, recoveries, runtimes, schedules
-from edgeprune.config import Request
+from edgeprune import artifact, cache, footprint, images, modules, publish, recoveries, runtimes, schedules
+from edgeprune.config import DataSpec, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
 from edgeprune.latency import device, devices
@@ -142,7 +142,7 @@ PROFILING = (
 ASKS: dict[str, Callable[[Request], Any]] = {
     "model": lambda r: (r.card.architecture, r.card.kwargs, r.card.num_classes, r.card.transforms),
     "weights": lambda r: _weights_key(r),
-    "data": lambda r: (r.card.data, data_key(r.card.data.dir)),
+    "data": lambda r: (r.card.data, data_key(r.card.data)),
     "calibration": lambda r: r.card.calibration,
     "recipe": lambda r: (r.card.finetune, r.lesson_bytes),  # how many lessons are kept decides when they come again
     "target": lambda r: r.target,
@@ -442,6 +442,9 @@ def check_request(request: Request) -> None:
             f"the recovery '{request.recovery}' tunes adapters, and those in one process alone; "
             "leave --processes and --accelerate-config out, or choose another --recovery"
         )
+    data = request.card.data
+    if data.follow_links and os.path.isdir(data.dir):
+        images.check_links(Path(data.dir), follow=True)  # before anyone walks the folder, which might have no end
     if request.runtime and request.runtime not in runtimes.names():
         raise unknown("runtime", request.runtime, runtimes.names())
     if request.precision not in request.target.precisions:
@@ -583,13 +586,13 @@ def _device_key(request: Request) -> Any:
     return (*facts, machine.url) if machine.url else facts
 
 
-def data_key(folder: str) -> str:
+def data_key(data: DataSpec) -> str:
     """Names, sizes and times of all files of the data set, or of the archive that it is."""
-    digest = hashlib.sha256()
+    digest, folder = hashlib.sha256(), data.dir
     if folder and os.path.isfile(folder):
         stat = os.stat(folder)
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    for root, folders, files in os.walk(folder) if folder else ():
+    for root, folders, files in os.walk(folder, followlinks=data.follow_links) if folder else ():
         folders.sort()
         for name in sorted(files):
             stat = os.stat(os.path.join(root, name))

@@ -82,6 +82,7 @@ def validate_artifact(
     target: str = "",
     data: str = "",
     data_dir: str = "",
+    follow_links: bool = False,
     threads: int = 0,
     strict_clock: bool = False,
     device: str = "",
@@ -118,7 +119,7 @@ def validate_artifact(
     machine = devices.machine(device)
     _must_fit(held_to, manifest, machine)
     onnxfile.refuse_external(folder / manifest["entry"])
-    evaluation = images.for_artifact(manifest, data, data_dir)
+    evaluation = images.for_artifact(manifest, data, data_dir, follow_links)
     if out is not None:
         artifact.must_be_writable(out, "--out", folder=False)
     runtime, request = manifest["runtime"], manifest["request"]
