@@ -38,6 +38,7 @@ def request(
     fold_preprocessing: str = "",
     ir_precision: str = "",
     class_names: str | Path | None = None,
+    follow_links: bool = False,
     dims: str = "",
     reducer: str = "",
     selection: str = "random",
@@ -83,7 +84,7 @@ def request(
     if not latencies:
         raise UsageError("no latency is asked for; add --latency 10ms, 2x or 40%")
     spec = config.load_target(target)
-    card = with_data(config.load_card(model), data, data_dir, held_out_domain)
+    card = with_data(config.load_card(model), data, data_dir, held_out_domain, follow_links)
     if task:
         card = card.as_task(task)
     if image_size:
@@ -150,14 +151,28 @@ def dims_of(text: str, allocator: str) -> tuple[str, ...]:
     return chosen
 
 
-def with_data(card: ModelSpec, data: str, data_dir: str | Path, held_out_domain: str = "") -> ModelSpec:
-    """The card with another data set, another place for its own, or a domain held out. UsageError for data without domains."""
-    if not data and not data_dir and not held_out_domain:
+def with_data(
+    card: ModelSpec, data: str, data_dir: str | Path, held_out_domain: str = "", follow_links: bool = False
+) -> ModelSpec:
+    """The card with another data set, another place for its own, a domain held out, or links followed out of its folder.
+
+    Raises UsageError for data without domains.
+    """
+    if not data and not data_dir and not held_out_domain and not follow_links:
         return card
     own = card.data
     name = data or ("folder" if own.name == "digits" and data_dir else own.name)
     held_out = held_out_domain or own.held_out_domain
-    return replace(card, data=replace(own, name=name, dir=str(data_dir) or own.dir, held_out_domain=held_out))
+    return replace(
+        card,
+        data=replace(
+            own,
+            name=name,
+            dir=str(data_dir) or own.dir,
+            held_out_domain=held_out,
+            follow_links=follow_links or own.follow_links,
+        ),
+    )
 
 
 def build(
@@ -328,6 +343,7 @@ def validate(
     target: str = "",
     data: str = "",
     data_dir: str | Path = "",
+    follow_links: bool = False,
     threads: int = 0,
     strict_clock: bool = False,
     device: str = "",
@@ -344,7 +360,7 @@ def validate(
     from edgeprune.recheck import validate_artifact
 
     return validate_artifact(
-        Path(artifact), target=target, data=data, data_dir=str(data_dir), threads=threads, strict_clock=strict_clock,
+        Path(artifact), target=target, data=data, data_dir=str(data_dir), follow_links=follow_links, threads=threads, strict_clock=strict_clock,
         device=device, accuracy_on=accuracy_on, out=Path(out) if out else None,
         baseline=Path(baseline) if baseline else None, max_regression=max_regression, console=console,
     )  # fmt: skip

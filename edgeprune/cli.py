@@ -145,11 +145,15 @@ CONFIG = click.option("--config", type=click.Path(), is_eager=True, expose_value
 TARGET = click.option(
     "--target", required=True, metavar="NAME", help="Device class: a name from `edgeprune targets`, or a .toml file."
 )
+FOLLOW = click.option(
+    "--follow-links", is_flag=True, help="Read images over links that lead out of DIR; without it they are refused."
+)
 DATA = _options(
     click.option("--weights", type=click.Path(), metavar="FILE", help="Weights of the dense model, .safetensors or .pth, instead of the card's."),
     click.option("--data", default="", metavar="NAME", help="Data set in timm.data's names (folder, torch/cifar10, hfds/...), or digits."),
     click.option("--data-dir", default="", type=click.Path(), metavar="DIR", help="Where the data set is: a folder with train/ and validation/ (or val/, test/), or a .zip or .tar of one."),
     click.option("--held-out-domain", default="", metavar="NAME", help="DIR/<domain>/<class>/*: train and calibrate on the other domains only, and judge this one apart."),
+    FOLLOW,
 )  # fmt: skip
 TASK = click.option("--task", default="", metavar="NAME",
                     help="classify, or features: an embedding model without its classifier, judged by cosine similarity and nearest neighbours (default: the card's).")  # fmt: skip
@@ -470,6 +474,7 @@ def sweep(matrix: str, output_format: str, quiet: bool, verbose: bool, **options
 )
 @click.option("--data-dir", default="", type=click.Path(), metavar="DIR",
               help="Labelled images: DIR/validation/<class>/* (or val, test), or DIR/<class>/*.")  # fmt: skip
+@FOLLOW
 @click.option("--threads", default=0, help="Threads; 0 = as many as it was built for.")
 @STRICT
 @click.option("--baseline", type=click.Path(), metavar="FILE",

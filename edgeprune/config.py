@@ -83,6 +83,7 @@ class DataSpec:
     train_split: str = "train"
     eval_split: str = "validation"
     held_out_domain: str = ""  # of DIR/<domain>/<class>/*: never trained on, judged apart; "" = no domains
+    follow_links: bool = False  # also those that lead out of the folder
 
     def __post_init__(self) -> None:
         if self.held_out_domain and self.name != "folder":

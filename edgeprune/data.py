@@ -362,7 +362,7 @@ def _tree(data: DataSpec) -> Folder | Packed | None:
         raise UsageError(f"the data set '{data.name}' needs --data-dir DIR")
     if data.name.startswith("torch/") and not Path(data.dir).is_dir():
         raise UsageError(f"there is no folder '{data.dir}'; give --data-dir an existing folder of images")
-    return tree(Path(data.dir)) if of_folders else None
+    return tree(Path(data.dir), data.follow_links) if of_folders else None
 
 
 def _domain_sources(

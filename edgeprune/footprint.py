@@ -36,6 +36,13 @@ LOADED = 3  # times its file: what a model takes in a worker (weights, a repacke
 EXPORTED = 8  # times its weights: what a model takes while it becomes ONNX and is simplified
 SPARE = 1.2  # times the sum: what allocators do not give back, and small things
 
+#: What else helps where a stage needs too much.
+FIXES = {
+    "profile": "give more, or a --profile recorded where there is more, or a --device that measures",
+    "calibrate": "give more, or a smaller [calibration] batch_size in the card",
+    "finetune": "give more, or a smaller [finetune] batch_size in the card",
+    "sparsify": "give more, or a smaller [finetune] batch_size in the card",
+}
 MEMINFO = Path("/proc/meminfo")
 
 
@@ -80,14 +87,15 @@ def within(request: Request, stages: Sequence[str], console: Console) -> Request
         if free is not None and peak.most > free:
             console.warn(
                 f"{in_words(peak.most)} of memory are expected to be needed and {in_words(free)} are available here; "
-                "give --max-memory, or a smaller [calibration] batch_size in the card"
+                "give --max-memory, with which less is kept in memory, or what lowers it: "
+                + FIXES.get(peak.stage, "fewer [calibration] images in the card").removeprefix("give more, or ")
             )
         return request
     short = max(found, key=lambda need: need.least)
     if short.least > limit:
         raise UsageError(
             f"--max-memory {in_words(limit)} is not enough: the stage {short.stage} needs {in_words(short.least)}, whatever waits "
-            "on disk; give more, or a smaller [calibration] or [finetune] batch_size in the card"
+            f"on disk; {FIXES.get(short.stage, 'give more')}"
         )
     room = {need.stage: int((limit - need.least) / SPARE) for need in found if need.most > limit}
     kept = {
@@ -238,7 +246,9 @@ def training_images(data: DataSpec) -> int | None:
     part = Path(data.dir) / data.train_split
     if data.name != "folder" or not Path(data.dir).is_dir():  # an archive's directory is read later
         return None
-    return sum(len(files) for _, _, files in os.walk(part if part.is_dir() else data.dir))
+    return sum(
+        len(files) for _, _, files in os.walk(part if part.is_dir() else data.dir, followlinks=data.follow_links)
+    )
 
 
 def _shapes(request: Request, sizes: Anatomy) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 1 << 27  # of an image on its way to the model: 400 MB
 MAX_CORRUPT = 0.01  # share of unreadable images above which a data set is refused
+MOST_WAYS = 100  # that lead to a folder of images over links
 DIGITS = 1797
 DIGITS_TEST = 599  # of them; a fixed third, never trained on, whatever the seed
 DIGITS_SOURCE = "scikit-learn digits"
@@ -101,25 +103,40 @@ def refuse_corrupt(corrupt: Mapping[str, str], total: int, what: str) -> None:
         )
 
 
-def check_links(folder: Path) -> None:
-    """Raise UsageError for a link below `folder` that leads out of it or in circles, or for an image that is no file."""
-    root = folder.resolve()
-    waiting = [str(folder)]
+def check_links(folder: Path, follow: bool = False) -> None:
+    """Raise UsageError for a link below `folder` that leads in circles or, unless `follow`, out of it; or for an image
+    that is no file. Links to folders that hold links may multiply: no folder may be reached in more than `MOST_WAYS`.
+    """
+    root = os.path.realpath(folder)
+    waiting: list[tuple[str, str, tuple[str, ...]]] = [(str(folder), root, ())]  # path, real path, where links were
+    ways: Counter[str] = Counter()
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
+        path, real, through = waiting.pop()
+        ways[real] += 1
+        if ways[real] > MOST_WAYS:
+            raise UsageError(f"'{real}' is reached over links in more than {MOST_WAYS} ways; remove some of the links")
+        with os.scandir(path) as entries:
             for entry in entries:
                 if entry.is_symlink():
-                    real = Path(os.path.realpath(entry.path))
-                    if not real.is_relative_to(root):
+                    target = os.path.realpath(entry.path)
+                    if not follow and not _below(target, root):
                         raise UsageError(
-                            f"'{entry.path}' is a link to '{real}', outside '{folder}'; copy what it leads to"
+                            f"'{entry.path}' is a link to '{target}', outside '{folder}'; copy what it leads to, or give "
+                            "--follow-links if you trust the folder"
                         )
-                    if real.is_dir() and Path(entry.path).parent.resolve().is_relative_to(real):
-                        raise UsageError(f"'{entry.path}' is a link to a folder that it lies in; remove it")
+                    if os.path.isdir(target):
+                        if any(_below(place, target) for place in (*through, real)):
+                            raise UsageError(f"'{entry.path}' is a link to a folder that it lies in; remove it")
+                        waiting.append((entry.path, target, (*through, real)))
+                        continue
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                elif entry.name.lower().endswith(SUFFIXES) and not (entry.is_file() or entry.is_dir()):
+                    waiting.append((entry.path, os.path.join(real, entry.name), through))
+                elif entry.name.lower().endswith(SUFFIXES) and not entry.is_file():
                     raise UsageError(f"'{entry.path}' is no regular file, or a link to nothing; remove it")
+
+
+def _below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 #: An image, and the manifest's `preprocessing` -> what a model file takes.
@@ -127,12 +144,12 @@ Take = Callable[["Image.Image", Mapping[str, Any]], NDArray[Any]]
 
 
 class Folder:
-    """The image files below a folder, in timm's order. UsageError where there is none, or links lead out of it."""
+    """The image files below a folder, in timm's order. UsageError where there is none, or for links as `check_links`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
         if not root.is_dir():
             raise UsageError(f"there is no folder '{root}'; give --data-dir an existing folder of images")
-        check_links(root)
+        check_links(root, follow_links)
         self.root = root
 
     def has(self, part: str) -> bool:
@@ -163,9 +180,9 @@ class Packed:
         return self.archive.read(str(path))
 
 
-def tree(root: Path) -> Folder | Packed:
+def tree(root: Path, follow_links: bool = False) -> Folder | Packed:
     """The images of a folder, or of a .zip or .tar. Raises UsageError for anything else."""
-    return Packed(root) if is_archive(root) else Folder(root)
+    return Packed(root) if is_archive(root) else Folder(root, follow_links)
 
 
 @dataclass
@@ -205,7 +222,9 @@ class Evaluation:
                 yield np.stack(pixels), np.array(labels)
 
 
-def for_artifact(manifest: Mapping[str, Any], data: str, data_dir: str) -> Evaluation | None:
+def for_artifact(
+    manifest: Mapping[str, Any], data: str, data_dir: str, follow_links: bool = False
+) -> Evaluation | None:
     """The images that `--data` and `--data-dir` name, labelled for the artifact; None when neither is given.
 
     Raises UsageError when the artifact's classes are not the data's, or there are no images.
@@ -228,7 +247,7 @@ def for_artifact(manifest: Mapping[str, Any], data: str, data_dir: str) -> Evalu
         return _digits()
     if not data_dir:
         raise UsageError("the data set 'folder' needs --data-dir DIR")
-    return _folder(Path(data_dir), manifest)
+    return _folder(Path(data_dir), manifest, follow_links)
 
 
 def _digits() -> Evaluation:
@@ -243,10 +262,10 @@ def _digits() -> Evaluation:
     )
 
 
-def _folder(folder: Path, manifest: Mapping[str, Any]) -> Evaluation:
+def _folder(folder: Path, manifest: Mapping[str, Any], follow_links: bool) -> Evaluation:
     """The evaluation part of an image folder; what was divided 80:20 at build is divided alike."""
     extras.need("reading images", extras.IMAGES, "pip install 'edgeprune[runtime]'")
-    found = tree(folder)
+    found = tree(folder, follow_links)
     if not manifest["classes"]:
         raise UsageError(
             f"the artifact names no classes, so the folders in '{folder}' cannot be matched to its logits; "

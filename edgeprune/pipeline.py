@@ -22,8 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from edgeprune import artifact, cache, footprint, modules, publish, recoveries, runtimes, schedules
-from edgeprune.config import FEATURES, Request
+from edgeprune import artifact, cache, footprint, images, modules, publish, recoveries, runtimes, schedules
+from edgeprune.config import FEATURES, DataSpec, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, TargetUnavailable, UsageError, unknown
 from edgeprune.latency import device, devices
@@ -183,7 +183,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "ir_precision": lambda r: r.card.deploy.ir_precision,
     "judging": lambda r: r.card.task == FEATURES and r.card.features,
     "weights": lambda r: _weights_key(r),
-    "data": lambda r: (r.card.data, data_key(r.card.data.dir)),
+    "data": lambda r: (r.card.data, data_key(r.card.data)),
     "calibration": lambda r: r.card.calibration,
     "recipe": lambda r: (r.card.finetune, r.lesson_bytes),  # how many lessons are kept decides when they come again
     "target": lambda r: r.target,
@@ -494,6 +494,9 @@ def check_request(request: Request) -> None:
             f"the recovery '{request.recovery}' tunes adapters, and those in one process alone; "
             "leave --processes and --accelerate-config out, or choose another --recovery"
         )
+    data = request.card.data
+    if data.follow_links and os.path.isdir(data.dir):
+        images.check_links(Path(data.dir), follow=True)  # before anyone walks the folder, which might have no end
     if request.runtime and request.runtime not in runtimes.names():
         raise unknown("runtime", request.runtime, runtimes.names())
     if request.precision not in request.target.precisions:
@@ -620,7 +623,7 @@ def environment() -> dict[str, Any]:
 
 def _weights_key(request: Request) -> str:
     if request.weights is None and request.card.architecture.startswith("local-dir:"):
-        return data_key(request.card.architecture.removeprefix("local-dir:"))
+        return files_key(request.card.architecture.removeprefix("local-dir:"))
     path = request.weights or (Path(request.card.weights) if request.card.weights not in ("", "hub") else None)
     if path is None:
         return request.card.weights
@@ -639,13 +642,18 @@ def _device_key(request: Request) -> Any:
     return (*facts, machine.url) if machine.url else facts
 
 
-def data_key(folder: str) -> str:
+def data_key(data: DataSpec) -> str:
     """Names, sizes and times of all files of the data set, or of the archive that it is."""
+    return files_key(data.dir, data.follow_links)
+
+
+def files_key(folder: str, follow_links: bool = False) -> str:
+    """The same of any folder or file; "" is empty."""
     digest = hashlib.sha256()
     if folder and os.path.isfile(folder):
         stat = os.stat(folder)
         digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    for root, folders, files in os.walk(folder) if folder else ():
+    for root, folders, files in os.walk(folder, followlinks=follow_links) if folder else ():
         folders.sort()
         for name in sorted(files):
             path = os.path.join(root, name)

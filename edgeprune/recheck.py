@@ -84,6 +84,7 @@ def validate_artifact(
     target: str = "",
     data: str = "",
     data_dir: str = "",
+    follow_links: bool = False,
     threads: int = 0,
     strict_clock: bool = False,
     device: str = "",
@@ -125,7 +126,7 @@ def validate_artifact(
         if sizes[0] != sizes[1]:
             raise errors.UsageError(f"the baseline's latency is of {sizes[0]} image{'s' * (sizes[0] > 1)}, the artifact's of {sizes[1]}: "
                                     "build one of them again with the other's --batch")  # fmt: skip
-    evaluation = images.for_artifact(manifest, data, data_dir)
+    evaluation = images.for_artifact(manifest, data, data_dir, follow_links)
     reference = None
     if evaluation is not None and (embedded := manifest.get("features")):
         reference = neighbours.load(folder / neighbours.FILE, embedded["neighbours"], embedded["classes"])

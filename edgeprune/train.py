@@ -24,14 +24,14 @@ from edgeprune.types import to_json
 
 def train(
     model: str, *, out: str | Path | None = None, weights: str | None = None, data: str = "", data_dir: str = "",
-    held_out_domain: str = "", epochs: Sequence[float] = (), seed: int = 0, console: Console = SILENT,
+    held_out_domain: str = "", follow_links: bool = False, epochs: Sequence[float] = (), seed: int = 0, console: Console = SILENT,
 ) -> dict[str, Any]:  # fmt: skip
     """Train the card `model` by its [train] recipe; returns where the weights are and how good they are.
 
     A training that was killed goes on from its last checkpoint, in a hidden folder beside `out`, if it is of the same
     card, options, data and code; until it has ended another one with the same `out` waits. Raises UsageError for bad input, StorageError when the weights cannot be written (checked first).
     """
-    card = with_data(config.load_card(model), data, data_dir, held_out_domain)
+    card = with_data(config.load_card(model), data, data_dir, held_out_domain, follow_links)
     recipe = replace(card.train, epochs=tuple(epochs)) if epochs else card.train
     path = Path(out or f"{card.name}.safetensors")
     artifact.must_be_writable(path, "--out", folder=False)
@@ -61,7 +61,7 @@ def train(
         recipe,
         seed,
     )
-    facts = [to_json(what), pipeline.data_key(card.data.dir), artifact.sha256(Path(weights)) if weights else ""]
+    facts = [to_json(what), pipeline.data_key(card.data), artifact.sha256(Path(weights)) if weights else ""]
     facts += [pipeline.code_key(__name__), pipeline.versions()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -377,6 +377,39 @@ def test_links_in_image_folders(image_folder: Callable[..., Path], tmp_path: Pat
         images.check_links(folder)
 
 
+def test_links_that_are_followed(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A subset made of links: refused, unless it is trusted. What cannot end is refused in any case."""
+    whole = image_folder(("",))
+    subset = tmp_path / "subset"
+    (subset / "bee").mkdir(parents=True)
+    for path in list((whole / "bee").iterdir())[:3]:
+        os.symlink(path, subset / "bee" / path.name)
+    os.symlink(whole / "ant", subset / "ant")
+    recorded = {"classes": ["ant", "bee"], "data": {"source": "x", "evaluation": 9, "seed": 0}}
+    with pytest.raises(UsageError, match=r"outside .*; copy what it leads to, or give --follow-links"):
+        images.for_artifact(recorded, "", str(subset))
+    found = images.for_artifact(recorded, "", str(subset), follow_links=True)
+    assert found is not None and len(found) == 8 + 3
+    os.symlink(subset, whole / "ant" / "back")
+    with pytest.raises(UsageError, match="a folder that it lies in"):
+        images.check_links(subset, follow=True)
+    (whole / "ant" / "back").unlink()
+    os.symlink("/dev/zero", subset / "bee" / "zero.png")
+    with pytest.raises(UsageError, match="no regular file"):
+        images.check_links(subset, follow=True)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_links_that_multiply(tmp_path: Path, follow: bool) -> None:
+    """Two in each of 40 folders lead to the next: 2^40 ways."""
+    for i in range(40):
+        (tmp_path / str(i)).mkdir()
+        for name in ("a", "b") if i else ():
+            os.symlink(tmp_path / str(i), tmp_path / str(i - 1) / name)
+    with pytest.raises(UsageError, match="in more than 100 ways"):
+        images.check_links(tmp_path, follow)
+
+
 @pytest.mark.parametrize("make", ["png", "tiff"])
 def test_a_decompression_bomb_is_an_unreadable_image(image_folder: Callable[..., Path], make: str) -> None:
     """One that says it is 30,000 pixels wide and high; it is named, and not unpacked."""

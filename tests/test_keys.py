@@ -97,4 +97,4 @@ def test_weights_of_a_local_folder_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing_in_the_data_has_a_key(tmp_path: Path) -> None:
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    assert pipeline.data_key(str(tmp_path))
+    assert pipeline.files_key(str(tmp_path))
