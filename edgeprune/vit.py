@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgeprune import anatomies, families, modules, reducers
@@ -344,6 +344,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise UsageError(f"'{path}' holds no state_dict (a mapping of names to tensors)")
     state = {str(k).removeprefix("module."): v for k, v in state.items()}
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def write_weights(model: nn.Module, path: Path) -> None:
+    """All tensors of the model as a .safetensors file. Raises OSError."""
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
 
 
 def refuse_compressed(path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from edgeprune import adapting, artifact, numerics, selections, tasks, vit
 from edgeprune.compat import VisionTransformer
@@ -63,7 +62,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
                 f"{sizes.tokens} tokens, {vit.parameters(model) / 1e6:.2f} M parameters")  # fmt: skip
     console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "
                 f"{len(splits.evaluation)} evaluation images")  # fmt: skip
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / "dense.safetensors")
+    vit.write_weights(model, out / "dense.safetensors")
     with console.busy("the dense model to ONNX"):
         export.to_onnx(model, sizes.image, out / "exported.onnx")
     simplify.simplify(out / "exported.onnx", out / "dense.onnx")

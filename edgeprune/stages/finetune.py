@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, tasks, vit
 from edgeprune.artifact import PlannedModel
@@ -72,7 +71,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if adapted:
         adapters.save(student, dense.model, planned.plan, out / artifact.ADAPTERS)
         adapters.merge(student)
-    save_file({k: v.contiguous() for k, v in student.state_dict().items()}, out / "model.safetensors")
+    vit.write_weights(student, out / "model.safetensors")
     if adapted:
         few, all_ = ((out / name).stat().st_size / 1e6 for name in (artifact.ADAPTERS, "model.safetensors"))
         console.say(f"adapters and what else was tuned: {few:.2f} MB, of {all_:.2f} MB of weights")

@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from edgeprune import allocators, polish, recoveries, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
@@ -103,7 +101,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
                 f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip
     console.detail(" ".join(f"{h}h/{n}n" + "".join(f"/{p}p" for p in patches) for h, n, *patches in kept))
-    save_file({k: v.contiguous() for k, v in pruned.state_dict().items()}, out / "pruned.safetensors")
+    vit.write_weights(pruned, out / "pruned.safetensors")
     planned = PlannedModel(
         request.card.architecture,
         request.card.arguments,

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from edgeprune import allocators, cache, criteria, obs, schedules, vit
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.calibration import Calibration
@@ -74,7 +72,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         console.say(f"schedule '{request.schedule}': {kept[0]} heads and {kept[1]} neurons are left after {len(history.losses)} steps, "
                     f"{table.predict_ms(plan.shape):.2f} ms by the table")  # fmt: skip
     cut = vit.slice_model(model, plan)
-    save_file({k: v.contiguous() for k, v in cut.state_dict().items()}, out / "model.safetensors")
+    vit.write_weights(cut, out / "model.safetensors")
     planned = PlannedModel(
         request.card.architecture,
         request.card.arguments,

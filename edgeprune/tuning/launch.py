@@ -66,15 +66,14 @@ def fit(
     Images that cannot be read are noted in `unreadable`. `work` is an existing folder, on a file system that all
     machines of the group share. Raises what the processes raise.
     """
-    from safetensors.torch import save_file
 
     from edgeprune import vit
     from edgeprune.tuning.loop import History
 
     folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=work))
     try:
-        save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "student.safetensors")
-        save_file({k: v.contiguous() for k, v in teacher.state_dict().items()}, folder / "teacher.safetensors")
+        vit.write_weights(student, folder / "student.safetensors")
+        vit.write_weights(teacher, folder / "teacher.safetensors")
         artifact.write_plan(planned, folder / "plan.json")
         job = {
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,

@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from edgeprune import artifact, config, data, tasks, vit
 from edgeprune.config import ModelSpec, Recipe
 from edgeprune.console import SILENT, Console
@@ -102,7 +100,7 @@ def tune(folder: Path, group: Group) -> None:
     )
     (folder / f"unreadable-{group.rank}.json").write_text(json.dumps(train.corrupt))
     if group.rank == 0:
-        save_file({k: v.contiguous() for k, v in student.state_dict().items()}, folder / "tuned.safetensors")
+        vit.write_weights(student, folder / "tuned.safetensors")
         (folder / "history.json").write_text(json.dumps(to_json(history)))
 
 
