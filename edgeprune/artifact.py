@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import families, schema, sealed
-from edgeprune.config import CLASSIFY
+from edgeprune.config import CLASSIFY, ModelSpec
 from edgeprune.errors import StorageError, UsageError
 from edgeprune.types import BlockPlan, Plan
 
@@ -40,6 +40,13 @@ class PlannedModel:
     limit_ms: float
     task: str = CLASSIFY
     anatomy: dict[str, str] = field(default_factory=dict)  # see `config.ModelSpec`
+
+    @classmethod
+    def of(cls, card: ModelSpec, num_classes: int, plan: Plan, predicted_ms: float, limit_ms: float) -> PlannedModel:
+        """A plan for the card's model."""
+        return cls(
+            card.architecture, card.arguments, num_classes, plan, predicted_ms, limit_ms, card.task, card.anatomy
+        )
 
 
 def write_plan(planned: PlannedModel, path: Path) -> None:

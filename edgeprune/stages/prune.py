@@ -102,17 +102,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
                 f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip
     console.detail(" ".join(f"{h}h/{n}n" + "".join(f"/{p}p" for p in patches) for h, n, *patches in kept))
     vit.write_weights(pruned, out / "pruned.safetensors")
-    planned = PlannedModel(
-        request.card.architecture,
-        request.card.arguments,
-        dense.sizes.num_classes,
-        plan,
-        predicted,
-        limit,
-        request.card.task,
-        request.card.anatomy,
-    )
-    write_plan(planned, out / "plan.json")
+    write_plan(PlannedModel.of(request.card, dense.sizes.num_classes, plan, predicted, limit), out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))
 
 

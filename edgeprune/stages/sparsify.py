@@ -73,16 +73,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
                     f"{table.predict_ms(plan.shape):.2f} ms by the table")  # fmt: skip
     cut = vit.slice_model(model, plan)
     vit.write_weights(cut, out / "model.safetensors")
-    planned = PlannedModel(
-        request.card.architecture,
-        request.card.arguments,
-        dense.sizes.num_classes,
-        plan,
-        table.predict_ms(plan.shape),
-        limit,
-        request.card.task,
-        request.card.anatomy,
-    )
+    planned = PlannedModel.of(request.card, dense.sizes.num_classes, plan, table.predict_ms(plan.shape), limit)
     write_plan(planned, out / "plan.json")
     dense.splits.report(out, console)
     (out / "sparsify.json").write_text(json.dumps(to_json(history)))
