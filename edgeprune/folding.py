@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import images, resampling
+from edgeprune.errors import EdgepruneError
 
 PREFIX = "preprocessing."
+OPSET, IR_VERSION = 20, 10
+MOST_LEVELS = 1.01
 
 
 def fold(model: onnx.ModelProto, frame: tuple[int, int], config: Mapping[str, Any]) -> None:
@@ -39,6 +42,38 @@ def fold(model: onnx.ModelProto, frame: tuple[int, int], config: Mapping[str, An
     for i, node in enumerate(nodes):
         model.graph.node.insert(i, node)
     model.graph.initializer.extend(numpy_helper.from_array(value, PREFIX + key) for key, value in constants.items())
+
+
+def alone(frame: tuple[int, int], config: Mapping[str, Any], batch: int | str = 1) -> onnx.ModelProto:
+    """A model of nothing but the preprocessing: `pixels` `[batch, *frame, channels]` uint8 -> `out`, float32."""
+    shape = [batch, *config["input_size"]]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["pixels"], ["out"])], "preprocessing",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, shape)],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    fold(model, frame, config)
+    return model
+
+
+def check(raw: NDArray[np.uint8], config: Mapping[str, Any]) -> NDArray[np.float32]:
+    """What the graph makes of raw images `[n, height, width, channels]`, `[n, channels, height, width]`, in ONNX Runtime.
+
+    Raises EdgepruneError where that is more than one level of 255 from what `images.preprocess` makes of them.
+    """
+    import onnxruntime
+
+    model = alone((raw.shape[1], raw.shape[2]), config, "batch")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found: NDArray[np.float32] = session.run(None, {"pixels": raw})[0]
+    wanted = np.stack([images.preprocess(images.picture(one), config) for one in raw])
+    levels = 255 * np.array(config["std"], np.float32).reshape(1, -1, 1, 1) * np.abs(found - wanted)
+    if not levels.max() < MOST_LEVELS:
+        raise EdgepruneError(
+            f"the folded preprocessing is {levels.max():.1f} levels of 255 from PIL's; leave --fold-preprocessing out"
+        )
+    return found
 
 
 def _nodes(

@@ -369,6 +369,13 @@ def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
     return found[..., None] if found.ndim == 2 else found
 
 
+def picture(pixels: NDArray[np.uint8]) -> Image.Image:
+    """The image of `[height, width, channels]`."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
 def resampling(config: Mapping[str, Any]) -> Image.Resampling:
     """PIL's name of the interpolation; UsageError for one that it does not know."""
     from PIL import Image

@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import small
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import Workspace
@@ -68,14 +68,7 @@ def test_matrices_resize_as_pil_does(interpolation: str, size: tuple[int, int], 
 
 def folded(frame: tuple[int, int], preprocessing: dict[str, Any], path: Path, batch: int | str = 1) -> Path:
     """A model that gives back what the preprocessing makes of its input."""
-    shape = [batch, *preprocessing["input_size"]]
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["pixels"], ["out"])], "preprocessing",
-        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, shape)],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    folding.fold(model, frame, preprocessing)
+    model = folding.alone(frame, preprocessing, batch)
     helper.set_model_props(model, {runtimes.BATCH: "2"})
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
@@ -112,6 +105,14 @@ def test_the_graph_does_what_preprocessing_does(
     off = np.abs(np.array(session.run(raw)) - wanted) / level
     assert off.max() < 1.01
     assert (off > 0.01).mean() < 0.01
+
+
+def test_a_graph_that_preprocesses_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = np.stack([np.asarray(picture(60, 80))])
+    assert folding.check(raw, CONFIG).shape == (1, 3, 32, 32)
+    monkeypatch.setitem(resampling.FILTERS, "bicubic", resampling.FILTERS["bilinear"])
+    with pytest.raises(errors.EdgepruneError, match=r"the folded preprocessing is [0-9.]+ levels of 255 from PIL's"):
+        folding.check(raw, CONFIG)
 
 
 def test_a_frame_of_its_own_size_is_left_alone_and_another_is_covered() -> None:

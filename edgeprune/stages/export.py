@@ -19,10 +19,9 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from edgeprune import artifact, folding, images, intake, numerics, tasks, vit
+from edgeprune import artifact, folding, intake, numerics, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import CLASSIFY, FEATURES, Request
 from edgeprune.console import Console
@@ -97,16 +96,16 @@ def output(model: nn.Module) -> str:
 
 
 def check_images(dense: baseline.Dense, count: int) -> tuple[Tensor, NDArray[Any]]:
-    """The first calibration images as the torch model takes them, `[n, channels, height, width]`, and as the files do."""
+    """The first calibration images as the torch model takes them, `[n, channels, height, width]`, and as the files do.
+
+    Where the preprocessing is folded, the former are what the graph makes of the latter; see `folding.check`.
+    """
     taken, some = how(dense.model), dense.splits.calibration.take(count)
     served, _ = next(dense.served(some).batches(count))
+    raw = served.numpy()
     if not taken.intake.folded:
-        return served, served.numpy()
-    pixels = [
-        images.preprocess(Image.fromarray(raw.squeeze(-1) if raw.shape[-1] == 1 else raw), taken.preprocessing)
-        for raw in served.numpy()
-    ]
-    return torch.from_numpy(np.stack(pixels)), served.numpy()
+        return served, raw
+    return torch.from_numpy(folding.check(raw, taken.preprocessing)), raw
 
 
 def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -> None:
