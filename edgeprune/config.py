@@ -283,10 +283,11 @@ class Request:
     accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
     siblings: tuple[Path, ...] = ()  # artifacts whose dense models the report draws beside this one
     max_memory: int | None = None  # bytes that the build may take; None = no limit
-    #: What follows from it, see `edgeprune.footprint`: bytes of activations that wait in memory, and of images and
-    #: answers that tuning keeps; None = as many as there are.
+    #: What follows from it, see `edgeprune.footprint`: bytes of activations that wait in memory, of images and
+    #: answers that tuning keeps, and of models that the table is measured on at once; None = as many as there are.
     shelf_bytes: int | None = None
     lesson_bytes: int | None = None
+    table_bytes: int | None = None
 
     @property
     def selects(self) -> bool:

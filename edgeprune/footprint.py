@@ -25,6 +25,7 @@ from edgeprune.criteria import SCORED, fisher
 from edgeprune.errors import UsageError
 from edgeprune.latency import device
 from edgeprune.latency.clock import COPIES
+from edgeprune.latency.device import LOADED
 from edgeprune.stages import profile, shapes
 from edgeprune.tuning import judge, lessons
 from edgeprune.vit import Anatomy
@@ -32,7 +33,6 @@ from edgeprune.vit import Anatomy
 GIB = 1 << 30
 #: What the interpreter and the libraries take in this process once all of them are loaded, and in a worker.
 LIBRARIES, WORKER = int(0.75 * GIB), int(0.2 * GIB)
-LOADED = 3  # times its file: what a model takes in a worker (weights, a repacked copy, scratch)
 EXPORTED = 8  # times its weights: what a model takes while it becomes ONNX and is simplified
 SPARE = 1.2  # times the sum: what allocators do not give back, and small things
 
@@ -101,12 +101,16 @@ def within(request: Request, stages: Sequence[str], console: Console) -> Request
     kept = {
         "prune": "activations of calibration images wait on disk",
         "finetune": "fewer answers of the teacher are kept",
+        "profile": "the table's models are loaded in groups",
     }
     said = "; ".join(words for stage, words in kept.items() if stage in room)
     console.say(
         f"memory: at most {in_words(min(peak.most, limit))} expected, in the stage {peak.stage}{f', as {said}' if said else ''}"
     )
-    return replace(request, shelf_bytes=room.get("prune"), lesson_bytes=room.get("finetune", room.get("sparsify")))
+    return replace(
+        request, shelf_bytes=room.get("prune"), lesson_bytes=room.get("finetune", room.get("sparsify")),
+        table_bytes=room.get("profile"),
+    )  # fmt: skip
 
 
 def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
@@ -117,7 +121,11 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
     export = EXPORTED * weights
     found = [
         Need("baseline", weights + export),
-        Need("profile", weights + export + measuring * (dense + LOADED * weights * _shapes(request, sizes))),
+        Need(
+            "profile",
+            weights + export + measuring * (dense + LOADED * weights),
+            measuring * min(LOADED * weights * (_shapes(request, sizes) - 1), profile.table_room(available())),
+        ),
         calibrating(request, sizes, weights),
         pruning(card.calibration, sizes, weights, measuring * (dense + COPIES * LOADED * weights) + export),
         tuning("finetune", card.finetune, card.data, sizes, weights),

@@ -17,6 +17,9 @@ from edgeprune import errors
 if TYPE_CHECKING:
     from edgeprune.types import Target
 
+#: Times its files: what a loaded model takes (its weights, a repacked copy of them, scratch).
+LOADED = 3
+
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -155,7 +158,6 @@ def fingerprint(cpuinfo: str | None = None) -> dict[str, str | int]:
 def room_for(model: Path, meminfo: str | None = None) -> int:
     """How many copies of a model file fit into a quarter of the memory that is free; large where nobody can tell.
 
-    A loaded model takes its weights, a repacked copy of them and scratch: three times its files.
     meminfo: the text of /proc/meminfo.
     """
     facts = cpu_facts(read(Path("/proc/meminfo")) if meminfo is None else meminfo)
@@ -166,7 +168,7 @@ def room_for(model: Path, meminfo: str | None = None) -> int:
 
 def copies_in(free: int | None, size: int) -> int:
     """How many copies of a model whose files have `size` bytes fit into a quarter of `free` bytes; None = unknown."""
-    return 1 << 30 if free is None or not size else free // 4 // (3 * size)
+    return 1 << 30 if free is None or not size else free // 4 // (LOADED * size)
 
 
 def conditions() -> dict[str, str | float | None]:

@@ -7,7 +7,7 @@ in deployment, turn by turn with the dense model. Writes `profile.json` and `sam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from edgeprune import artifact, runtimes, vit
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import TargetUnavailable, UsageError, unknown
-from edgeprune.latency import choose, devices, memory, table
+from edgeprune.latency import choose, device, devices, memory, table
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.machine import Machine, here
 from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
@@ -29,6 +29,9 @@ TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the
 MIN_ROUNDS = 60
 FITTING_PLANS = 8
 SCHEMA = "edgeprune.profile/1"
+
+#: Measurements by name that were timed in the same rounds, the anchor among them.
+Group = dict[str, Measurement]
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
@@ -67,16 +70,18 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         at = {"at": machine.url} if machine.url else {}
         of = memory.key(anchor, machine.fingerprint, {**asked, **machine.conditions, **at})
         known = memory.recall(out.parent, of)
-        measured = measure(clock, anchor, models, known, console)
+        room = table_room(machine.memory) if request.table_bytes is None else request.table_bytes
+        groups = measure(clock, anchor, grouped(models, room), known, console)
         worker = {"info": clock.info, "dense": clock.facts["dense"]}
     for path in models.values():
         path.unlink()
-    measured, quiet, how = settle(measured, known, request.seed, console)
+    groups, quiet, how = settle(groups, known, request.seed, console)
     dense_ms = quiet.ms
-    first = next(iter(measured.values()))
-    if first.calm:
+    firsts = [next(iter(group.values())) for group in groups]
+    measured = {name: measurement for group in groups for name, measurement in group.items()}
+    if all(first.calm for first in firsts):
         memory.remember(out.parent, of, dense_ms)
-    anchor_samples = first.anchor_ms
+    anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
     built = table.build_table(
         {int(name[5:]): m for name, m in measured.items() if name.startswith("heads")},
         {int(name[7:]): m for name, m in measured.items() if name.startswith("neurons")},
@@ -111,7 +116,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }
     (out / "profile.json").write_text(json.dumps(to_json(document), indent=1))
-    samples: dict[str, Any] = {"dense": first.raw_ms[1], "dense.waited": first.waited_ms[1]}
+    samples: dict[str, Any] = {}  # the anchor's once a group: row i of a group's models and of its anchor are one round
+    for i, first in enumerate(firsts):
+        samples |= {f"dense{i or ''}": first.raw_ms[1], f"dense{i or ''}.waited": first.waited_ms[1]}
     for name, m in measured.items():
         samples |= {name: m.raw_ms[0], f"{name}.waited": m.waited_ms[0]}
     np.savez_compressed(out / "samples.npz", **samples)
@@ -207,57 +214,96 @@ def refuse_recorded(document: Mapping[str, Any], what: str, machine: Machine) ->
         )
 
 
-def measure(
-    clock: Clock, anchor: Path, models: Mapping[str, Path], known: memory.Remembered | None, console: Console
-) -> dict[str, Measurement]:
-    """Time all shape models turn by turn with the dense model, longer where the device is slower than it was known."""
-    clock.load("dense", anchor, COPIES, values=False)
+def table_room(free: int | None) -> float:
+    """Bytes that the models of a table may take at once: half of what is free, None = unknown."""
+    return float("inf") if free is None else free / 2
+
+
+def grouped(models: Mapping[str, Path], room: float) -> list[dict[str, Path]]:
+    """The models in groups that fit into `room` bytes once they are loaded; one alone may take more."""
+    groups: list[dict[str, Path]] = []
+    left = 0.0
     for name, path in models.items():
-        clock.load(name, path, values=False)
-    with choose.watched(clock, console), console.timing("latency table", TABLE_SECONDS) as on_round:
-        return clock.measure(
-            list(models), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=TABLE_SECONDS,
-            quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, on_round=on_round,
-        )  # fmt: skip
+        takes = device.LOADED * path.stat().st_size
+        if not groups or takes > left:
+            groups.append({})
+            left = room
+        groups[-1][name] = path
+        left -= takes
+    return groups
+
+
+def measure(
+    clock: Clock, anchor: Path, groups: Sequence[Mapping[str, Path]], known: memory.Remembered | None, console: Console
+) -> list[Group]:
+    """Time all shape models turn by turn with the dense model, longer where the device is slower than it was known.
+
+    A group is loaded at a time, and gets its share of the time. The dense model is in all of them.
+    """
+    clock.load("dense", anchor, COPIES, values=False)
+    total, found = sum(map(len, groups)), []
+    if len(groups) > 1:
+        console.say(
+            f"the table's {total} models are measured in {len(groups)} groups: more do not fit into memory at once"
+        )
+    with choose.watched(clock, console):
+        for group in groups:
+            for name, path in group.items():
+                clock.load(name, path, values=False)
+            seconds = TABLE_SECONDS * len(group) / total
+            with console.timing("latency table", seconds) as on_round:
+                found.append(clock.measure(
+                    list(group), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=seconds,
+                    quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, on_round=on_round,
+                ))  # fmt: skip
+            for name in group:
+                clock.unload(name)
+    return found
 
 
 def settle(
-    measured: Mapping[str, Measurement], known: memory.Remembered | None, seed: int, console: Console
-) -> tuple[dict[str, Measurement], Quiet, str]:
+    groups: Sequence[Group], known: memory.Remembered | None, seed: int, console: Console
+) -> tuple[list[Group], Quiet, str]:
     """The anchor's quiet latency, how it was found, and the measurements as they are at that."""
-    first = next(iter(measured.values()))
-    good = undisturbed(first.raw_ms[1], first.waited_ms[1])
+    firsts = [next(iter(group.values())) for group in groups]
+    raw, waited = (np.concatenate([getattr(m, which)[1] for m in firsts]) for which in ("raw_ms", "waited_ms"))
+    good = undisturbed(raw, waited)
     if good.sum() < FEWEST_CALM:  # at_quiet tells of it, and nothing measured here will be called quiet
         good[:] = True
-    own_ms, how = quiet_ms(first.raw_ms[1][good])
+    own_ms, how = quiet_ms(raw[good])
     if known is not None and known.ms < own_ms:
-        again = at_quiet(measured, known.ms, seed)
-        if all(measurement.calm for measurement in again[0].values()):
+        again = at_quiet(groups, known.ms, seed)
+        if all(measurement.calm for group in again[0] for measurement in group.values()):
             return *again, f"what this device has reached on {known.when}; this time {own_ms:.3f} ms"
         console.warn(
             f"this device is {own_ms / known.ms - 1:.0%} slower than it was on {known.when} (dense {known.ms:.2f} ms), all the time: "
             f"these latencies are of a slow machine; profile again with --rebuild when it is quiet"
         )
-    settled, quiet = at_quiet(measured, own_ms, seed)
-    if restless := [name for name, measurement in settled.items() if not measurement.calm]:
+    settled, quiet = at_quiet(groups, own_ms, seed)
+    every = [measurement for group in settled for measurement in group.values()]
+    if restless := [measurement for measurement in every if not measurement.calm]:
         console.warn(
-            f"this machine is busy: for {len(restless)} of {len(settled)} models hardly a round was undisturbed, so all of theirs "
+            f"this machine is busy: for {len(restless)} of {len(every)} models hardly a round was undisturbed, so all of theirs "
             "count, and the table is less exact than it says; profile again with --rebuild when the machine is quiet"
         )
     return settled, quiet, how
 
 
-def at_quiet(measured: Mapping[str, Measurement], dense_ms: float, seed: int) -> tuple[dict[str, Measurement], Quiet]:
+def at_quiet(groups: Sequence[Group], dense_ms: float, seed: int) -> tuple[list[Group], Quiet]:
     """The same measurements, counting only rounds as calm as the anchor at `dense_ms`."""
-    names = list(measured)
-    quiet = Quiet(dense_ms, fit_slope(measured.values(), dense_ms))
+    quiet = Quiet(dense_ms, fit_slope([m for group in groups for m in group.values()], dense_ms))
 
-    def stacked(which: str) -> FloatArray:
-        pairs = [getattr(measured[name], which) for name in names]
-        return np.stack([*(pair[0] for pair in pairs), pairs[0][1]])
+    def again(group: Group) -> Group:
+        names = list(group)
 
-    *again, _ = summarise([*names, "dense"], stacked("raw_ms"), len(names), seed, quiet, stacked("waited_ms"))
-    return dict(zip(names, again, strict=True)), quiet
+        def stacked(which: str) -> FloatArray:
+            pairs = [getattr(group[name], which) for name in names]
+            return np.stack([*(pair[0] for pair in pairs), pairs[0][1]])
+
+        *found, _ = summarise([*names, "dense"], stacked("raw_ms"), len(names), seed, quiet, stacked("waited_ms"))
+        return dict(zip(names, found, strict=True))
+
+    return [again(group) for group in groups], quiet
 
 
 def tell(

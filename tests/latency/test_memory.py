@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgeprune.console import SILENT
-from edgeprune.latency import memory, statistics
+from edgeprune.latency import device, memory, statistics
 from edgeprune.latency.memory import Remembered
 from edgeprune.stages import profile
 from edgeprune.types import Measurement
@@ -67,20 +67,20 @@ def measured(level: float, rounds: int = 100) -> dict[str, Measurement]:
 
 
 def test_a_first_profile_stands_on_its_own_quiet_latency() -> None:
-    _, quiet, how = profile.settle(measured(1.05), None, 0, SILENT)
+    _, quiet, how = profile.settle([measured(1.05)], None, 0, SILENT)
     assert quiet.ms == pytest.approx(10.5, rel=0.005)
     assert how.startswith("the median of")
 
 
 def test_a_slightly_slower_device_is_profiled_as_it_was_at_its_quietest() -> None:
-    found, quiet, how = profile.settle(measured(1.05), Remembered(10.0, "a better day"), 0, SILENT)
+    [found], quiet, how = profile.settle([measured(1.05)], Remembered(10.0, "a better day"), 0, SILENT)
     assert quiet.ms == 10.0
     assert found["half"].ratio == pytest.approx(0.3, rel=0.005)
     assert "a better day" in how
 
 
 def test_a_much_slower_device_stands_on_what_it_is_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    found, quiet, how = profile.settle(measured(1.3), Remembered(10.0, "a better day"), 0, SILENT)
+    [found], quiet, how = profile.settle([measured(1.3)], Remembered(10.0, "a better day"), 0, SILENT)
     assert quiet.ms == pytest.approx(13, rel=0.005)
     assert found["half"].calm
     assert "a better day" not in how
@@ -90,13 +90,32 @@ def test_a_much_slower_device_stands_on_what_it_is_and_that_is_said(capsys: pyte
 def test_a_machine_that_is_too_busy_is_profiled_as_it_is_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     busy = measured(1.0)
     busy["half"].waited_ms[1, 5:] = 4.0
-    found, quiet, _ = profile.settle(busy, None, 0, SILENT)
+    [found], quiet, _ = profile.settle([busy], None, 0, SILENT)
     assert not found["half"].calm, "so that it is not remembered"
     assert quiet.ms == pytest.approx(10, rel=0.005)
     assert "this machine is busy: for 1 of 1 models" in capsys.readouterr().err
 
 
 def test_a_quieter_device_than_ever_sets_the_mark() -> None:
-    _, quiet, how = profile.settle(measured(0.97), Remembered(10.0, "a worse day"), 0, SILENT)
+    _, quiet, how = profile.settle([measured(0.97)], Remembered(10.0, "a worse day"), 0, SILENT)
     assert quiet.ms == pytest.approx(9.7, rel=0.005)
     assert how.startswith("the median of")
+
+
+def test_groups_are_settled_together() -> None:
+    """One anchor's latency for all; the rounds of a group are its own."""
+    groups, quiet, _ = profile.settle([measured(1.0), measured(1.02, rounds=70)], None, 0, SILENT)
+    assert quiet.ms == pytest.approx(10, rel=0.005)
+    assert [len(group["half"].raw_ms[0]) for group in groups] == [100, 70]
+    assert [group["half"].ratio for group in groups] == pytest.approx([0.3, 0.3], rel=0.01)
+
+
+def test_models_are_loaded_in_groups_that_fit(tmp_path: Path) -> None:
+    models = {}
+    for name, size in (("a", 10), ("b", 20), ("c", 5), ("d", 200), ("e", 1)):
+        models[name] = tmp_path / name
+        models[name].write_bytes(b"x" * size)
+    room = 30 * device.LOADED
+    assert [list(group) for group in profile.grouped(models, room)] == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert [list(group) for group in profile.grouped(models, float("inf"))] == [list("abcde")]
+    assert profile.table_room(None) == float("inf")
