@@ -729,7 +729,7 @@ def test_a_table_is_measured_in_groups_where_memory_is_short(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each group turn by turn with the dense model; the table is of all of them."""
-    monkeypatch.setattr(profile, "table_room", lambda free: 3e5)
+    monkeypatch.setattr(profile, "table_room", lambda free: 1e6)
     with small.quick():
         found = small.run(
             "profile", space.one, "--target", space.target, "--runtime", "onnxruntime", "--cache-dir", tmp_path, "--format", "json"
