@@ -12,8 +12,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+if TYPE_CHECKING:
+    from edgeprune.config import Request
 
 CARD = """
 description = "3 blocks, 48 wide, 32 pixels in patches of 8, on digits"
@@ -216,3 +219,19 @@ def random_weights(path: Path, classes: int = 10, **kwargs: int) -> Path:
     else:
         torch.save(state, path)
     return path
+
+
+def finished(cache_dir: Path, request: Request, last: str) -> dict[str, Path]:
+    """The folders of what a build of this request has finished in a cache, by stage, up to the stage `last`."""
+    from edgeprune import cache, pipeline
+
+    digests: dict[str, str] = {}
+    found: dict[str, Path] = {}
+    for stage in pipeline.stages_of(request):
+        folder = pipeline._folder(cache_dir, stage, pipeline.stage_key(stage, request, digests))
+        record, why = cache.look(folder)
+        assert record is not None, f"{stage.name} is not there: {why}"
+        found[stage.name], digests[stage.name] = folder, cache.digest(record)
+        if stage.name == last:
+            break
+    return found

@@ -417,7 +417,7 @@ def test_the_file_is_published_if_there_is_one(
     for stage, files in (
         ("finetune", ["plan.json", "model.safetensors", *(["adapters.safetensors"] if learnt else [])]),
         ("profile", ["profile.json"]), ("compile", ["model.onnx"]), ("baseline", ["dense.onnx", "dense.safetensors"]),
-        ("inspect", ["inspection.json"]),
+        ("inspect", ["inspection.json"]), ("validate", ["validation.json"]),
     ):  # fmt: skip
         (tmp_path / stage).mkdir()
         for name in files:

@@ -349,7 +349,7 @@ def test_processes_that_tune_together_see_what_was_chosen(
     chosen = data.Chosen(np.arange(64), np.arange(64, 100))
     seen: list[data.Chosen | None] = []
 
-    def run(_: Any, __: Any, folder: Path, ___: Any) -> None:
+    def run(folder: Path, *_: Any) -> None:
         seen.append(data.Chosen.find(folder))
         (folder / "student.safetensors").rename(folder / "tuned.safetensors")
         (folder / "history.json").write_text(json.dumps({"checks": []}))
