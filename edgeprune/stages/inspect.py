@@ -126,8 +126,8 @@ def robustness(
     mean, std = (np.array(transforms[key], np.float32).reshape(-1, 1, 1) for key in ("mean", "std"))
     chunks: list[NDArray[np.bool_]] = []  # [kinds, 2, images] each
     seen: list[NDArray[np.int64]] = []
-    start = time.monotonic()
-    with console.progress("corruptions", len(drawn), "images") as advance:
+    start = told = time.monotonic()
+    with console.progress("corruptions", ROBUSTNESS_SECONDS, "s") as advance:
         for at in range(0, len(drawn), CHUNK):
             if chunks and time.monotonic() - start > ROBUSTNESS_SECONDS:
                 break
@@ -144,7 +144,9 @@ def robustness(
                 )
             )
             seen.append(mine)
-            advance(len(mine), "")
+            now = time.monotonic()
+            advance(now - told, f"{sum(map(len, seen))} images")
+            told = now
     right = np.concatenate(chunks, axis=-1)
     clean = inspection.joined(list(said.values())).right[:, np.concatenate(seen)]
     # An image counts once in the whole: its kinds are no independent draws.
