@@ -242,7 +242,7 @@ def _compare(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> list[tupl
 
     rows = [
         (f"{report.accuracy(manifest)} (95 % interval)", judged(accuracy["dense"]), judged(accuracy["pruned"]),
-         f"{accuracy['pruned'] - accuracy['dense']:+.2f} points ({_interval([-end for end in reversed(accuracy['drop_ci'])], '{:+.2f}')})"),
+         f"{accuracy['pruned'] - accuracy['dense']:+.2f} points ({_interval([0.0 - end for end in reversed(accuracy['drop_ci'])], '{:+.2f}')})"),
         ("agreement of both", "", f"{accuracy['agreement']:.2f} %", ""),
     ]  # fmt: skip
     if embedded := manifest.get("features"):
