@@ -46,7 +46,7 @@ FAMILIES = {"eva02_tiny_patch14_224": SIZES, "eva02_base_patch14_224": SIZES, "b
 
 @pytest.fixture(
     scope="module",
-    params=[name if "beit" in name else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES],
 )
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     """The folder of a build, its manifest, and what it said; weights are in timm's names."""
