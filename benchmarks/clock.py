@@ -154,7 +154,9 @@ def export_models(folder: Path) -> list[Path]:
 
     dense = baseline.load_source(config.load_card("digits"), None)
     sizes = vit.anatomy(dense)
-    half = vit.slice_model(dense, vit.plan_of_shape((((sizes.heads + 1) // 2, sizes.neurons // 2),) * sizes.blocks))
+    half = vit.slice_model(
+        dense, vit.plan_of_shape((((sizes.only.heads + 1) // 2, sizes.only.neurons // 2),) * sizes.blocks)
+    )
     paths = []
     for name, model in (("dense", dense), ("half", half)):
         export.to_onnx(model, sizes.image, folder / "exported.onnx")

@@ -184,7 +184,7 @@ def evidence(dense: VisionTransformer, name: str, splits: data.Splits, card: Mod
     return Evidence(
         model=dense, sizes=sizes, moments=found.moments, gradients=found.gradients,
         batches=lambda: splits.calibration.batches(size), images=len(splits.calibration),
-        neuron_grid=vit.neuron_grid(sizes.neurons, 1), seed=seed, console=SILENT,
+        neuron_grids=(vit.neuron_grid(sizes.only.neurons, 1),), seed=seed, console=SILENT,
     )  # fmt: skip
 
 
@@ -192,11 +192,12 @@ def uniform(model: VisionTransformer, removed: float) -> tuple[int, int, float]:
     """Heads and neurons that every block keeps so that this share of the prunable parameters goes; and what really goes."""
     sizes = vit.anatomy(model)
     head, neuron = (
-        sum(tensor.numel() for tensor in saliency.group(model, (0, kind))) / sizes.units(kind) for kind in vit.KINDS
+        sum(tensor.numel() for tensor in saliency.group(model, (0, kind))) / sizes.units((0, kind))
+        for kind in vit.KINDS
     )
-    total = head * sizes.heads + neuron * sizes.neurons
-    heads = max(1, math.floor((1 - removed) * sizes.heads + 0.5))
-    neurons = min(sizes.neurons, max(0, round(((1 - removed) * total - heads * head) / neuron)))
+    total = head * sizes.only.heads + neuron * sizes.only.neurons
+    heads = max(1, math.floor((1 - removed) * sizes.only.heads + 0.5))
+    neurons = min(sizes.only.neurons, max(0, round(((1 - removed) * total - heads * head) / neuron)))
     return heads, neurons, 1 - (heads * head + neurons * neuron) / total
 
 

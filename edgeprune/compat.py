@@ -53,6 +53,8 @@ from timm.models import adapt_input_conv  # noqa: E402
 from timm.models.beit import Beit  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
 from timm.models.eva import Eva, EvaAttention, EvaBlock  # noqa: E402
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock  # noqa: E402
+from timm.models.swin_transformer import WindowAttention as SwinAttention  # noqa: E402
 from timm.models.vision_transformer import Attention, Block, VisionTransformer  # noqa: E402
 
 
@@ -76,6 +78,9 @@ __all__ = [
     "LayerScale",
     "Mlp",
     "SwiGLU",
+    "SwinAttention",
+    "SwinTransformer",
+    "SwinTransformerBlock",
     "VisionTransformer",
     "VisionTransformerDistilled",
     "adapt_input_conv",

@@ -48,6 +48,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Perception Encoder": ("vit_pe_core_tiny_patch16_384", "vit_pe_core_base_patch16_224"),
     "BEiT": ("beit_base_patch16_224", "beit_large_patch16_224"),
     "BEiTv2": ("beitv2_base_patch16_224", "beitv2_large_patch16_224"),
+    "Swin": (
+        "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "swin_base_patch4_window7_224",
+        "swin_large_patch4_window7_224", "swin_base_patch4_window12_384", "swin_s3_tiny_224",
+    ),
 }  # fmt: skip
 
 #: Of their names and those of their relatives; whatever has none of these is no model that edgeprune could prune.

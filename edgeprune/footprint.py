@@ -133,7 +133,7 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
         Need("simplify", export),
         Need("compile", export),
         Need("validate", 3 * weights + WORKER + 2 * COPIES * LOADED * weights),
-        Need("inspect", 3 * weights + WORKER + 2 * LOADED * weights + 64 * sizes.blocks * stream(sizes)),
+        Need("inspect", 3 * weights + WORKER + 2 * LOADED * weights + 128 * sizes.streamed),
         Need("survey", weights + export + measuring * (dense + COPIES * LOADED * weights)),
         Need("check", weights + export + measuring * (dense + LOADED * weights * request.check)),
     ]
@@ -149,8 +149,8 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
 
 
 def stream(sizes: Anatomy) -> int:
-    """A residual stream of one image."""
-    return 4 * sizes.tokens * sizes.width
+    """A residual stream of one image, where it is largest."""
+    return max(4 * stage.tokens * stage.width for stage in sizes.stages)
 
 
 def pixels(sizes: Anatomy) -> int:
@@ -160,29 +160,36 @@ def pixels(sizes: Anatomy) -> int:
 
 def graph(sizes: Anatomy) -> int:
     """What one image leaves for the backward pass: 12 tensors of the width and 3 of the neurons per block."""
-    return sizes.blocks * 4 * sizes.tokens * (12 * sizes.width + 3 * rows(sizes))
+    return sum(s.blocks * 4 * s.tokens * (12 * s.width + 3 * rows(sizes, s)) for s in sizes.stages)
 
 
-def rows(sizes: Anatomy) -> int:
+def rows(sizes: Anatomy, stage: vit.Stage) -> int:
     """Of fc1."""
-    return sizes.neurons * sizes.row_groups("mlp")
+    return stage.neurons * sizes.row_groups("mlp")
+
+
+def squares(sizes: Anatomy) -> int:
+    """Covariances of the inputs of all last layers, in float64."""
+    return sum(8 * s.blocks * (s.width**2 + s.neurons**2) for s in sizes.stages)
 
 
 def calibrating(request: Request, sizes: Anatomy, weights: int) -> Need:
     """Backward passes over a batch, moments of every layer, and the weight changes that are scored at once."""
     spec = request.card.calibration
-    squares = 8 * sizes.blocks * (sizes.width**2 + sizes.neurons**2)
-    grid = len(vit.neuron_grid(sizes.neurons, request.target.neuron_step))
-    changes = 4 * sizes.width * sizes.blocks * (sizes.neurons * grid + sizes.width * (sizes.heads + 1))
-    largest = 4 * sizes.width * sizes.neurons * grid  # at least one sub-block is scored at once
+    pairs = list(zip(sizes.stages, map(len, vit.grids(sizes, request.target.neuron_step)), strict=True))
+    changes = sum(4 * s.width * s.blocks * (s.neurons * grid + s.width * (s.heads + 1)) for s, grid in pairs)
+    largest = max(4 * s.width * s.neurons * grid for s, grid in pairs)  # at least one sub-block is scored at once
     batch = min(spec.batch_size, spec.images)
-    tokens = spec.images * 4 * 2 * sizes.blocks * sizes.tokens  # how much each counts
+    tokens = spec.images * sum(4 * 2 * s.blocks * s.tokens for s in sizes.stages)  # how much each counts
     scored = max(min(changes, fisher.CHANGES_BYTES + largest), 2 * weights)  # or means and squares of gradients
     if request.criterion == "kl":
         scored += judged(sizes, min(spec.images, SCORED, stitch.most_images(sizes)), 1)
-    work = 6 * 8 * max(sizes.width, sizes.neurons) ** 2  # a covariance's factor, inverse and solutions
-    per_image = 4 * sizes.width * sizes.neurons
-    return Need("calibrate", 2 * weights + batch * (graph(sizes) + per_image) + 2 * squares + scored + tokens + work)
+    work = max(
+        6 * 8 * max(s.width, s.neurons) ** 2 for s in sizes.stages
+    )  # a covariance's factor, inverse and solutions
+    per_image = max(4 * s.width * s.neurons for s in sizes.stages)
+    taken = batch * (graph(sizes) + per_image) + 2 * squares(sizes) + scored + tokens + work
+    return Need("calibrate", 2 * weights + taken)
 
 
 def pruning(spec: CalibrationSpec, sizes: Anatomy, weights: int, measuring: float) -> Need:
@@ -190,13 +197,10 @@ def pruning(spec: CalibrationSpec, sizes: Anatomy, weights: int, measuring: floa
     most = min(search.JUDGED, stitch.most_images(sizes) // 2)
     fitted = min(spec.images - spec.images // 4, most)
     both = fitted + min(max(spec.images // 4, 1), most)
-    waiting = spec.images * (pixels(sizes) + _refit(sizes)) + (2 * both + fitted) * (2 * sizes.blocks + 1) * stream(
-        sizes
-    )
-    every = max(vit.MAX_WIDTHS, sizes.heads) * weights / 2  # sub-blocks at every level
+    waiting = spec.images * (pixels(sizes) + _refit(sizes)) + (2 * both + fitted) * 4 * sizes.streamed
+    every = max(vit.MAX_WIDTHS, *(s.heads for s in sizes.stages)) * weights / 2  # sub-blocks at every level
     work = both * pixels(sizes) * 2 + judged(sizes, both, 0)
-    squares = 8 * sizes.blocks * (sizes.width**2 + sizes.neurons**2)
-    least = 3 * weights + min(every, stitch.DATABASE_BYTES) + squares + work + measuring
+    least = 3 * weights + min(every, stitch.DATABASE_BYTES) + squares(sizes) + work + measuring
     return Need("prune", least, waiting)
 
 
@@ -219,15 +223,18 @@ def available(meminfo: str | None = None, group: Path | None = None) -> int | No
 
 def _refit(sizes: Anatomy) -> int:
     """What the refit knows of one image: streams before and after, of both models, and what a layer sees and misses."""
-    first = 3 * sizes.width + 2 * max(3 * sizes.width, rows(sizes))
-    last = 6 * sizes.width + max(sizes.width, sizes.neurons)
-    return 4 * sizes.tokens * max(first, last)
+    found = []
+    for s in sizes.stages:
+        first = 3 * s.width + 2 * max(3 * s.width, rows(sizes, s))
+        last = 6 * s.width + max(s.width, s.neurons)
+        found.append(4 * s.tokens * max(first, last))
+    return max(found)
 
 
 def judged(sizes: Anatomy, count: int, held: int) -> int:
     """What a judge works with on so many images at once, and the streams of `held` choices."""
-    one = 4 * sizes.tokens * (6 * sizes.width + 4 * max(3 * sizes.width, rows(sizes)))
-    return count * (one + held * (2 * sizes.blocks + 1) * stream(sizes))
+    one = max(4 * s.tokens * (6 * s.width + 4 * max(3 * s.width, rows(sizes, s))) for s in sizes.stages)
+    return count * (one + held * 4 * sizes.streamed)
 
 
 def tuning(stage: str, recipe: Recipe, data: DataSpec, sizes: Anatomy, weights: int) -> Need:
@@ -261,8 +268,16 @@ def training_images(data: DataSpec) -> int | None:
 
 def _shapes(request: Request, sizes: Anatomy) -> float:
     """The models that the latency table is measured on, in dense ones."""
-    attn, mlp = 4 * sizes.width, sizes.width + rows(sizes)
+    grids = vit.grids(sizes, request.target.neuron_step)
+    tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims and not sizes.positional else 0
+    if len(sizes.stages) > 1:  # all but one stage of each are dense
+        heads = sum(len(shapes.head_counts(sizes, i)) for i in range(len(sizes.stages)))
+        return heads + sum(map(len, grids)) + profile.FITTING_PLANS / 2
+    attn, mlp = 4 * sizes.only.width, sizes.only.width + rows(sizes, sizes.only)
     share = attn / (attn + mlp)
-    widths = len(vit.neuron_grid(sizes.neurons, request.target.neuron_step))
-    tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims else 0
-    return sizes.heads * (1 - share / 2) + widths * (share + (1 - share) / 2) + tokens + profile.FITTING_PLANS / 2
+    return (
+        sizes.only.heads * (1 - share / 2)
+        + len(grids[0]) * (share + (1 - share) / 2)
+        + tokens
+        + profile.FITTING_PLANS / 2
+    )

@@ -24,7 +24,7 @@ class Gates:
     def __init__(self, model: VisionTransformer) -> None:
         self.model, self.sizes = model, vit.anatomy(model)
         self.values: dict[SubBlock, Tensor] = {
-            (i, kind): torch.ones(self.sizes.units(kind)) for i in range(self.sizes.blocks) for kind in vit.KINDS
+            (i, kind): torch.ones(self.sizes.units((i, kind))) for i in range(self.sizes.blocks) for kind in vit.KINDS
         }
         self._hooks = [
             vit.output_layer(model.blocks[i], kind).register_forward_pre_hook(self._gate(i, kind))
@@ -33,7 +33,7 @@ class Gates:
 
     def _gate(self, block: int, kind: SubBlockKind) -> Any:
         def apply(_: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            gate = self.values[block, kind].repeat_interleave(self.sizes.unit_size(kind))
+            gate = self.values[block, kind].repeat_interleave(self.sizes.unit_size((block, kind)))
             return (inputs[0] * gate.to(inputs[0]), *inputs[1:])
 
         return apply
@@ -45,7 +45,7 @@ class Gates:
     def keep(self, plan: Plan) -> None:
         """Open what the plan keeps, shut the rest."""
         for (i, kind), units in units_of(plan).items():
-            gate = torch.zeros(self.sizes.units(kind))
+            gate = torch.zeros(self.sizes.units((i, kind)))
             gate[list(units)] = 1.0
             self.values[i, kind] = gate
 
@@ -56,7 +56,7 @@ class Gates:
     def gradient(self, at: SubBlock) -> Tensor:
         """What the loss would change by per unit of gate, `[units]`; zeros where nothing was collected."""
         found = self.values[at].grad
-        return torch.zeros(self.sizes.units(at[1])) if found is None else found.detach().cpu()
+        return torch.zeros(self.sizes.units(at)) if found is None else found.detach().cpu()
 
     @torch.no_grad()
     def folded(self) -> VisionTransformer:
@@ -65,7 +65,7 @@ class Gates:
         for (i, kind), gate in self.values.items():
             layer = vit.output_layer(own.blocks[i], kind)
             layer._forward_pre_hooks.clear()
-            layer.weight.mul_(gate.detach().repeat_interleave(self.sizes.unit_size(kind)).to(layer.weight))
+            layer.weight.mul_(gate.detach().repeat_interleave(self.sizes.unit_size((i, kind))).to(layer.weight))
         return own.eval().cpu()  # where calibration images are
 
 

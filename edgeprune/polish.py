@@ -60,10 +60,10 @@ def polish(
                 have = shelf.keep(run(x) for x in have)
             so_far = [vit.chained(first, second) for first, second in zip(so_far, own, strict=True)]
         else:
-            counted = [torch.ones(x.shape[:2]) for x in have]
+            reduced = shelf.keep(r(x) for r, x in zip(so_far, wanted, strict=True))
+            counted = [torch.ones(x.shape[:2]) for x in reduced]
             if weights is not None:
                 counted = [vit.reduced_rows(part, r) for part, r in zip(weights[i, "mlp"], so_far, strict=True)]
-            reduced = shelf.keep(r(x) for r, x in zip(so_far, wanted, strict=True))
             accepted += _polish_block(small, have, reduced, counted, fit, passes)
             with torch.no_grad():
                 have = shelf.keep(small(x) for x in have)

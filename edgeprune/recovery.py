@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import obs, tasks, vit
+from edgeprune import anatomies, obs, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
 from edgeprune.reducers import Reduction
@@ -50,11 +50,11 @@ def survivors(
     for i, keep in enumerate(plan.blocks):
         for kind in vit.KINDS:
             units = keep.heads if kind == "attn" else keep.neurons
-            if len(units) == sizes.units(kind):
+            if len(units) == sizes.units((i, kind)):
                 continue
             layer = vit.output_layer(dense.blocks[i], kind)
             mean, hessian = moments[i, kind]
-            kept = vit.columns(units, sizes.unit_size(kind))
+            kept = vit.columns(units, sizes.unit_size((i, kind)))
             weight, bias = obs.refit(layer.weight, layer.bias, mean, hessian, kept)
             vit.write_output(vit.sub_block(pruned.blocks[i], kind), kind, weight, bias)
     return pruned
@@ -88,6 +88,9 @@ def sequential(
     fit = fitted(batches)
     accepted = tried = 0
     for i, (full, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
+        if isinstance(full, anatomies.MergingBlock):
+            same, wanted = have is wanted, shelf.keep(vit.entered(full, x) for x in wanted)
+            have = wanted if same else shelf.keep(vit.entered(small, x) for x in have)
         for kind in vit.KINDS:
             units = () if plan is None else plan.blocks[i].heads if kind == "attn" else plan.blocks[i].neurons
             counted = [torch.ones(x.shape[:2]) for x in have]
@@ -95,7 +98,7 @@ def sequential(
                 counted = [vit.reduced_rows(own, r) for own, r in zip(weights[i, kind], so_far, strict=True)]
             place = Place(small, kind, vit.sub_block(small, kind))
             if units:
-                rows = vit.first_rows(kind, units, sizes)
+                rows = vit.first_rows((i, kind), units, sizes)
                 hidden = shelf.keep(r(vit.hidden(full, kind, x, rows)) for x, r in zip(wanted, so_far, strict=True))
                 refit_first(place, have, hidden, counted, fit, shelf)
                 del hidden

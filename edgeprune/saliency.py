@@ -48,7 +48,7 @@ def unit_sums(parts: Sequence[Tensor], unit_size: int) -> Tensor:
 def of_weights(evidence: Evidence, value: Callable[[Tensor], Tensor]) -> dict[SubBlock, Tensor]:
     """`[units]` per sub-block: `value(w)`, shaped like the weights w, summed over each unit's."""
     model, size = evidence.model, evidence.sizes.unit_size
-    return {at: unit_sums([value(w.detach()) for w in group(model, at)], size(at[1])) for at in evidence.moments}
+    return {at: unit_sums([value(w.detach()) for w in group(model, at)], size(at)) for at in evidence.moments}
 
 
 def of_gradients(
@@ -64,12 +64,12 @@ def of_pairs(
     """The same of `value(w, other)` for any other tensors that are shaped like `group`."""
     model, size = evidence.model, evidence.sizes.unit_size
     pairs = {at: zip(group(model, at), others[at], strict=True) for at in evidence.moments}
-    return {at: unit_sums([value(w.detach(), o) for w, o in own], size(at[1])) for at, own in pairs.items()}
+    return {at: unit_sums([value(w.detach(), o) for w, o in own], size(at)) for at, own in pairs.items()}
 
 
 def of_columns(evidence: Evidence, at: SubBlock, columns: Tensor) -> Tensor:
     """`[units]`: sums over each unit's input columns of the last layer, of a value per column."""
-    return columns.detach().double().reshape(-1, evidence.sizes.unit_size(at[1])).sum(1)
+    return columns.detach().double().reshape(-1, evidence.sizes.unit_size(at)).sum(1)
 
 
 def variances(evidence: Evidence, at: SubBlock) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import obs, recovery, reducers, tasks, vit
+from edgeprune.anatomies import MergingBlock
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
 from edgeprune.reducers import Reduction
@@ -68,12 +69,12 @@ class Database:
         level = self.levels[at]
         kept = level.kept(self.counts[at][option])
         block = self.dense.blocks[level.block]
-        if len(kept) == self.sizes.units(level.kind):
+        if len(kept) == self.sizes.units(level.at):
             return vit.sub_block(block, level.kind)
-        made = vit.slice_sub_block(block, level.kind, kept, self.sizes)
-        mean, hessian = self.moments[level.block, level.kind]
+        made = vit.slice_sub_block(block, level.at, kept, self.sizes)
+        mean, hessian = self.moments[level.at]
         layer = vit.output_layer(block, level.kind)
-        columns = vit.columns(kept, self.sizes.unit_size(level.kind))
+        columns = vit.columns(kept, self.sizes.unit_size(level.at))
         vit.write_output(made, level.kind, *obs.refit(layer.weight, layer.bias, mean, hessian, columns))
         return made
 
@@ -92,7 +93,7 @@ def _size(sub: nn.Module) -> int:
 
 def most_images(sizes: vit.Anatomy) -> int:
     """How many images' residual streams `STREAM_BYTES` hold; at least two."""
-    return max(2, STREAM_BYTES // (4 * sizes.tokens * sizes.width * (2 * sizes.blocks + 1)))
+    return max(2, STREAM_BYTES // (4 * sizes.streamed))
 
 
 class Judge:
@@ -171,8 +172,13 @@ class Judge:
     def _step(self, at: int, choice: Choice, x: Tensor, so_far: Reduction) -> State:
         level = self.database.levels[at]
         sub = self.database.sub_block(at, choice[at])
+        x = self._entered(at, x)
         after = vit.step(self.database.dense.blocks[level.block], level.kind, x, sub)
         return self._reduce(at, choice, x, after, sub, so_far)
+
+    def _entered(self, at: int, x: Tensor) -> Tensor:
+        level = self.database.levels[at]
+        return vit.entered(self.database.dense.blocks[level.block], x) if level.kind == "attn" else x
 
     def _reduce(self, at: int, choice: Choice, x: Tensor, after: Tensor, sub: Any, so_far: Reduction) -> State:
         own = self.database.reduction(at, choice[at], x, after, sub)
@@ -203,10 +209,9 @@ class RefitJudge(Judge):
     def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
         self.targets: list[Item] = []  # the teacher's residual streams, after every sub-block
         stream = vit.embed(teacher, images)
-        for block in teacher.blocks:
-            for kind in vit.KINDS:
-                stream = vit.step(block, kind, stream)
-                self.targets.append(self.shelf.put(stream))
+        for level in self.database.levels:
+            stream = vit.walk(teacher, level.at, stream)
+            self.targets.append(self.shelf.put(stream))
         return vit.classify(teacher, stream)
 
     def _classify(self, x: Tensor) -> Tensor:
@@ -229,13 +234,21 @@ class RefitJudge(Judge):
     def _removed(self, at: int, choice: Choice) -> bool:
         return not self.database.counts[at][choice[at]]
 
+    def _left_to_next(self, at: int, choice: Choice) -> bool:
+        """Whether only a bias stays here and next: of biases in a row, the last makes up for all, but not across a merge."""
+        if not self._removed(at, choice) or at + 1 == len(choice) or not self._removed(at + 1, choice):
+            return False
+        level = self.database.levels[at + 1]
+        return level.kind == "mlp" or not isinstance(self.database.dense.blocks[level.block], MergingBlock)
+
     def _step(self, at: int, choice: Choice, x: Tensor, so_far: Reduction) -> State:
-        if self._removed(at, choice) and at + 1 < len(choice) and self._removed(at + 1, choice):
-            return x, so_far  # of biases in a row, the last makes up for all
+        x = self._entered(at, x)
+        if self._left_to_next(at, choice):
+            return x, so_far
         level = self.database.levels[at]
         block, kind = self.database.dense.blocks[level.block], level.kind
         sub = copy.deepcopy(self.database.sub_block(at, choice[at]))
-        counts = vit.reduced_rows(self.weights[level.block, kind], so_far) if self.weights else torch.ones(x.shape[:2])
+        counts = vit.reduced_rows(self.weights[level.at], so_far) if self.weights else torch.ones(x.shape[:2])
         have, wanted, counted = (self._split(part) for part in (x, so_far(self.targets[at]()), counts))
         place = recovery.Place(block, kind, sub)
         after = torch.cat(list(recovery.refit_sub_block(place, have, wanted, counted, 1, False)[1]))

@@ -107,23 +107,36 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Prices:
+    """Milliseconds of one sub-block of each shape, in any of `blocks` blocks in a row whose dense sizes are alike.
+
+    Entry 0 is 0.0: a removed sub-block.
+    """
+
+    blocks: int
+    attn_ms: FloatArray  # [heads + 1], attn_ms[h]: one attention sub-block with h heads
+    mlp_widths: tuple[int, ...]  # ascending, from 0 to the dense width
+    mlp_ms: FloatArray  # [len(mlp_widths)]
+
+    def of(self, kind: SubBlockKind) -> tuple[tuple[int, ...], FloatArray]:
+        """How many units a sub-block may keep, ascending, and the milliseconds of each."""
+        return (tuple(range(len(self.attn_ms))), self.attn_ms) if kind == "attn" else (self.mlp_widths, self.mlp_ms)
+
+
+@dataclass(frozen=True)
 class LatencyTable:
     """Milliseconds of every sub-block shape, on one device, runtime, precision and thread count.
 
-    A pruned model's latency is `base_ms` plus, per block, `attn_ms[heads]` plus `mlp_ms[i]` where
-    `mlp_widths[i]` is its number of neurons. Entry 0 of both is 0.0: a removed sub-block. The dense and
-    the empty model are not predicted: they were measured. With fewer patch tokens, a sub-block costs a share of
-    that, and where they go another `reduce_ms`.
+    A pruned model's latency is `base_ms` plus, per block, the prices of its attention and its MLP. A plain ViT has
+    one stage, a hierarchy such as Swin several. The dense and the empty model are not predicted: they were measured.
+    With fewer patch tokens, a sub-block costs a share of that, and where they go another `reduce_ms`.
     """
 
     runtime: str
     precision: str
     threads: int
-    blocks: int
     base_ms: float  # stem, head, norms and biases that always stay; also what blocks unlike each other cost more
-    attn_ms: FloatArray  # [heads + 1], attn_ms[h]: one attention sub-block with h heads
-    mlp_widths: tuple[int, ...]  # ascending, from 0 to the dense width
-    mlp_ms: FloatArray  # [len(mlp_widths)]
+    stages: tuple[Prices, ...]
     dense_ms: float  # the anchor's latency on this device
     empty_ms: float  # with every sub-block removed: the least there is
     samples: int  # rounds behind each entry
@@ -134,20 +147,28 @@ class LatencyTable:
     mlp_share: FloatArray = field(default_factory=lambda: np.ones(1))  # [len(patches)] of mlp_ms, the last 1
     reduce_ms: float = 0.0
 
+    @property
+    def by_block(self) -> tuple[Prices, ...]:
+        """The prices of every block."""
+        return tuple(own for own in self.stages for _ in range(own.blocks))
+
+    @property
+    def dense(self) -> Shape:
+        return tuple((len(own.attn_ms) - 1, own.mlp_widths[-1]) for own in self.by_block)
+
     def predict_ms(self, shape: Shape) -> float:
         """Latency in milliseconds of a model of this shape."""
-        if set(shape) == {(len(self.attn_ms) - 1, self.mlp_widths[-1])}:
+        if tuple(shape) == self.dense:
             return self.dense_ms
         if set(shape) == {(0, 0)}:
             return self.empty_ms
-        mlp = dict(zip(self.mlp_widths, self.mlp_ms))  # Python 3.9 on devices has no strict=
         total, level = self.base_ms, -1
-        for heads, neurons, *patches in shape:
-            total += self.attn_ms[heads] * self.attn_share[level]
+        for (heads, neurons, *patches), own in zip(shape, self.by_block):  # Python 3.9 on devices has no strict=
+            total += own.attn_ms[heads] * self.attn_share[level]
             if patches:
                 level = self.patches.index(patches[0])
                 total += self.reduce_ms
-            total += mlp[neurons] * self.mlp_share[level]
+            total += own.mlp_ms[own.mlp_widths.index(neurons)] * self.mlp_share[level]
         return float(total)
 
 
@@ -174,6 +195,10 @@ class Levels:
     kind: SubBlockKind
     order: NDArray[np.int64]  # [units]
     errors: FloatArray  # [units + 1]
+
+    @property
+    def at(self) -> SubBlock:
+        return self.block, self.kind
 
     def kept(self, count: int) -> tuple[int, ...]:
         """The units that survive when `count` are kept, ascending."""

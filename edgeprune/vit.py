@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,23 +25,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgeprune import anatomies, families, modules, reducers
-from edgeprune.anatomies import PositionalAttention
+from edgeprune.anatomies import MergingBlock, PositionalAttention, WindowAttention
 from edgeprune.compat import GluMlp, VisionTransformer, timm
 from edgeprune.config import DIMS, WIDTHS
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.reducers import Reduction, Seen
-from edgeprune.types import BlockPlan, Plan, Shape, SubBlockKind
+from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
 WHOLE_MLPS = "a norm inside the MLP couples its neurons by their mean and variance, so an MLP stays or goes as a whole"
 ALL_TOKENS_STAY = "attention of this model depends on where its tokens are, so all of them stay"
-MAX_WIDTHS = 24  # MLP widths that are measured, besides 0
+MAX_WIDTHS, MAX_STAGE_WIDTHS = 24, 8  # MLP widths that are measured, besides 0; where there are several stages, of each
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """The sizes that pruning, tables and reports need; of the dense model."""
+class Stage:
+    """Blocks in a row that are all of one size, in the dense model."""
 
     blocks: int
     heads: int
@@ -48,6 +49,19 @@ class Anatomy:
     neurons: int
     width: int
     tokens: int
+    window: int = 0  # how many tokens attend to each other; 0 = all of them
+
+    @property
+    def attended(self) -> int:
+        """How many tokens each token attends to."""
+        return self.window or self.tokens
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The sizes that pruning, tables and reports need; of the dense model. A plain ViT has one stage, Swin four."""
+
+    stages: tuple[Stage, ...]
     image: tuple[int, int, int]  # channels, height, width
     num_classes: int
     prefix: int = 1  # tokens that are no patches: class, distillation, registers
@@ -56,24 +70,47 @@ class Anatomy:
     positional: bool = False  # whether attention depends on where its tokens are, so that all of them stay
 
     @property
+    def only(self) -> Stage:
+        """The stage of a plain ViT. Raises ValueError for a hierarchy."""
+        (stage,) = self.stages
+        return stage
+
+    @property
+    def by_block(self) -> tuple[Stage, ...]:
+        """The stage of every block."""
+        return tuple(stage for stage in self.stages for _ in range(stage.blocks))
+
+    @property
+    def blocks(self) -> int:
+        return sum(stage.blocks for stage in self.stages)
+
+    @property
+    def streamed(self) -> int:
+        """How many numbers the residual streams of one image have, before the first sub-block and after each."""
+        first = self.stages[0]
+        return first.tokens * first.width + sum(2 * s.blocks * s.tokens * s.width for s in self.stages)
+
+    @property
     def patches(self) -> int:
-        return self.tokens - self.prefix
+        """That come into the first block."""
+        return self.stages[0].tokens - self.prefix
 
     @property
     def shape(self) -> Shape:
-        return ((self.heads, self.neurons),) * self.blocks
+        return tuple((stage.heads, stage.neurons) for stage in self.by_block)
 
-    def units(self, kind: SubBlockKind) -> int:
+    def units(self, at: SubBlock) -> int:
         """How many units a dense sub-block has: heads or neurons."""
-        return self.heads if kind == "attn" else self.neurons
+        stage = self.by_block[at[0]]
+        return stage.heads if at[1] == "attn" else stage.neurons
 
     def row_groups(self, kind: SubBlockKind) -> int:
         """How many rows of the first layer belong to one input column of the last: queries, keys and values; gates."""
         return 3 if kind == "attn" else 2 if self.gated else 1
 
-    def unit_size(self, kind: SubBlockKind) -> int:
+    def unit_size(self, at: SubBlock) -> int:
         """How many input columns of `proj` or `fc2` one unit spans."""
-        return self.head_dim if kind == "attn" else 1
+        return self.by_block[at[0]].head_dim if at[1] == "attn" else 1
 
 
 class RemovedSubBlock(nn.Module):
@@ -135,17 +172,20 @@ def _heads(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attn.q_norm(queries), attn.k_norm(keys), values
 
 
-def widths(sizes: Anatomy, step: int) -> tuple[int, ...]:
-    """The MLP widths a plan may choose: those of `neuron_grid`, or none and all."""
-    return (0, sizes.neurons) if sizes.whole_mlp else neuron_grid(sizes.neurons, step)
+def grids(sizes: Anatomy, step: int) -> tuple[tuple[int, ...], ...]:
+    """The MLP widths a plan may choose, per stage: those of `neuron_grid`, or none and all."""
+    if sizes.whole_mlp:
+        return tuple((0, stage.neurons) for stage in sizes.stages)
+    most = MAX_WIDTHS if len(sizes.stages) == 1 else MAX_STAGE_WIDTHS
+    return tuple(neuron_grid(stage.neurons, step, most) for stage in sizes.stages)
 
 
-def neuron_grid(neurons: int, step: int) -> tuple[int, ...]:
+def neuron_grid(neurons: int, step: int, most: int = MAX_WIDTHS) -> tuple[int, ...]:
     """The MLP widths a plan may choose: 0, multiples of the SIMD-friendly `step`, and the dense width.
 
-    The step doubles until at most `MAX_WIDTHS` widths remain, so that all of them can be measured.
+    The step doubles until at most so many widths remain, so that all of them can be measured.
     """
-    while neurons / step > MAX_WIDTHS:
+    while neurons / step > most:
         step *= 2
     return tuple(sorted({*range(0, neurons, step), neurons}))
 
@@ -243,15 +283,23 @@ def check_anatomy(model: Any, name: str, anatomy: Mapping[str, str]) -> anatomie
 
 def anatomy(model: VisionTransformer) -> Anatomy:
     """The sizes of a dense model."""
-    block: Any = model.blocks[0]
     height, width = model.patch_embed.img_size
+    stages: list[Stage] = []
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    block: Any
+    for block in model.blocks:
+        if stages and not isinstance(block, MergingBlock):
+            stages[-1] = replace(stages[-1], blocks=stages[-1].blocks + 1)
+            continue
+        attn = block.attn
+        if isinstance(block, MergingBlock):
+            tokens = block.merge.tokens
+        window = attn.window if isinstance(attn, WindowAttention) else 0
+        stages.append(
+            Stage(1, attn.num_heads, attn.head_dim, block.mlp.fc2.in_features, attn.proj.out_features, tokens, window)
+        )
     return Anatomy(
-        blocks=len(model.blocks),
-        heads=block.attn.num_heads,
-        head_dim=block.attn.head_dim,
-        neurons=block.mlp.fc2.in_features,
-        width=model.embed_dim,
-        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+        stages=tuple(stages),
         image=(model.patch_embed.proj.in_channels, height, width),
         num_classes=model.num_classes,
         prefix=model.num_prefix_tokens,
@@ -281,10 +329,10 @@ def first_layer(sub: Any, kind: SubBlockKind) -> nn.Linear:
     return cast(nn.Linear, sub.qkv if kind == "attn" else sub.fc1)
 
 
-def first_rows(kind: SubBlockKind, units: tuple[int, ...], sizes: Anatomy) -> Tensor:
+def first_rows(at: SubBlock, units: tuple[int, ...], sizes: Anatomy) -> Tensor:
     """The rows of a dense sub-block's first layer that belong to these units, in the order that slicing leaves."""
-    kept, groups = columns(units, sizes.unit_size(kind)), torch.arange(sizes.row_groups(kind))
-    return (groups[:, None] * (sizes.units(kind) * sizes.unit_size(kind)) + kept).flatten()
+    kept, groups = columns(units, sizes.unit_size(at)), torch.arange(sizes.row_groups(at[1]))
+    return (groups[:, None] * (sizes.units(at) * sizes.unit_size(at)) + kept).flatten()
 
 
 def hidden(block: Any, kind: SubBlockKind, stream: Tensor, rows: Tensor) -> Tensor:
@@ -404,7 +452,7 @@ def _first_line(error: BaseException) -> str:
 
 def dense_plan(sizes: Anatomy) -> Plan:
     """The plan that keeps everything."""
-    return Plan((BlockPlan(tuple(range(sizes.heads)), tuple(range(sizes.neurons))),) * sizes.blocks)
+    return plan_of_shape(sizes.shape)
 
 
 def plan_of_shape(shape: Shape, reducer: str = reducers.DEFAULT) -> Plan:
@@ -428,11 +476,11 @@ def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
     check_plan(plan, sizes)
     model = copy.deepcopy(model)
     block: Any
-    for i, (block, keep) in enumerate(zip(model.blocks, plan.blocks, strict=True)):
-        if len(keep.heads) < sizes.heads:
-            block.attn = slice_sub_block(block, "attn", keep.heads, sizes)
-        if len(keep.neurons) < sizes.neurons:
-            block.mlp = slice_sub_block(block, "mlp", keep.neurons, sizes)
+    for i, (block, keep, stage) in enumerate(zip(model.blocks, plan.blocks, sizes.by_block, strict=True)):
+        if len(keep.heads) < stage.heads:
+            block.attn = slice_sub_block(block, (i, "attn"), keep.heads, sizes)
+        if len(keep.neurons) < stage.neurons:
+            block.mlp = slice_sub_block(block, (i, "mlp"), keep.neurons, sizes)
         if not keep.heads:
             block.norm1 = nn.Identity()
         if not keep.neurons:
@@ -442,13 +490,14 @@ def slice_model(model: VisionTransformer, plan: Plan) -> VisionTransformer:
     return model
 
 
-def slice_sub_block(block: Any, kind: SubBlockKind, units: tuple[int, ...], sizes: Anatomy) -> Any:
+def slice_sub_block(block: Any, at: SubBlock, units: tuple[int, ...], sizes: Anatomy) -> Any:
     """A copy of a dense block's attention or MLP that keeps only these units, ascending; the block is left alone."""
+    kind = at[1]
     if not units:
         return RemovedSubBlock(output_layer(block, kind).bias)
     sub = copy.deepcopy(sub_block(block, kind))
-    kept = columns(units, sizes.unit_size(kind))
-    rows = first_rows(kind, units, sizes)
+    kept = columns(units, sizes.unit_size(at))
+    rows = first_rows(at, units, sizes)
     if kind == "attn":
         sub.qkv, sub.proj = _linear(sub.qkv, rows=rows), _linear(sub.proj, cols=kept)
         sub.num_heads, sub.attn_dim = len(units), len(kept)
@@ -471,20 +520,20 @@ def in_dense_shape(dense: VisionTransformer, plan: Plan, pruned: VisionTransform
     shared = {k: v for k, v in state.items() if k in (full := own.state_dict()) and v.shape == full[k].shape}
     own.load_state_dict(shared, strict=False)
     block: Any
-    for block, small, keep in zip(own.blocks, pruned.blocks, plan.blocks, strict=True):
+    for i, (block, small, keep) in enumerate(zip(own.blocks, pruned.blocks, plan.blocks, strict=True)):
         for kind in KINDS:
             units = keep.heads if kind == "attn" else keep.neurons
-            if len(units) == sizes.units(kind):
+            if len(units) == sizes.units((i, kind)):
                 continue
             sub = sub_block(small, kind)
-            layer, kept = output_layer(block, kind), columns(units, sizes.unit_size(kind))
+            layer, kept = output_layer(block, kind), columns(units, sizes.unit_size((i, kind)))
             weight = torch.zeros_like(layer.weight)
             if not units:
                 write_output(sub_block(block, kind), kind, weight, sub.bias)
                 continue
             weight[:, kept] = output_layer(small, kind).weight
             write_output(sub_block(block, kind), kind, weight, output_layer(small, kind).bias)
-            rows = first_rows(kind, units, sizes)
+            rows = first_rows((i, kind), units, sizes)
             into, source = first_layer(sub_block(block, kind), kind), first_layer(sub, kind)
             into.weight[rows] = source.weight
             if into.bias is not None:
@@ -498,13 +547,13 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
     """Raise UsageError unless the plan names existing units, ascending, for every block."""
     if len(plan.blocks) != sizes.blocks:
         raise UsageError(f"the plan has {len(plan.blocks)} blocks, the model {sizes.blocks}")
-    for i, block in enumerate(plan.blocks):
-        for what, units, count in (("heads", block.heads, sizes.heads), ("neurons", block.neurons, sizes.neurons)):
+    for i, (block, stage) in enumerate(zip(plan.blocks, sizes.by_block, strict=True)):
+        for what, units, count in (("heads", block.heads, stage.heads), ("neurons", block.neurons, stage.neurons)):
             if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < count):
                 raise UsageError(f"block {i} of the plan: {what} must be ascending numbers from 0 to {count - 1}")
-        if sizes.whole_mlp and 0 < len(block.neurons) < sizes.neurons:
+        if sizes.whole_mlp and 0 < len(block.neurons) < stage.neurons:
             raise UsageError(
-                f"block {i} of the plan keeps {len(block.neurons)} of {sizes.neurons} neurons; {WHOLE_MLPS}"
+                f"block {i} of the plan keeps {len(block.neurons)} of {stage.neurons} neurons; {WHOLE_MLPS}"
             )
     left = sizes.patches
     for i, block in enumerate(plan.blocks):
@@ -545,9 +594,20 @@ def embed(model: VisionTransformer, images: Tensor) -> Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
+def entered(block: Any, stream: Tensor) -> Tensor:
+    """The residual stream as a block's sub-blocks see it: at the first block of a later stage, patches are merged."""
+    return block.merge(stream) if isinstance(block, MergingBlock) else stream
+
+
 def step(block: Any, kind: SubBlockKind, stream: Tensor, sub: Any = None) -> Tensor:
-    """The residual stream after one sub-block of the block, or after `sub` in its place."""
+    """The residual stream, `entered` into the block, after one sub-block of it, or after `sub` in its place."""
     return stream + scale(block, kind)(call(block, kind, stream, sub))
+
+
+def walk(model: VisionTransformer, at: SubBlock, stream: Tensor) -> Tensor:
+    """The residual stream after one sub-block more."""
+    block = model.blocks[at[0]]
+    return step(block, at[1], entered(block, stream) if at[1] == "attn" else stream)
 
 
 def call(block: Any, kind: SubBlockKind, stream: Tensor, sub: Any = None) -> Tensor:
@@ -636,11 +696,15 @@ def choosable(dims: tuple[str, ...], sizes: Anatomy) -> tuple[str, ...]:
 
 def macs(sizes: Anatomy, shape: Shape) -> int:
     """Multiply-adds of one image through a model of this shape (linear layers, attention, stem, head)."""
-    n, c, d = sizes.tokens, sizes.width, sizes.head_dim
     channels, height, width = sizes.image
-    total = channels * height * width * c + c * sizes.num_classes
-    for heads, neurons, *patches in shape:
-        total += n * c * heads * d * 4 + 2 * n * n * heads * d
-        n = sizes.prefix + patches[0] if patches else n
-        total += (1 + sizes.row_groups("mlp")) * n * c * neurons
+    first, last = sizes.stages[0], sizes.stages[-1]
+    total = channels * height * width * first.width + last.width * sizes.num_classes
+    for before, after in itertools.pairwise(sizes.stages):
+        total += after.tokens * 4 * before.width * after.width
+    left: int | None = None  # tokens, where some have gone
+    for (heads, neurons, *patches), stage in zip(shape, sizes.by_block, strict=True):
+        c, d, n = stage.width, stage.head_dim, left or stage.tokens
+        total += n * c * heads * d * 4 + 2 * n * (stage.window or n) * heads * d
+        left = sizes.prefix + patches[0] if patches else left
+        total += (1 + sizes.row_groups("mlp")) * (left or n) * c * neurons
     return total

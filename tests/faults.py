@@ -40,8 +40,8 @@ def recorded(folder: Path, blocks: int = 3, heads: int = 3, width: int = 48, tok
         "model": {"architecture": "vit_tiny_patch16_224", "batch": 1, "tokens": tokens, "width": width, "blocks": blocks,
                   "heads": heads, "head_dim": width // heads, "neurons": 4 * width, "classes": 10},
         "worker": {"info": {"version": "1"}},
-        "table": {"runtime": "onnxruntime", "precision": "fp32", "threads": 1, "blocks": blocks, "base_ms": 1.0, **prices,
-                  "mlp_widths": widths, "dense_ms": dense, "empty_ms": 1.0, "samples": 99, "repaired": [], "fit": {}},
+        "table": {"runtime": "onnxruntime", "precision": "fp32", "threads": 1, "base_ms": 1.0,
+                  "stages": [{"blocks": blocks, "mlp_widths": widths, **prices}], "dense_ms": dense, "empty_ms": 1.0, "samples": 99, "repaired": [], "fit": {}},
     }  # fmt: skip
     (folder / "board.json").write_text(json.dumps(document))
     return folder / "board.json", target

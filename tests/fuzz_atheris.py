@@ -56,7 +56,7 @@ def target(folder: Path) -> Target:
 
 
 def plan(folder: Path) -> Target:
-    sizes = vit.Anatomy(2, 3, 16, 24, 48, 17, (3, 32, 32), 5)
+    sizes = vit.Anatomy((vit.Stage(2, 3, 16, 24, 48, 17),), (3, 32, 32), 5)
     path = folder / "sound"
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 0.5}
     artifact.write_plan(artifact.PlannedModel("vit_tiny_patch16_224", kwargs, 5, vit.dense_plan(sizes), 1.0, 1.0), path)
@@ -84,7 +84,7 @@ def recorded(folder: Path) -> Target:
     sound, board = faults.recorded(folder)
     (folder / "small.toml").write_text(small.CARD)
     request, _ = api.request(str(folder / "small.toml"), target=str(board), latency="2x")
-    sizes = vit.Anatomy(3, 3, 16, 192, 48, 17, (3, 32, 32), 10)
+    sizes = vit.Anatomy((vit.Stage(3, 3, 16, 192, 48, 17),), (3, 32, 32), 10)
 
     def take(path: Path) -> None:
         profile.adopt(request, sizes, path, folder, SILENT)

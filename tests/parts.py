@@ -19,7 +19,7 @@ from edgeprune.gates import Gates
 from edgeprune.recoveries import Damage
 from edgeprune.schedules import Planned, Training
 from edgeprune.tuning.loop import fit
-from edgeprune.types import LatencyTable, Levels, Plan, Shape, SubBlock
+from edgeprune.types import LatencyTable, Levels, Plan, Prices, Shape, SubBlock
 
 CLASSES = 5
 CONFIG: dict[str, Any] = {
@@ -28,8 +28,9 @@ CONFIG: dict[str, Any] = {
 
 #: 3 blocks of 3 heads and 24 neurons: 1 ms that stay, 1.2 ms per dense sub-block, dense 8.2 ms.
 TABLE = LatencyTable(
-    runtime="onnxruntime", precision="fp32", threads=1, blocks=3, base_ms=1.0, attn_ms=np.array([0.0, 0.5, 0.9, 1.2]),
-    mlp_widths=(0, 8, 16, 24), mlp_ms=np.array([0.0, 0.5, 0.9, 1.2]), dense_ms=8.2, empty_ms=1.0, samples=1,
+    runtime="onnxruntime", precision="fp32", threads=1, base_ms=1.0,
+    stages=(Prices(3, np.array([0.0, 0.5, 0.9, 1.2]), (0, 8, 16, 24), np.array([0.0, 0.5, 0.9, 1.2])),),
+    dense_ms=8.2, empty_ms=1.0, samples=1,
 )  # fmt: skip
 
 RECIPE = Recipe(epochs=(3.0,), batch_size=8, learning_rate=2e-3, precision="float32", echo=1)
@@ -68,7 +69,7 @@ def evidence(
     found = criteria.collect(model, batches(), 0, lambda *_: None, uses_loss=uses_loss)
     made = Evidence(
         model=model, sizes=vit.anatomy(model), moments=found.moments, gradients=found.gradients, batches=batches,
-        images=len(own), neuron_grid=TABLE.mlp_widths, seed=0, console=SILENT,
+        images=len(own), neuron_grids=(TABLE.stages[0].mlp_widths,), seed=0, console=SILENT,
     )  # fmt: skip
     return made, found
 

@@ -350,7 +350,7 @@ def test_separation_is_high_where_classes_are_apart() -> None:
 
 def test_sls_keeps_the_first_blocks(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = sls.class_features(task)
-    assert features.shape == (3, 24, 48) and labels.tolist() == [i % 5 for i in range(24)]
+    assert [own.shape for own in features] == [(24, 48)] * 3 and labels.tolist() == [i % 5 for i in range(24)]
     with torch.no_grad():
         x = vit.embed(task.model, torch.cat(task.found.batches))
         for block, own in zip(task.model.blocks, features, strict=True):
@@ -358,7 +358,7 @@ def test_sls_keeps_the_first_blocks(task: Task, monkeypatch: pytest.MonkeyPatch)
             np.testing.assert_allclose(own, x[:, 0].numpy(), rtol=1e-4, atol=1e-5)
     whole, nothing = [3, 24], [0, 0]
     for least, most in ((0, 1), (1, 2)):  # the block that ends the model at the earliest, and how many then stay
-        alike = [features[i, 0, 0] for i in range(least)]
+        alike = [features[i][0, 0] for i in range(least)]
         monkeypatch.setattr(sls, "separation", lambda own, *_, alike=alike: 0.1 if own[0, 0] in alike else 0.5)
         choose = sls.prepare(task)
         assert kept(task, choose(7.2)) == whole * 3, "nothing must go"
@@ -472,20 +472,24 @@ def test_p3b_keep_ratios_are_clamped_and_solved_again(room: float) -> None:
 
 
 def test_p3b_probes_are_trained_on_both_sides_of_their_sub_block(task: Task) -> None:
-    places, labels = p3b.read(task.model, task.found.labelled())
-    assert len(places) == 2, "the class token and the mean of the patches"
+    pairs, labels = p3b.read(task.model, task.found.labelled())
+    assert [len(own) for own in pairs] == [2] * 6, "the class token and the mean of the patches"
     with torch.no_grad():
         x = vit.embed(task.model, torch.cat(task.found.batches))
         for i, block in enumerate(task.model.blocks):
             middle = x + block.attn(block.norm1(x))
-            for place, stream in (2 * i, x), (2 * i + 1, middle):
-                torch.testing.assert_close(places[0, place], stream[:, 0])
-                torch.testing.assert_close(places[1, place], stream[:, 1:].mean(1))
+            for own, stream in (
+                (pairs[2 * i][:, 0], x),
+                (pairs[2 * i][:, 1], middle),
+                (pairs[2 * i + 1][:, 0], middle),
+            ):
+                torch.testing.assert_close(own[0], stream[:, 0])
+                torch.testing.assert_close(own[1], stream[:, 1:].mean(1))
             x = block(x)
-        torch.testing.assert_close(places[0, 6], x[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pairs[5][0, 1], x[:, 0], rtol=1e-4, atol=1e-5)
     want = np.zeros(6)
-    for i, tokens in itertools.product(range(6), places):
-        pair = tokens[i : i + 2] / tokens[i : i + 2].square().mean().sqrt()
+    for i, probed in itertools.product(range(6), range(2)):
+        pair = pairs[i][probed] / pairs[i][probed].square().mean().sqrt()
         probe = torch.nn.Linear(48, 5)
         torch.nn.init.zeros_(probe.weight)
         torch.nn.init.zeros_(probe.bias)

@@ -67,15 +67,14 @@ def task(make_vit: Any, make_images: Any, tmp_path: Path) -> Any:
     import rivals
 
     from edgeprune import config, vit
-    from edgeprune.types import Latency, LatencyTable
+    from edgeprune.types import Latency, LatencyTable, Prices
 
     model = make_vit(depth=2, mlp_ratio=2.0)
     sizes = vit.anatomy(model)
-    widths = vit.neuron_grid(sizes.neurons, 16)
-    prices = {"attn_ms": 0.1 * np.arange(sizes.heads + 1), "mlp_ms": 0.4 * np.array(widths) / sizes.neurons}
-    table = LatencyTable(
-        "openvino", "fp32", 1, 2, 0.1, mlp_widths=widths, dense_ms=1.5, empty_ms=0.1, samples=1, **prices
-    )
+    widths = vit.neuron_grid(sizes.only.neurons, 16)
+    prices = {"attn_ms": 0.1 * np.arange(sizes.only.heads + 1), "mlp_ms": 0.4 * np.array(widths) / sizes.only.neurons}
+    stage = Prices(blocks=2, mlp_widths=widths, **prices)
+    table = LatencyTable("openvino", "fp32", 1, 0.1, (stage,), dense_ms=1.5, empty_ms=0.1, samples=1)
     request = config.Request(config.load_card("digits"), config.load_target("cpu-avx512"), Latency("2x", fraction=0.5))
     made = rivals.Task(request, model, sizes, None, table, tmp_path)  # type: ignore[arg-type]
     made.batches = [(make_images(8, seed=i), torch.arange(8) % 5) for i in range(2)]
@@ -116,7 +115,7 @@ def test_slice_with_means_keeps_the_mean_output(task: Any) -> None:
     import rivals
 
     plan = rivals.plan_of(
-        {at: [] if at == (0, "mlp") else range(task.sizes.units(at[1])) for at in rivals.sub_blocks(task.sizes)},
+        {at: [] if at == (0, "mlp") else range(task.sizes.units(at)) for at in rivals.sub_blocks(task.sizes)},
         task.sizes,
     )
     seen: list[Any] = []

@@ -35,7 +35,7 @@ def gather(model: Any, pixels: list[torch.Tensor], label: int = 0, uses_loss: bo
     found = criteria.collect(model, batches(), 0, lambda done, info: None, uses_loss=uses_loss)
     return Evidence(
         model=model, sizes=vit.anatomy(model), moments=found.moments, gradients=found.gradients, batches=batches, images=sum(map(len, pixels)),
-        neuron_grid=vit.neuron_grid(24, 8), seed=0, console=SILENT,
+        neuron_grids=(vit.neuron_grid(24, 8),), seed=0, console=SILENT,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_moments_are_those_of_all_tokens(evidence: Evidence, at: tuple[int, Any]
 @pytest.mark.parametrize("at", SUB_BLOCKS)
 def test_magnitude_is_the_share_of_squared_norm(evidence: Evidence, at: tuple[int, Any]) -> None:
     level = criteria.get("magnitude").score(evidence)[SUB_BLOCKS.index(at)]
-    w, size = weights_of(evidence, at)[0], evidence.sizes.unit_size(at[1])
+    w, size = weights_of(evidence, at)[0], evidence.sizes.unit_size(at)
     norms = [float((w[:, u * size : (u + 1) * size] ** 2).sum()) for u in range(len(level.order))]
     assert level.order.tolist() == sorted(range(len(norms)), key=norms.__getitem__)
     for k in range(len(norms) + 1):
@@ -77,7 +77,7 @@ def test_magnitude_is_the_share_of_squared_norm(evidence: Evidence, at: tuple[in
 @pytest.mark.parametrize("at", SUB_BLOCKS)
 def test_ziplm_is_the_relative_error_of_the_best_survivors(evidence: Evidence, at: tuple[int, Any]) -> None:
     level = criteria.get("ziplm").score(evidence)[SUB_BLOCKS.index(at)]
-    (w, _), size = weights_of(evidence, at), evidence.sizes.unit_size(at[1])
+    (w, _), size = weights_of(evidence, at), evidence.sizes.unit_size(at)
     covariance, mean = evidence.moments[at].covariance.numpy(), evidence.moments[at].mean.numpy()
     second = covariance + np.outer(mean, mean)
     h = second + obs.DAMPING * np.diag(second).mean() * np.eye(len(second))
@@ -97,7 +97,7 @@ def test_fisher_equals_a_slow_loop_over_images(evidence: Evidence, at: tuple[int
     """The directional derivative of -log p(y), image by image, from the gradient of weight and bias."""
     level = criteria.get("fisher").score(evidence)[SUB_BLOCKS.index(at)]
     model, sizes = evidence.model, evidence.sizes
-    layer, size, units = vit.output_layer(model.blocks[at[0]], at[1]), sizes.unit_size(at[1]), sizes.units(at[1])
+    layer, size, units = vit.output_layer(model.blocks[at[0]], at[1]), sizes.unit_size(at), sizes.units(at)
     hessian, mean = obs.damped(evidence.moments[at].covariance), evidence.moments[at].mean
     generator, gradients = torch.Generator().manual_seed(0), []
     for pixels, _ in evidence.batches():
@@ -107,7 +107,7 @@ def test_fisher_equals_a_slow_loop_over_images(evidence: Evidence, at: tuple[int
             loss = F.cross_entropy(model(image[None]), label[None])
             gradients.append(torch.autograd.grad(loss, [layer.weight, layer.bias]))
     want = [0.0]
-    removed = [units - kept for kept in reversed(evidence.grid(at[1]))]
+    removed = [units - kept for kept in reversed(evidence.grid(at))]
     for gone in removed[1:]:
         columns = torch.tensor(sorted(int(u) * size + i for u in level.order[gone:] for i in range(size))).long()
         new, bias = obs.refit(layer.weight.detach(), layer.bias.detach(), mean, hessian, columns)
@@ -186,7 +186,7 @@ def test_kl_is_the_divergence_of_single_substitutions(
     images = torch.cat([pixels for pixels, _ in evidence.batches()])
     moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in evidence.moments.items()}
     level = levels[3]
-    for kept in evidence.grid("mlp"):
+    for kept in evidence.grid((0, "mlp")):
         plan = vit.dense_plan(evidence.sizes)
         blocks = list(plan.blocks)
         blocks[1] = replace(blocks[1], neurons=level.kept(kept))

@@ -203,9 +203,9 @@ def test_a_dynamic_file_must_say_at_which_batch_it_is_timed(said: str) -> None:
 def test_widths_are_cut_beside_folded_preprocessing(tiny_vit: Any, tmp_path: Path) -> None:
     """The marker width that is cut out of the weights is no size of an image."""
     sizes = vit.anatomy(tiny_vit)
-    assert shapes.marker_width(sizes) == 23
+    assert shapes.marker_width(sizes, 0) == 23
     how = export.Deployed(Intake(frame=(23, 46)), {**CONFIG, "crop_pct": 1.0}, {})
-    models = shapes.width_models(export.deploy(tiny_vit, how), (8, 16), tmp_path)
+    models = shapes.width_models(export.deploy(tiny_vit, how), 0, (8, 16), tmp_path)
     for path in models.values():
         session = runtimes.get("onnxruntime").open(str(path), 1, "fp32")
         assert session.run(np.zeros((1, 23, 46, 3), np.uint8)).shape == (1, 5)

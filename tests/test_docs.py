@@ -201,7 +201,7 @@ def test_the_criterion_of_contributing_runs(criterion: str, make_vit: Callable[.
     assert criterion in criteria.names()
     given, _ = parts.evidence(make_vit(), criterion)
     for level in criteria.score(criteria.get(criterion), given):
-        units = given.sizes.units(level.kind)
+        units = given.sizes.units(level.at)
         assert sorted(level.order.tolist()) == list(range(units))
         assert level.errors.shape == (units + 1,)
         assert level.errors[0] == 0

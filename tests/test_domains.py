@@ -252,8 +252,8 @@ def test_what_is_removed_is_what_was_asked_for(bench: ModuleType, removed: float
     assert really == pytest.approx(removed, abs=0.002)
     small = vit.slice_model(model, vit.plan_of_shape(((heads, neurons),) * sizes.blocks))
     dense, empty = (vit.parameters(vit.slice_model(model, vit.plan_of_shape((shape,) * sizes.blocks))) for shape in
-                    ((sizes.heads, sizes.neurons), (0, 0)))  # fmt: skip
-    empty += sizes.blocks * 4 * sizes.width  # norms go only with sub-blocks that go entirely, and are not prunable
+                    ((sizes.only.heads, sizes.only.neurons), (0, 0)))  # fmt: skip
+    empty += sizes.blocks * 4 * sizes.only.width  # norms go only with sub-blocks that go entirely, and are not prunable
     gone = (dense - vit.parameters(small)) / (dense - empty)
     assert gone == pytest.approx(really, abs=1e-6)
 

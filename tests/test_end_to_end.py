@@ -485,10 +485,11 @@ def test_profile_takes_the_table_of_the_build_from_the_cache(
     added = {name: document.pop(name) for name in ("survey", "check")}
     assert document == json.loads((artifacts[0] / "profile.json").read_text())
     table = document["table"]
-    assert len(table["attn_ms"]) == 4
-    assert table["mlp_widths"] == [0, 32, 64, 96, 128, 160, 192]
-    assert table["attn_ms"] == sorted(table["attn_ms"])
-    assert table["mlp_ms"] == sorted(table["mlp_ms"])
+    [stage] = table["stages"]
+    assert len(stage["attn_ms"]) == 4
+    assert stage["mlp_widths"] == [0, 32, 64, 96, 128, 160, 192]
+    assert stage["attn_ms"] == sorted(stage["attn_ms"])
+    assert stage["mlp_ms"] == sorted(stage["mlp_ms"])
     assert table["fit"]["plans"] == 8
     assert table["empty_ms"] < table["dense_ms"] == document["anchor"]["p50"]
     for kind, total in (("attention", 3), ("MLP", 6)):
@@ -584,8 +585,8 @@ def test_predictions_cannot_be_checked_on_another_device(
         (lambda d: d["table"].pop("base_ms"), "not a latency table"),
         (lambda d: d.pop("anchor"), "the profile is damaged (KeyError: 'anchor')"),
         (lambda d: d["anchor"].update(p50=-1), "no positive number"),
-        (lambda d: d["table"].update(mlp_ms=[0.0, 1.0]), "more or fewer MLP prices"),
-        (lambda d: d["table"].update(blocks=4), "its table is not of 3 blocks"),
+        (lambda d: d["table"]["stages"][0].update(mlp_ms=[0.0, 1.0]), "more or fewer MLP prices"),
+        (lambda d: d["table"]["stages"][0].update(blocks=4), "its table is not of 3 blocks"),
         (lambda d: d["table"].update(runtime="tensorrt"), "unknown runtime"),
         (lambda d: d["model"].update(tokens=197), "its model's tokens is 197, not 17"),
         (lambda d: d["target"].update(name="board"), "its target is board, not here"),
@@ -738,7 +739,7 @@ def test_a_table_is_measured_in_groups_where_memory_is_short(
     said = re.search(r"the table's (\d+) models are measured in (\d+) groups", found.err)
     assert said and 1 < int(said[2]) < int(said[1])
     table = found.document["table"]
-    assert table["mlp_ms"] == sorted(table["mlp_ms"])
+    assert table["stages"][0]["mlp_ms"] == sorted(table["stages"][0]["mlp_ms"])
     assert 0 < table["empty_ms"] < table["dense_ms"]
     [folder] = tmp_path.glob("profile-*")
     with np.load(folder / "samples.npz") as samples:

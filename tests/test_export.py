@@ -145,7 +145,10 @@ def test_a_simplification_that_is_not_confirmed_is_refused(
 @pytest.fixture(scope="module")
 def shapes(dense: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("shapes")
-    return stage_shapes.shape_models(dense, (0, 16, 40, 64, 96), folder, SILENT)
+    return {
+        entry.name: path
+        for entry, path in stage_shapes.shape_models(dense, [(0, 16, 40, 64, 96)], folder, SILENT).items()
+    }
 
 
 def test_shape_models_are_one_per_shape_but_the_dense_one(shapes: dict[str, Path]) -> None:
@@ -193,13 +196,13 @@ def test_cut_does_not_pretend_to_a_width_above_the_marker() -> None:
 @pytest.mark.parametrize("width", [48, 192, 384, 768, 1024, 1280])
 def test_the_marker_is_a_prime_that_is_no_other_size_and_not_below_the_grid(width: int, step: int) -> None:
     for neurons in {width // 2 * k for k in range(2, 10)}:
-        sizes = vit.Anatomy(2, 3, width // 3, neurons, width, 197, (3, 224, 224), 1000)
-        marker = stage_shapes.marker_width(sizes)
+        sizes = vit.Anatomy((vit.Stage(2, 3, width // 3, neurons, width, 197),), (3, 224, 224), 1000)
+        marker = stage_shapes.marker_width(sizes, 0)
         assert all(marker % d for d in range(2, marker)) and marker < neurons
         assert marker not in (197, 196, width, 3 * width, 1000, 3, 224)
         assert marker >= vit.neuron_grid(neurons, step)[-2]
 
 
 def test_a_marker_avoids_the_sizes_that_are_prime() -> None:
-    sizes = vit.Anatomy(2, 3, 16, 200, 199, 197, (3, 224, 224), 193)
-    assert stage_shapes.marker_width(sizes) == 191
+    sizes = vit.Anatomy((vit.Stage(2, 3, 16, 200, 199, 197),), (3, 224, 224), 193)
+    assert stage_shapes.marker_width(sizes, 0) == 191

@@ -20,6 +20,7 @@ from edgeprune import anatomies, artifact, compat, config, families, vit
 from edgeprune.cli import cli
 from edgeprune.compat import AttentionRope, VisionTransformer, timm
 from edgeprune.errors import UsageError
+from edgeprune.gates import units_of
 from edgeprune.stages import export, simplify
 from edgeprune.types import BlockPlan, Plan
 
@@ -32,8 +33,18 @@ PLANS = {
 }
 
 
+#: The same of two stages of two blocks: 3 heads and 24 neurons, then 6 and 48.
+HIERARCHY = {
+    "mild": Plan((*PLANS["mild"].blocks, BlockPlan((0, 1, 2, 3, 5), tuple(range(40))), BlockPlan((2, 4), tuple(range(48))))),
+    "tokens": Plan((*PLANS["mild"].blocks, BlockPlan((5,), tuple(range(0, 48, 2))), BlockPlan((0, 1, 2), tuple(range(8))))),
+    "harsh": Plan((BlockPlan((1,), ()), BlockPlan((), ()), BlockPlan((), tuple(range(0, 48, 3))), BlockPlan((1,), ()))),
+}  # fmt: skip
+
+
 def plans(sizes: vit.Anatomy) -> dict[str, Plan]:
     """The same without dropped tokens or without parts of MLPs, where those have to stay."""
+    if len(sizes.stages) > 1:
+        return HIERARCHY
     found = {name: without_drops(plan) for name, plan in PLANS.items()} if sizes.positional else PLANS
     return {name: whole_mlps(plan) for name, plan in found.items()} if sizes.whole_mlp else found
 
@@ -48,6 +59,9 @@ def without_drops(plan: Plan) -> Plan:
 
 #: 48 wide, 2 blocks of 3 heads and 24 neurons, 16 patches.
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 0.5}
+SMALL_SWIN: dict[str, Any] = {
+    "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "mlp_ratio": 1.0, "window_size": 4, "img_size": 32
+}  # fmt: skip
 GATED = {"mlp_ratio": 1.0}  # timm halves it where one layer holds both rows of a neuron
 PACKED = ("vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2")
 
@@ -56,6 +70,8 @@ def tiny_kwargs(name: str) -> dict[str, Any]:
     patch = next(
         int(part[5:]) for part in [*name.split("_"), "patch16"] if part.startswith("patch") and part[5:].isdigit()
     )
+    if name.startswith("swin"):
+        return SMALL_SWIN
     return {**SMALL, **(GATED if name in PACKED else {}), "img_size": 4 * patch}
 
 
@@ -85,12 +101,11 @@ def pixels(model: Any, count: int = 3) -> torch.Tensor:
 def masked(model: Any, plan: Plan) -> Any:
     """The dense model with the removed columns of `proj` and `fc2` at zero."""
     sizes, own = vit.anatomy(model), copy.deepcopy(model)
-    for block, keep in zip(own.blocks, plan.blocks, strict=True):
-        for kind, units in (("attn", keep.heads), ("mlp", keep.neurons)):
-            layer = vit.output_layer(block, kind)  # type: ignore[arg-type]
-            gone = torch.ones(layer.in_features, dtype=torch.bool)
-            gone[vit.columns(units, sizes.unit_size(kind))] = False  # type: ignore[arg-type]
-            layer.weight[:, gone] = 0
+    for (i, kind), units in units_of(plan).items():
+        layer = vit.output_layer(own.blocks[i], kind)
+        gone = torch.ones(layer.in_features, dtype=torch.bool)
+        gone[vit.columns(units, sizes.unit_size((i, kind)))] = False
+        layer.weight[:, gone] = 0
     return own
 
 
@@ -98,7 +113,8 @@ def masked(model: Any, plan: Plan) -> Any:
 def test_slicing_equals_masking_and_tunes(name: str) -> None:
     model = tiny(name)
     sizes = vit.anatomy(model)
-    assert (sizes.blocks, sizes.heads, sizes.neurons, sizes.patches) == (2, 3, 24, 16)
+    first = sizes.stages[0]
+    assert (first.blocks, first.heads, first.neurons, sizes.patches) == (2, 3, 24, 64 if len(sizes.stages) > 1 else 16)
     for plan in plans(sizes).values():
         small = vit.slice_model(model, plan)
         narrow = without_drops(plan)
@@ -117,6 +133,7 @@ QUICK = {
     "vit_tiny_patch16_224", "vit_base_patch16_gap_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
     "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2", "vit_base_patch16_clip_quickgelu_224",
     "vit_base_patch16_siglip_224", "test_vit2", "eva02_tiny_patch14_224", "beit_base_patch16_224",
+    "swin_tiny_patch4_window7_224",
 }  # fmt: skip
 
 
@@ -179,7 +196,7 @@ def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable
     [
         ("eva02_enormous_patch14_clip_224", "eva02_"),
         ("eva02_large_patch14_clip_336", "eva02_"),
-        ("swin_large_patch4_window7_224", "(vit|deit)_"),
+        ("swinv2_large_window12_192", "(vit|deit|swin)_"),
         ("vit_huge_patch14_xp_224", "vit_"),
     ],
 )
@@ -261,7 +278,7 @@ def test_weights_in_timms_names_are_loaded_strictly(name: str) -> None:
 
 def test_an_mlp_with_a_norm_inside_stays_or_goes_as_a_whole() -> None:
     sizes = vit.anatomy(tiny("eva02_base_patch14_224"))
-    assert vit.widths(sizes, 8) == (0, 24) and vit.widths(replace(sizes, whole_mlp=False), 8) == (0, 8, 16, 24)
+    assert vit.grids(sizes, 8) == ((0, 24),) and vit.grids(replace(sizes, whole_mlp=False), 8) == ((0, 8, 16, 24),)
     with pytest.raises(UsageError, match="block 0 of the plan keeps 16 of 24 neurons; a norm inside the MLP couples"):
         vit.check_plan(without_drops(PLANS["mild"]), sizes)
     with pytest.raises(UsageError, match="couples"):
@@ -275,17 +292,59 @@ def test_biases_by_distance_go_with_their_heads() -> None:
     torch.testing.assert_close(small.blocks[1].attn.relative_position_bias_table, table[:, [0, 2]])
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_tokens_stay_where_attention_depends_on_their_places(name: str) -> None:
     model = tiny(name)
     sizes = vit.anatomy(model)
+    drops = tuple(replace(block, patches=4) for block in vit.dense_plan(sizes).blocks)
     with pytest.raises(UsageError, match="depends on where its tokens are"):
-        vit.slice_model(model, PLANS["tokens"])
+        vit.slice_model(model, Plan(drops))
     with pytest.raises(UsageError, match="choose --dims heads,mlp,depth"):
         vit.choosable(("tokens",), sizes)
     assert vit.choosable(("heads", "mlp", "depth", "tokens"), sizes) == ("heads", "mlp", "depth")
     plain = vit.anatomy(tiny("eva_giant_patch14_224"))  # no rotation: positions are embedded once
     assert vit.choosable(("tokens",), plain) == ("tokens",)
+
+
+@pytest.mark.parametrize(
+    "kwargs, stages",
+    [
+        (SMALL_SWIN, [(64, 16), (16, 16)]),
+        # 11 x 11 patches in windows of 3 x 3, padded, then 6 x 6 and 3 x 3; every other block is shifted
+        ({**SMALL_SWIN, "img_size": 44, "window_size": 3, "depths": (2, 2, 2), "num_heads": (3, 6, 6)}, [(121, 9), (36, 9), (9, 9)]),
+        # a window as large as the patches there are is the last stage's own
+        ({**SMALL_SWIN, "img_size": (32, 64), "window_size": (8, 4)}, [(128, 32), (32, 16)]),
+        ({**SMALL_SWIN, "global_pool": "max", "qkv_bias": False, "head_dim": 4, "num_classes": 0}, [(64, 16), (16, 16)]),
+    ],
+)  # fmt: skip
+def test_swin_is_what_timm_computes(kwargs: dict[str, Any], stages: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", **{"num_classes": 5, **kwargs}).eval()
+    for tensor in theirs.parameters():
+        torch.nn.init.normal_(tensor, std=0.3)
+    own = vit.create("swin_tiny_patch4_window7_224", kwargs, 0 if "num_classes" in kwargs else 5)
+    vit.load_weights(own, theirs.state_dict(), "timm")
+    sizes = vit.anatomy(own)
+    assert [(stage.tokens, stage.window) for stage in sizes.stages] == stages
+    with torch.no_grad():
+        x = pixels(own)
+        torch.testing.assert_close(own(x), theirs(x), rtol=1e-4, atol=1e-4)
+        stream = vit.embed(own, x)
+        for i in range(sizes.blocks):
+            for kind in vit.KINDS:
+                stream = vit.walk(own, (i, kind), stream)
+        torch.testing.assert_close(vit.classify(own, stream), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+def test_macs_of_a_hierarchy_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny("swin_tiny_patch4_window7_224")
+    sizes = vit.anatomy(model)
+    for plan in plans(sizes).values():
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            vit.slice_model(model, plan)(pixels(model, 1))
+        assert 2 * vit.macs(sizes, plan.shape) == counter.get_total_flops()
 
 
 class Unlike(torch.nn.Module):

@@ -26,12 +26,9 @@ def model(request: pytest.FixtureRequest, make_vit: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("name", criteria.names())
 def test_every_criterion_scores_it(name: str, model: Any) -> None:
     for level in parts.calibration(model, name).levels:
-        assert len(level.errors) == 1 + model_units(model, level.kind) and np.isfinite(level.errors).all()
-        assert sorted(level.order) == list(range(model_units(model, level.kind)))
-
-
-def model_units(model: Any, kind: Any) -> int:
-    return vit.anatomy(model).units(kind)
+        units = vit.anatomy(model).units(level.at)
+        assert len(level.errors) == 1 + units and np.isfinite(level.errors).all()
+        assert sorted(level.order) == list(range(units))
 
 
 @pytest.mark.parametrize("name", allocators.names())

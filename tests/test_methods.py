@@ -46,7 +46,7 @@ class TestEveryCriterion:
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_vit.modules())
         assert [(level.block, level.kind) for level in first] == SUB_BLOCKS
         for level, again in zip(first, second, strict=True):
-            units = given.sizes.units(level.kind)
+            units = given.sizes.units(level.at)
             assert sorted(level.order.tolist()) == list(range(units))
             assert level.errors.dtype == np.float64 and level.errors.shape == (units + 1,)
             assert level.errors[0] == 0 and np.isfinite(level.errors).all() and (np.diff(level.errors) >= 0).all()
@@ -74,7 +74,7 @@ class TestEveryCriterion:
         given, _ = parts.evidence(pruned, name)
         levels = criteria.score(criteria.get(name), given)
         for level, kept in zip(levels, [u for b in HARSH.blocks for u in (b.heads, b.neurons)], strict=True):
-            gone = given.sizes.units(level.kind) - len(kept)
+            gone = given.sizes.units(level.at) - len(kept)
             assert level.kept(len(kept)) == kept
             assert level.errors[gone] == pytest.approx(0, abs=1e-6 * max(1e-9, level.errors[-1]))
 

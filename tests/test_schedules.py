@@ -82,7 +82,7 @@ def train(coach: Planned, recipe: Recipe = parts.RECIPE) -> Plan:
 def columns(model: Any, at: Any) -> torch.Tensor:
     """Norms `[units]` of the units' columns of the last layer."""
     weight = vit.output_layer(model.blocks[at[0]], at[1]).weight.detach()
-    return weight.reshape(len(weight), vit.anatomy(model).units(at[1]), -1).square().sum((0, 2)).sqrt()
+    return weight.reshape(len(weight), vit.anatomy(model).units(at), -1).square().sum((0, 2)).sqrt()
 
 
 # What they share
@@ -287,7 +287,7 @@ def test_hesso_is_cut_without_any_loss(make_vit: Callable[..., Any], name: str) 
     model = make_vit()
     plan = parts.train(schedules.get(name).coach, parts.training(model, make_vit(), target_ms=5.0))
     for at, units in units_of(plan).items():
-        gone = [u for u in range(vit.anatomy(model).units(at[1])) if u not in units]
+        gone = [u for u in range(vit.anatomy(model).units(at)) if u not in units]
         assert not columns(model, at)[gone].any() and columns(model, at)[list(units)].all()
     with torch.no_grad():
         torch.testing.assert_close(vit.slice_model(model, plan)(IMAGES), model(IMAGES))
@@ -304,7 +304,7 @@ def test_cric_rises_are_slopes_on_the_way_to_zero(make_vit: Callable[..., Any]) 
     for trial in (0.25, 0.5, 0.75):
         nearer = copy.deepcopy(model)
         for at, units in candidates.items():
-            size = vit.anatomy(model).unit_size(at[1])
+            size = vit.anatomy(model).unit_size(at)
             with torch.no_grad():
                 layer = vit.output_layer(nearer.blocks[at[0]], at[1])
                 layer.weight[:, vit.columns(tuple(units), size)] *= 1 - trial
@@ -312,7 +312,7 @@ def test_cric_rises_are_slopes_on_the_way_to_zero(make_vit: Callable[..., Any]) 
             nearer(pixels).log_softmax(-1), teacher(pixels).log_softmax(-1), log_target=True, reduction="batchmean"
         ).backward()
         for at in want:
-            size = vit.anatomy(model).unit_size(at[1])
+            size = vit.anatomy(model).unit_size(at)
             old = vit.output_layer(model.blocks[at[0]], at[1]).weight
             gradient = vit.output_layer(nearer.blocks[at[0]], at[1]).weight.grad
             want[at] -= (old * gradient).sum(0).reshape(-1, size).sum(1).detach() / 3
@@ -353,7 +353,7 @@ def test_mask_sparsity_penalises_the_doomed_alone(make_vit: Callable[..., Any]) 
     assert math.sqrt(sum(float(g.square().sum()) for g in gradients)) == pytest.approx(0.3, rel=1e-4)
     for at, units in kept.items():
         group = [g.grad for g in saliency.group(model, at)]
-        sums = saliency.unit_sums([g.abs() for g in group if g is not None], vit.anatomy(model).unit_size(at[1]))
+        sums = saliency.unit_sums([g.abs() for g in group if g is not None], vit.anatomy(model).unit_size(at))
         assert [u for u, s in enumerate(sums.tolist()) if s == 0] == list(units)
 
 

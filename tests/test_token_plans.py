@@ -209,11 +209,11 @@ def test_widths_alone_never_drop(task: allocators.Task) -> None:
     assert {left for row in own.patches for left in row} == {None}
 
 
-@pytest.mark.parametrize("dims, attn, mlp", [(("heads",), (1, 2, 3), (24,)), (("mlp", "depth"), (0, 3), TABLE.mlp_widths), (("depth",), (0, 3), (0, 24))])  # fmt: skip
+@pytest.mark.parametrize("dims, attn, mlp", [(("heads",), (1, 2, 3), (24,)), (("mlp", "depth"), (0, 3), TABLE.stages[0].mlp_widths), (("depth",), (0, 3), (0, 24))])  # fmt: skip
 def test_dimensions_limit_the_options(task: allocators.Task, dims: tuple[str, ...], attn: Any, mlp: Any) -> None:
     _, costs, counts = allocators.options(task.levels, TABLE, ((3, 24),) * 3, dims)
     assert counts[0] == attn and counts[1] == tuple(mlp)
-    assert costs[0][-1] == TABLE.attn_ms[-1]
+    assert costs[0][-1] == TABLE.stages[0].attn_ms[-1]
 
 
 def test_what_is_gone_stays_gone_whatever_the_dimensions(task: allocators.Task) -> None:
@@ -298,7 +298,7 @@ def test_shares_are_what_fewer_tokens_cost_of_all() -> None:
     np.testing.assert_allclose(own.attn_share, [0.7 / 3.5, 2.1 / 3.5, 1])
     np.testing.assert_allclose(own.mlp_share, [1.1 / 5.5, 2.75 / 5.5, 1])
     assert own.predict_ms(shape) == pytest.approx(10.0), "the price of dropping makes up the difference"
-    base, attn, mlp = own.base_ms, own.attn_ms[-1], own.mlp_ms[-1]
+    base, attn, mlp = own.base_ms, own.stages[0].attn_ms[-1], own.stages[0].mlp_ms[-1]
     want = base + attn + mlp + attn + own.reduce_ms + 0.5 * mlp + 2 * (0.6 * attn + 0.5 * mlp)
     assert own.predict_ms(((3, 64), (3, 64, 12), (3, 64), (3, 64))) == pytest.approx(want)
     again = tables.table_from_json(tables.table_to_json(own))
@@ -321,16 +321,21 @@ def test_damaged_token_prices_are_refused(change: dict[str, Any]) -> None:
         tables.table_from_json({**tables.table_to_json(own), **change})
 
 
+def with_tokens(model: Any, tokens: int) -> vit.Anatomy:
+    sizes = vit.anatomy(model)
+    return replace(sizes, stages=(replace(sizes.only, tokens=tokens),))
+
+
 def test_counts_are_multiples_of_eight_with_the_prefix(tiny_vit: Any) -> None:
-    sizes = replace(vit.anatomy(tiny_vit), tokens=197)
+    sizes = with_tokens(tiny_vit, 197)
     counts = shapes.patch_counts(sizes)
     assert counts[-1] == 196 and all((count + 1) % 8 == 0 for count in counts[:-1]) and 5 <= len(counts) <= 7
-    assert shapes.patch_counts(replace(sizes, tokens=9)) == (7, 8)
+    assert shapes.patch_counts(with_tokens(tiny_vit, 9)) == (7, 8)
 
 
 def test_random_plans_with_tokens_are_plans(tiny_vit: Any) -> None:
     sizes = vit.anatomy(tiny_vit)
-    found = shapes.random_shapes(20, sizes, (0, 8, 24), (0,), (7, 11, 16))
+    found = shapes.random_shapes(20, sizes, [(0, 8, 24)], (0,), (7, 11, 16))
     for shape in found:
         vit.check_plan(vit.plan_of_shape(shape), sizes)
     assert sum(any(len(row) > 2 for row in shape) for shape in found) >= 7

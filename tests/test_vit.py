@@ -193,10 +193,10 @@ def test_streams_end_in_the_models_own_logits(
 
 def test_anatomy(tiny_vit: Any) -> None:
     sizes = vit.anatomy(tiny_vit)
-    assert (sizes.blocks, sizes.heads, sizes.head_dim, sizes.neurons) == (BLOCKS, HEADS, 16, NEURONS)
-    assert (sizes.width, sizes.tokens, sizes.image, sizes.num_classes) == (48, 17, (3, 32, 32), 5)
-    assert (sizes.units("attn"), sizes.unit_size("attn")) == (HEADS, 16)
-    assert (sizes.units("mlp"), sizes.unit_size("mlp")) == (NEURONS, 1)
+    assert (sizes.blocks, sizes.only.heads, sizes.only.head_dim, sizes.only.neurons) == (BLOCKS, HEADS, 16, NEURONS)
+    assert (sizes.only.width, sizes.only.tokens, sizes.image, sizes.num_classes) == (48, 17, (3, 32, 32), 5)
+    assert (sizes.units((0, "attn")), sizes.unit_size((0, "attn"))) == (HEADS, 16)
+    assert (sizes.units((0, "mlp")), sizes.unit_size((0, "mlp"))) == (NEURONS, 1)
 
 
 def test_tokens_count_registers_and_the_distillation_token(variants: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def test_tokens_count_registers_and_the_distillation_token(variants: dict[str, A
 @pytest.mark.parametrize(
     ("architecture", "kwargs", "says"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer"),
+        ("swinv2_tiny_window8_256", {}, "SwinTransformerV2"),
         ("vit_small_patch16_18x2_224", {}, "block 0 has ParallelThingsBlock, where several attentions"),
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "a norm inside"),
     ],

@@ -87,7 +87,7 @@ class Task:
             hooks.append(layer(self.model, at).register_forward_pre_hook(add))
         for pixels, _ in self.batches:
             self.model(pixels)
-            count += len(pixels) * self.sizes.tokens
+            count += len(pixels) * self.sizes.only.tokens
         for hook in hooks:
             hook.remove()
         return {at: Inputs(mean / count, second / count) for at, (mean, second) in sums.items()}
@@ -156,11 +156,17 @@ def shape_of(model: Any) -> Shape:
 def predict_ms(task: Task, shape: Shape) -> float:
     """What the table says, interpolated where heads are narrower than the dense ones or widths are off its grid."""
     table, total = task.table, task.table.base_ms
-    if all(row == (task.sizes.heads, task.sizes.head_dim, task.sizes.neurons) for row in shape):
+    if all(row == (task.sizes.only.heads, task.sizes.only.head_dim, task.sizes.only.neurons) for row in shape):
         return table.dense_ms
     for heads, head_dim, neurons in shape:
-        total += float(np.interp(heads * head_dim / task.sizes.head_dim, range(len(table.attn_ms)), table.attn_ms))
-        total += float(np.interp(neurons, table.mlp_widths, table.mlp_ms))
+        total += float(
+            np.interp(
+                heads * head_dim / task.sizes.only.head_dim,
+                range(len(table.stages[0].attn_ms)),
+                table.stages[0].attn_ms,
+            )
+        )
+        total += float(np.interp(neurons, table.stages[0].mlp_widths, table.stages[0].mlp_ms))
     return total
 
 
@@ -198,9 +204,9 @@ def slice_with_means(task: Task, plan: Plan) -> VisionTransformer:
     """The sliced model with b += W_pruned mu: what is removed is replaced by its mean."""
     model = vit.slice_model(task.model, plan)
     for at in sub_blocks(task.sizes):
-        gone = sorted(set(range(task.sizes.units(at[1]))) - set(units_of(plan, at)))
+        gone = sorted(set(range(task.sizes.units(at))) - set(units_of(plan, at)))
         if gone:
-            columns = vit.columns(tuple(gone), task.sizes.unit_size(at[1]))
+            columns = vit.columns(tuple(gone), task.sizes.unit_size(at))
             last = layer(task.model, at)
             lost = last.weight.double()[:, columns] @ task.inputs[at].mean[columns]
             ending(model, at).bias.copy_(last.bias.double() + lost)
@@ -210,7 +216,7 @@ def slice_with_means(task: Task, plan: Plan) -> VisionTransformer:
 def rounded(task: Task, neurons: float) -> int:
     """The nearest MLP width that suits the CPU's vectors."""
     step = task.request.target.neuron_step
-    return min(int(neurons / step + 0.5) * step, task.sizes.neurons)
+    return min(int(neurons / step + 0.5) * step, task.sizes.only.neurons)
 
 
 # Knobs --------------------------------------------------------------------------------------

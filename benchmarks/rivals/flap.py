@@ -18,8 +18,11 @@ class Flap(ByShare):
     def prepare(self, task: Task) -> None:
         super().prepare(task)
         self.scores = {at: self.score(at) for at in sub_blocks(task.sizes)}
-        prices = {"attn": task.table.attn_ms[-1] / task.sizes.heads, "mlp": task.table.mlp_ms[-1] / task.sizes.neurons}
-        owners = [at for at in self.scores for _ in range(task.sizes.units(at[1]))]
+        prices = {
+            "attn": task.table.stages[0].attn_ms[-1] / task.sizes.only.heads,
+            "mlp": task.table.stages[0].mlp_ms[-1] / task.sizes.only.neurons,
+        }
+        owners = [at for at in self.scores for _ in range(task.sizes.units(at))]
         order = torch.cat(list(self.scores.values())).argsort(descending=True, stable=True).tolist()
         costs = torch.tensor([prices[owners[i][1]] for i in order], dtype=torch.float64).cumsum(0)
         self.owners, self.shares = [owners[i] for i in order], costs / costs[-1]
@@ -29,7 +32,7 @@ class Flap(ByShare):
         sizes = self.task.sizes
         wifv = self.task.inputs[at].variance * layer(self.task.model, at).weight.detach().double().square().sum(0)
         if at[1] == "attn":
-            wifv = wifv.square().reshape(sizes.heads, sizes.head_dim).mean(1)
+            wifv = wifv.square().reshape(sizes.only.heads, sizes.only.head_dim).mean(1)
         return (wifv - wifv.mean()) / wifv.std()
 
     def at(self, share: float) -> VisionTransformer:

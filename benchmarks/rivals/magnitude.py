@@ -14,7 +14,7 @@ from rivals.random_units import Uniform
 class Magnitude(Uniform):
     def score(self, at: SubBlock) -> torch.Tensor:
         columns = layer(self.task.model, at).weight.detach().square().sum(0)
-        return columns.reshape(-1, self.task.sizes.unit_size(at[1])).sum(1)
+        return columns.reshape(-1, self.task.sizes.unit_size(at)).sum(1)
 
 
 METHODS = {"magnitude": Magnitude}

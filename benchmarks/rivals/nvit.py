@@ -26,7 +26,7 @@ class NViT:
     def prepare(self, task: Task) -> None:
         """The whole way from the dense model to the smallest: every budget is a stop on it."""
         self.task = task
-        kept = {at: list(range(task.sizes.units(at[1]))) for at in sub_blocks(task.sizes)}
+        kept = {at: list(range(task.sizes.units(at))) for at in sub_blocks(task.sizes)}
         self.stops = [(task.table.dense_ms, copied(kept))]
         fall = (task.table.dense_ms - predict_ms(task, ((0, 0, 0),) * task.sizes.blocks)) / ROUNDS
         for i in range(1, ROUNDS + 1):
@@ -41,7 +41,8 @@ class NViT:
     def predict(self, kept: dict[SubBlock, list[int]]) -> float:
         sizes = self.task.sizes
         return predict_ms(
-            self.task, tuple((len(kept[i, "attn"]), sizes.head_dim, len(kept[i, "mlp"])) for i in range(sizes.blocks))
+            self.task,
+            tuple((len(kept[i, "attn"]), sizes.only.head_dim, len(kept[i, "mlp"])) for i in range(sizes.blocks)),
         )
 
     def saliency(self, kept: dict[SubBlock, list[int]]) -> dict[SubBlock, dict[int, float]]:
@@ -53,7 +54,7 @@ class NViT:
             F.cross_entropy(model(pixels), labels).backward()
             for at, units in kept.items():
                 if units:
-                    totals[at] += unit_sums(model.blocks[at[0]], at[1], self.task.sizes.unit_size(at[1])).square()
+                    totals[at] += unit_sums(model.blocks[at[0]], at[1], self.task.sizes.unit_size(at)).square()
         count = len(self.task.batches)
         return {at: dict(zip(units, (totals[at] / count).tolist(), strict=True)) for at, units in kept.items()}
 
@@ -75,9 +76,11 @@ class NViT:
         table = self.task.table
         ranked = sorted(units, key=lambda u: saliency[u])
         if at[1] == "attn":
-            return ranked[:1], float(table.attn_ms[len(units)] - table.attn_ms[len(units) - 1])
-        i = table.mlp_widths.index(len(units))
-        return ranked[: len(units) - table.mlp_widths[i - 1]], float(table.mlp_ms[i] - table.mlp_ms[i - 1])
+            return ranked[:1], float(table.stages[0].attn_ms[len(units)] - table.stages[0].attn_ms[len(units) - 1])
+        i = table.stages[0].mlp_widths.index(len(units))
+        return ranked[: len(units) - table.stages[0].mlp_widths[i - 1]], float(
+            table.stages[0].mlp_ms[i] - table.stages[0].mlp_ms[i - 1]
+        )
 
 
 def unit_sums(block: torch.nn.Module, kind: str, unit_size: int) -> Tensor:

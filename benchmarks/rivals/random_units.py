@@ -24,8 +24,8 @@ class Uniform(ByShare):
     def at(self, share: float) -> VisionTransformer:
         sizes = self.task.sizes
         step = self.task.request.target.neuron_step
-        heads = spread(max(round(share * sizes.heads * sizes.blocks), sizes.blocks), sizes.blocks)
-        steps = spread(max(round(share * sizes.neurons * sizes.blocks / step), sizes.blocks), sizes.blocks)
+        heads = spread(max(round(share * sizes.only.heads * sizes.blocks), sizes.blocks), sizes.blocks)
+        steps = spread(max(round(share * sizes.only.neurons * sizes.blocks / step), sizes.blocks), sizes.blocks)
         counts = {(i, "attn"): heads[i] for i in range(sizes.blocks)}
         counts |= {(i, "mlp"): rounded(self.task, steps[i] * step) for i in range(sizes.blocks)}
         kept = {at: self.scores[at].argsort(descending=True, stable=True)[: counts[at]] for at in self.scores}
@@ -38,7 +38,7 @@ class Random(Uniform):
         super().prepare(task)
 
     def score(self, at: SubBlock) -> torch.Tensor:
-        return torch.rand(self.task.sizes.units(at[1]), generator=self.generator)
+        return torch.rand(self.task.sizes.units(at), generator=self.generator)
 
 
 def spread(total: int, blocks: int) -> list[int]:

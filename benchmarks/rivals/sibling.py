@@ -26,7 +26,7 @@ class Sibling:
     def prepare(self, task: Task) -> None:
         sizes, self.task = task.sizes, task
         least = max(1, round(SHALLOWEST * sizes.blocks))
-        family = [(b, h) for b in range(least, sizes.blocks + 1) for h in range(1, sizes.heads + 1)]
+        family = [(b, h) for b in range(least, sizes.blocks + 1) for h in range(1, sizes.only.heads + 1)]
         self.family = sorted(family, key=lambda size: self.share(*size))
 
     def model(self, aim_ms: float, target_ms: float) -> VisionTransformer:
@@ -39,18 +39,17 @@ class Sibling:
     def make(self, blocks: int, heads: int) -> VisionTransformer:
         sizes, card = self.task.sizes, self.task.request.card
         kwargs = {
-            **card.kwargs, "depth": blocks, "num_heads": heads, "embed_dim": heads * sizes.head_dim,
-            "mlp_ratio": sizes.neurons / sizes.width,
+            **card.kwargs, "depth": blocks, "num_heads": heads, "embed_dim": heads * sizes.only.head_dim,
+            "mlp_ratio": sizes.only.neurons / sizes.only.width,
         }  # fmt: skip
         return vit.create(card.architecture, kwargs, sizes.num_classes)
 
     def share(self, blocks: int, heads: int) -> float:
         """Of the dense model's multiply-adds."""
-        sizes, width = self.task.sizes, heads * self.task.sizes.head_dim
-        neurons = width * sizes.neurons // sizes.width
-        small = vit.Anatomy(
-            blocks, heads, sizes.head_dim, neurons, width, sizes.tokens, sizes.image, sizes.num_classes
-        )  # fmt: skip
+        sizes, width = self.task.sizes, heads * self.task.sizes.only.head_dim
+        neurons = width * sizes.only.neurons // sizes.only.width
+        stage = vit.Stage(blocks, heads, sizes.only.head_dim, neurons, width, sizes.only.tokens)
+        small = vit.Anatomy((stage,), sizes.image, sizes.num_classes)
         return vit.macs(small, small.shape) / vit.macs(sizes, sizes.shape)
 
     def train(self, model: VisionTransformer, minutes: float) -> None:

@@ -82,7 +82,7 @@ class TorchPruning(ByShare):
         fixed = [model.patch_embed.proj, model.head]
         for block in model.blocks:
             fixed += [block.attn.proj, block.mlp.fc2]
-        narrowest = 1 - min(self.setting, sizes.head_dim) / sizes.head_dim
+        narrowest = 1 - min(self.setting, sizes.only.head_dim) / sizes.only.head_dim
         # Where a layer would lose everything the library leaves it whole: the ratio that is given ends before.
         own = {block.attn.qkv: min(ratio, narrowest) for block in model.blocks} if self.scope == "uniform" else {}
         steps = 1 if self.scope == "uniform" or self.whole else STEPS
@@ -97,7 +97,7 @@ class TorchPruning(ByShare):
                 pruning_ratio=ratio,
                 pruning_ratio_dict=None if self.whole else own,
                 iterative_steps=steps,
-                head_pruning_ratio=min(ratio, 1 - 1 / sizes.heads),
+                head_pruning_ratio=min(ratio, 1 - 1 / sizes.only.heads),
                 prune_num_heads=self.whole,
                 prune_head_dims=not self.whole,
                 num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},

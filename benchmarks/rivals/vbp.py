@@ -20,8 +20,8 @@ class Vbp(ByShare):
         sizes = self.task.sizes
         count = round(share * self.variances.numel())
         ranked = self.variances.flatten().argsort(descending=True, stable=True)[:count]
-        counts = torch.bincount(ranked // sizes.neurons, minlength=sizes.blocks).tolist()
-        kept = {(i, "attn"): range(sizes.heads) for i in range(sizes.blocks)}
+        counts = torch.bincount(ranked // sizes.only.neurons, minlength=sizes.blocks).tolist()
+        kept = {(i, "attn"): range(sizes.only.heads) for i in range(sizes.blocks)}
         for i, variances in enumerate(self.variances):
             kept[i, "mlp"] = variances.argsort(descending=True, stable=True)[: rounded(self.task, counts[i])].tolist()
         return slice_with_means(self.task, plan_of(kept, sizes))

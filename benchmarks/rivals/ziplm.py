@@ -31,7 +31,7 @@ class ZipLM:
             second = task.inputs[at].second
             self.hessians[at] = h = second + DAMPING * second.diagonal().mean() * torch.eye(len(second)).double()
             weight = layer(task.model, at).weight.detach().double()
-            self.orders[at], errors = obs.removal_order(weight, h, task.sizes.unit_size(at[1]))
+            self.orders[at], errors = obs.removal_order(weight, h, task.sizes.unit_size(at))
             self.priors[at] = np.append(np.array(errors[:-1]) / float(((weight @ h) * weight).sum()), 1.0)
         self.coefficients: dict[float, np.ndarray] = {}
         self.weights: dict[tuple[SubBlock, int], Tensor] = {}
@@ -43,16 +43,18 @@ class ZipLM:
 
     def grid(self, at: SubBlock) -> tuple[int, ...]:
         """How many units may be kept, ascending."""
-        return tuple(range(self.task.sizes.heads + 1)) if at[1] == "attn" else self.task.table.mlp_widths
+        return tuple(range(self.task.sizes.only.heads + 1)) if at[1] == "attn" else self.task.table.stages[0].mlp_widths
 
     def choose(self, coefficients: np.ndarray, budget_ms: float) -> tuple[int, ...]:
         """How many units every sub-block keeps: the dynamic programme."""
         table, grids = self.task.table, [self.grid(at) for at in self.priors]
         errors = [
-            c * np.array([self.priors[at][self.task.sizes.units(at[1]) - kept] for kept in grid])
+            c * np.array([self.priors[at][self.task.sizes.units(at) - kept] for kept in grid])
             for c, at, grid in zip(coefficients, self.priors, grids, strict=True)
         ]
-        costs = [np.asarray(table.attn_ms if at[1] == "attn" else table.mlp_ms) for at in self.priors]
+        costs = [
+            np.asarray(table.stages[0].attn_ms if at[1] == "attn" else table.stages[0].mlp_ms) for at in self.priors
+        ]
         try:
             picked = solve.solve(errors, costs, budget_ms - table.base_ms)
         except Infeasible:
@@ -89,7 +91,7 @@ class ZipLM:
         plan = plan_of({at: order[len(order) - counts[at] :] for at, order in self.orders.items()}, self.task.sizes)
         model = vit.slice_model(self.task.model, plan)
         for at, count in counts.items():
-            if 0 < count < self.task.sizes.units(at[1]):
+            if 0 < count < self.task.sizes.units(at):
                 if (at, count) not in self.weights:
                     self.weights[at, count] = self.survivors(at, units_of(plan, at))
                 layer(model, at).weight.copy_(self.weights[at, count])
@@ -97,7 +99,7 @@ class ZipLM:
 
     def survivors(self, at: SubBlock, units: tuple[int, ...]) -> Tensor:
         """Least squares on the kept columns: what the updates of OBS end in."""
-        kept, h = vit.columns(units, self.task.sizes.unit_size(at[1])), self.hessians[at]
+        kept, h = vit.columns(units, self.task.sizes.unit_size(at)), self.hessians[at]
         weight = layer(self.task.model, at).weight.detach().double()
         return torch.linalg.solve(h[kept][:, kept], h[kept] @ weight.T).T.float()
 

@@ -158,11 +158,11 @@ def options(
     errors, costs, counts = [], [], []
     for level in levels:
         attn = level.kind == "attn"
-        every = tuple(range(len(table.attn_ms))) if attn else table.mlp_widths
+        every, ms = table.by_block[level.block].of(level.kind)
         bound = bounds[level.block][0 if attn else 1]
         grid = tuple(kept for kept in every if kept <= bound and (kept == bound or _may_keep(kept, attn, dims)))
         errors.append(np.array([level.errors[len(level.order) - kept] for kept in grid]))
-        costs.append(np.array([(table.attn_ms if attn else table.mlp_ms)[every.index(kept)] for kept in grid]))
+        costs.append(np.array([ms[every.index(kept)] for kept in grid]))
         counts.append(grid)
     return errors, costs, counts
 

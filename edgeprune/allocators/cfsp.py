@@ -41,12 +41,12 @@ def keep(importance: FloatArray) -> FloatArray:
 @torch.no_grad()
 def angles(model: VisionTransformer, batches: Sequence[Tensor]) -> FloatArray:
     """`[blocks]`: by which share of pi each block turns a token's residual stream, on average."""
-    totals, tokens = np.zeros(len(model.blocks)), 0
+    totals, tokens = np.zeros(len(model.blocks)), np.zeros(len(model.blocks))
     for pixels in batches:
         stream = vit.embed(model, pixels)
-        tokens += stream[..., 0].numel()
         for i, block in enumerate(model.blocks):
-            before, stream = stream, block(stream)
+            before, stream = vit.entered(block, stream), block(stream)
+            tokens[i] += stream[..., 0].numel()
             cosine = torch.cosine_similarity(before.double(), stream.double(), -1).clamp(-1, 1)
             totals[i] += float(cosine.arccos().sum()) / np.pi
     return totals / tokens

@@ -21,11 +21,12 @@ NEEDS = ()
 
 def prepare(task: Task) -> Choose:
     sizes = task.sizes
-    hidden = [own[-1] * sizes.unit_size(level.kind) for level, own in zip(task.levels, task.counts, strict=True)]
-    raw = densities(sizes.width, np.array(hidden))
+    hidden = [own[-1] * sizes.unit_size(level.at) for level, own in zip(task.levels, task.counts, strict=True)]
+    widths = [sizes.by_block[level.block].width for level in task.levels]
+    raw = densities(np.array(widths), np.array(hidden))
     return lambda room_ms: by_ratios(task, lambda knob: spread(raw, 1 - knob), room_ms)
 
 
-def densities(width: int, hidden: FloatArray) -> FloatArray:
+def densities(width: FloatArray | int, hidden: FloatArray) -> FloatArray:
     """`[sub-blocks]`, before scaling; 0 where nothing is there."""
     return np.where(hidden > 0, (width + hidden) / (width * np.maximum(hidden, 1)), 0.0)

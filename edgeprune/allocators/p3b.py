@@ -47,16 +47,17 @@ def benefits(
     model: VisionTransformer, batches: Iterable[Batch], seed: int, console: Console | None = None
 ) -> FloatArray:
     """`[sub-blocks]` in the order attn 0, mlp 0, ...: by how many nats each sub-block lowers its probe's loss."""
-    places, labels = read(model, batches)
+    read_pairs, labels = read(model, batches)
     if console:
         warn_of_few("P3B's probes", labels, model.num_classes, console)
-    pairs = torch.stack([places[:, :-1], places[:, 1:]], 2).flatten(0, 1)  # [probes, 2, n, width]
-    pairs = pairs / pairs.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
+    alike = [own / own.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12) for own in read_pairs]
+    widest = max(own.shape[-1] for own in alike)  # zeros leave a probe as it is
+    pairs = torch.stack([F.pad(own, (0, widest - own.shape[-1])) for own in alike], 1).flatten(0, 1)
     fit = len(labels) - max(1, round(HELD_OUT * len(labels)))
     weight, bias = train(pairs[:, :, :fit], labels[:fit], model.num_classes, seed)
     with torch.no_grad():
         before, after = losses(pairs[:, :, fit:], labels[fit:], weight, bias).unbind(1)
-    return (before - after).double().reshape(len(places), -1).mean(0).numpy()
+    return (before - after).double().reshape(-1, len(read_pairs)).mean(0).numpy()
 
 
 def train(pairs: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -101,20 +102,20 @@ def keep_ratios(found: FloatArray, ms: FloatArray, room_ms: float) -> FloatArray
 
 
 @torch.no_grad()
-def read(model: VisionTransformer, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """What probes read before, between and after all sub-blocks, `[2, sub-blocks + 1, n, width]`, and labels `[n]`.
+def read(model: VisionTransformer, batches: Iterable[Batch]) -> tuple[list[Tensor], Tensor]:
+    """What probes read before and after every sub-block, `[probes, 2, n, width]` each, and labels `[n]`.
 
-    First the class token, then the mean of the patches; in a model that has no class token only that, `[1, ...]`.
+    First the class token, then the mean of the patches; in a model that has no class token only that.
     """
-    found, labels = [], []
+    found: list[list[Tensor]] = [[] for _ in range(len(vit.KINDS) * len(model.blocks))]
+    labels = []
     for pixels, own in batches:
         stream = vit.embed(model, pixels)
-        places = [stream]
-        for block in model.blocks:
-            for kind in vit.KINDS:
-                places.append(vit.step(block, kind, places[-1]))
-        stacked = torch.stack(places)  # [places, n, tokens, width]
-        patches = stacked[:, :, model.num_prefix_tokens :].mean(2)
-        found.append(torch.stack([stacked[:, :, 0], patches] if model.has_class_token else [patches]))
+        for i, at in enumerate((block, kind) for block in range(len(model.blocks)) for kind in vit.KINDS):
+            before = vit.entered(model.blocks[at[0]], stream) if at[1] == "attn" else stream
+            stream = vit.step(model.blocks[at[0]], at[1], before)
+            pair = torch.stack([before, stream])  # [2, n, tokens, width]
+            patches = pair[:, :, model.num_prefix_tokens :].mean(2)
+            found[i].append(torch.stack([pair[:, :, 0], patches] if model.has_class_token else [patches]))
         labels.append(own)
-    return torch.cat(found, 2), torch.cat(labels)
+    return [torch.cat(parts, 2) for parts in found], torch.cat(labels)

@@ -51,7 +51,7 @@ def gauge(model: VisionTransformer) -> dict[SubBlock, float]:
 def norms_of(model: VisionTransformer, at: SubBlock) -> FloatArray:
     """Of all weights of each unit, `[units]`."""
     squares = [w.detach().square() for w in saliency.group(model, at)]
-    norms: FloatArray = saliency.unit_sums(squares, vit.anatomy(model).unit_size(at[1])).sqrt().numpy()
+    norms: FloatArray = saliency.unit_sums(squares, vit.anatomy(model).unit_size(at)).sqrt().numpy()
     return norms
 
 

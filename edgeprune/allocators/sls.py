@@ -72,13 +72,13 @@ def separation(features: FloatArray, labels: FloatArray, seed: int) -> float:
 
 
 @torch.no_grad()
-def class_features(task: Task) -> tuple[FloatArray, FloatArray]:
-    """`[blocks, n, width]` after each block, and labels `[n]`. Raises UsageError for too few or too many classes."""
+def class_features(task: Task) -> tuple[list[FloatArray], FloatArray]:
+    """`[n, width]` after each block, and labels `[n]`. Raises UsageError for too few or too many classes."""
     found, labels, count = [], [], 0
     for pixels, own in task.found.labelled():
         pixels, own = pixels[: IMAGES - count], own[: IMAGES - count]
         streams = list(vit.streams(task.model, pixels))[:-1]
-        found.append(torch.stack([vit.summary(task.model, stream) for stream in streams]))
+        found.append([vit.summary(task.model, stream) for stream in streams])
         labels.append(own)
         count += len(own)
         if count >= IMAGES:
@@ -90,4 +90,4 @@ def class_features(task: Task) -> tuple[FloatArray, FloatArray]:
             f"of {len(np.unique(joined))} classes"
         )
     warn_of_few("SLS", torch.as_tensor(joined), task.model.num_classes, task.console)
-    return torch.cat(found, 1).double().numpy(), joined
+    return [torch.cat(parts).double().numpy() for parts in zip(*found, strict=True)], joined

@@ -1,7 +1,8 @@
 """Families of timm models, each rewritten exactly into timm's VisionTransformer. One file per family.
 
 Slicing, criteria, refit, tables and export know one anatomy: a VisionTransformer of pre-norm Blocks whose attention
-ends in `qkv` and `proj`, and whose MLP in `fc1` and `fc2`. A family is a module with
+has `qkv` and `proj`, and whose MLP `fc1` and `fc2`. Blocks are of one size, or of one per stage, where a `MergingBlock`
+begins a stage. A family is a module with
 
 - `CLASSES`: names of the timm classes it is for;
 - `obstacle(model) -> str`: what edgeprune cannot slice, in words; "" if there is nothing. Shapes are enough: the model
@@ -20,10 +21,12 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from edgeprune.anatomies._described import Described
-from edgeprune.anatomies._parts import PositionalAttention
+from edgeprune.anatomies._parts import MergingBlock, PositionalAttention, WindowAttention
 from edgeprune.compat import VisionTransformer
 
-__all__ = ["Family", "PositionalAttention", "canonical", "classes", "find", "names"]
+__all__ = [
+    "Family", "MergingBlock", "PositionalAttention", "WindowAttention", "canonical", "classes", "find", "names",
+]  # fmt: skip
 
 
 class Family(Protocol):

@@ -14,9 +14,9 @@ from edgeprune.compat import Attention, Block, GluMlp, LayerScale, Mlp, SwiGLU, 
 MLPS = (Mlp, GluMlp, SwiGLU)
 
 
-def obstacle(model: Any, odd: Callable[[Any], str]) -> str:
+def obstacle(blocks: Iterable[Any], odd: Callable[[Any], str]) -> str:
     """The first block that cannot be rewritten, in words: for its family's own reason, its MLP, or a norm inside; or ""."""
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(blocks):
         if found := odd(block) or _odd_mlp(block.mlp) or _inner_norm(block):
             return f"block {i} has {found}"
     return ""
@@ -105,6 +105,86 @@ class PositionalAttention(Attention):
             self.relative_position_bias_table[:, list(heads)] = cast(Tensor, small.relative_position_bias_table)
 
 
+class WindowAttention(PositionalAttention):
+    """Attention among the tokens of each window of a grid that may be shifted beforehand, with a bias per head (Swin).
+
+    order: `[places]`, the token at each place once windows lie one after the other; where the grid is no multiple of the
+    window, `tokens` stands for padding, of zeros. mask: `[windows, window, window]`, added to the scores, so that tokens
+    which only the shift made neighbours do not attend to each other; None where nothing is shifted.
+    """
+
+    order: Tensor
+    back: Tensor
+    mask: Tensor | None
+
+    def __init__(
+        self, dim: int, num_heads: int, head_dim: int, qkv_bias: bool, *, order: Tensor, tokens: int,
+        mask: Tensor | None, index: Tensor, distances: int,
+    ) -> None:  # fmt: skip
+        super().__init__(dim, num_heads, head_dim, qkv_bias, index=index, distances=distances)
+        self.window, self.padded = len(index), len(order) > tokens
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("back", order.argsort(stable=True)[:tokens], persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if self.padded:
+            x = F.pad(x, (0, 0, 0, 1))
+        windows = len(self.order) // self.window
+        split = self.qkv(x[:, self.order]).reshape(len(x), windows, self.window, 3, self.num_heads, self.head_dim)
+        # windows count as heads, so that the product of all has the four dimensions that runtimes know
+        queries, keys, values = split.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
+        dropout = self.attn_drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.bias(), dropout_p=dropout)
+        mixed = mixed.clone(memory_format=torch.contiguous_format).unflatten(1, (windows, self.num_heads))  # see above
+        mixed = mixed.transpose(2, 3).reshape(len(x), len(self.order), -1)
+        return self.proj_drop(self.proj(mixed[:, self.back]))
+
+    def bias(self) -> Tensor:
+        """What is added to the scores, `[1, windows * heads, window, window]`."""
+        shared = cast(Tensor, super().bias())
+        windows = len(self.order) // self.window
+        own = shared.expand(windows, -1, -1, -1) if self.mask is None else shared + self.mask[:, None]
+        return own.flatten(0, 1)[None]
+
+
+class PatchMerging(nn.Module):
+    """Swin's: each 2 x 2 patches of a grid become one, of another width. The parts are timm's."""
+
+    norm: nn.Module
+    reduction: nn.Module
+
+    def __init__(self, old: nn.Module, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self._modules.update(old._modules)
+        self.grid = grid
+
+    @property
+    def tokens(self) -> int:
+        """That leave it."""
+        height, width = self.grid
+        return -(-height // 2) * -(-width // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[n, height * width, channels]` -> `[n, tokens, channels of the next stage]`."""
+        height, width = self.grid
+        x = x.reshape(len(x), height, width, -1)
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        rows, cols = -(-height // 2), -(-width // 2)
+        x = x.reshape(len(x), rows, 2, cols, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), rows * cols, -1)
+        return self.reduction(self.norm(x))
+
+
+class MergingBlock(Block):
+    """The first block of a stage: patches are merged, then it is a block like the others."""
+
+    merge: PatchMerging
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return super().forward(self.merge(x))
+
+
 def quarter_turn(head_dim: int, half: bool) -> Tensor:
     """What turns every pair of channels by 90 degrees, `[head_dim, head_dim]`; `half`: pairs are half a head apart.
 
@@ -128,11 +208,13 @@ def padded(rope: Tensor, prefix: int) -> Tensor:
 def attention(old: Any, head_dim: int, qkv_bias: bool, **positions: Any) -> Attention:
     """An attention with one `qkv`, around what the old one has of norms and dropout; on meta but for `positions`."""
     with torch.device("meta"):
-        kind: Any = PositionalAttention if any(value is not None for value in positions.values()) else Attention
-        if kind is Attention:
-            made: Any = Attention(old.proj.out_features, old.num_heads, head_dim, qkv_bias=qkv_bias)
+        sizes = (old.proj.out_features, old.num_heads, head_dim)
+        if "order" in positions:
+            made: Any = WindowAttention(*sizes, qkv_bias, **positions)
+        elif any(value is not None for value in positions.values()):
+            made = PositionalAttention(*sizes, qkv_bias, **positions)
         else:
-            made = PositionalAttention(old.proj.out_features, old.num_heads, head_dim, qkv_bias, **positions)
+            made = Attention(*sizes, qkv_bias=qkv_bias)
     for name in ("q_norm", "k_norm", "attn_drop", "proj", "proj_drop"):
         if hasattr(old, name):
             setattr(made, name, getattr(old, name))
@@ -151,16 +233,18 @@ def packed(mlp: nn.Module) -> nn.Module:
     return made
 
 
-def block(old: Any, attn: Attention) -> Block:
+def block(old: Any, attn: Attention, merge: PatchMerging | None = None) -> Block:
     """timm's Block of an old one's norms and MLP; LayerScale for `gamma_1` and `gamma_2`, on meta."""
     width = old.norm1.weight.shape[0]
     with torch.device("meta"):
-        made: Any = Block(width, 1)
-        gammas = (old.gamma_1, old.gamma_2)
+        made: Any = Block(width, 1) if merge is None else MergingBlock(width, 1)
+        gammas = (getattr(old, "gamma_1", None), getattr(old, "gamma_2", None))
         scales = [nn.Identity() if gamma is None else LayerScale(width, old.init_values) for gamma in gammas]
     made.attn, made.mlp, (made.ls1, made.ls2) = attn, packed(old.mlp), scales
     for name in ("norm1", "norm2", "drop_path1", "drop_path2"):
         setattr(made, name, getattr(old, name))
+    if merge is not None:
+        made.merge = merge
     return made
 
 
@@ -169,21 +253,21 @@ def around(model: Any, blocks: Iterable[nn.Module]) -> VisionTransformer:
     attn_pool = getattr(model, "attn_pool", None)
     with torch.device("meta"):
         made: Any = VisionTransformer(
-            embed_dim=model.embed_dim, num_heads=1, depth=0, num_classes=model.num_classes, weight_init="skip",
+            embed_dim=model.patch_embed.proj.out_channels, num_heads=1, depth=0, num_classes=model.num_classes, weight_init="skip",
             in_chans=model.patch_embed.proj.in_channels, global_pool="token" if attn_pool is None else "", class_token=True,
             no_embed_class=getattr(model, "no_embed_class", False), pool_include_prefix=attn_pool is not None,
         )  # fmt: skip
     reg_token = getattr(model, "reg_token", None)
     made.global_pool, made.attn_pool = model.global_pool, attn_pool
-    made.cls_token, made.reg_token, made.pos_embed = model.cls_token, reg_token, model.pos_embed
+    made.cls_token, made.reg_token = getattr(model, "cls_token", None), reg_token
+    made.pos_embed, made.num_features = getattr(model, "pos_embed", None), model.num_features
     made.num_reg_tokens = 0 if reg_token is None else reg_token.shape[1]
-    made.has_class_token, made.num_prefix_tokens = model.cls_token is not None, model.num_prefix_tokens
-    made.norm_pre, made.dynamic_img_size = (
-        getattr(model, "norm_pre", nn.Identity()),
-        getattr(model, "dynamic_img_size", False),
-    )
-    for name in ("patch_embed", "pos_drop", "norm", "fc_norm", "head_drop", "head"):
+    made.has_class_token, made.num_prefix_tokens = made.cls_token is not None, getattr(model, "num_prefix_tokens", 0)
+    made.dynamic_img_size = getattr(model, "dynamic_img_size", False) and made.pos_embed is not None
+    for name in ("patch_embed", "norm", "head"):
         setattr(made, name, getattr(model, name))
+    for name in ("norm_pre", "pos_drop", "fc_norm", "head_drop"):
+        setattr(made, name, getattr(model, name, nn.Identity()))
     for name in ("pretrained_cfg", "default_cfg"):  # only there if timm's registry made the model
         if hasattr(model, name):
             setattr(made, name, getattr(model, name))

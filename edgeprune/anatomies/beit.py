@@ -16,7 +16,7 @@ SHARED = "rel_pos_bias.relative_position_bias_table"
 
 
 def obstacle(model: Any) -> str:
-    return _parts.obstacle(model, lambda block: "")
+    return _parts.obstacle(model.blocks, lambda block: "")
 
 
 def rewrite(model: Any) -> VisionTransformer:

@@ -19,7 +19,7 @@ def obstacle(model: Any) -> str:
         return "it drops patches in training (patch_drop_rate)"
     if getattr(model.rope, "aug_active", False):
         return "it moves coordinates in training (rope_shift_coords, rope_jitter_coords, rope_rescale_coords)"
-    return _parts.obstacle(model, _odd)
+    return _parts.obstacle(model.blocks, _odd)
 
 
 def _odd(block: Any) -> str:

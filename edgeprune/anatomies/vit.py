@@ -21,7 +21,7 @@ OTHERS = {
 
 
 def obstacle(model: Any) -> str:
-    return _parts.obstacle(model, _odd)
+    return _parts.obstacle(model.blocks, _odd)
 
 
 def _odd(block: Any) -> str:

@@ -22,7 +22,7 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.data import Batch
 from edgeprune.obs import Moments
-from edgeprune.types import Levels, SubBlock, SubBlockKind
+from edgeprune.types import Levels, SubBlock
 
 DEFAULT = "fisher"
 
@@ -40,7 +40,7 @@ class Evidence:
     gradients: dict[SubBlock, Tensor]  # covariance of the output gradients `[width, width]`; empty without the loss
     batches: Callable[[], Iterator[Batch]]  # calibration images, with labels for a criterion that names them in NEEDS
     images: int
-    neuron_grid: tuple[int, ...]  # the MLP widths that the search may choose, ascending from 0
+    neuron_grids: tuple[tuple[int, ...], ...]  # the MLP widths that the search may choose, ascending from 0, per stage
     seed: int
     console: Console
 
@@ -49,9 +49,11 @@ class Evidence:
         layer = vit.output_layer(self.model.blocks[at[0]], at[1])
         return layer.weight.detach(), layer.bias.detach()
 
-    def grid(self, kind: SubBlockKind) -> tuple[int, ...]:
+    def grid(self, at: SubBlock) -> tuple[int, ...]:
         """How many units may be kept, ascending."""
-        return tuple(range(self.sizes.heads + 1)) if kind == "attn" else self.neuron_grid
+        if at[1] == "attn":
+            return tuple(range(self.sizes.units(at) + 1))
+        return self.neuron_grids[self.sizes.stages.index(self.sizes.by_block[at[0]])]
 
 
 class Criterion(Protocol):
@@ -78,13 +80,13 @@ def uses_loss(criterion: Criterion) -> bool:
 
 def score(criterion: Criterion, evidence: Evidence) -> list[Levels]:
     """The criterion's levels, one per sub-block in order; units that a schedule has already cut off go first and cost nothing."""
-    found = {(level.block, level.kind): level for level in criterion.score(evidence)}
+    found = {level.at: level for level in criterion.score(evidence)}
     return [_dead_first(evidence, found[at]) for at in evidence.moments]
 
 
 def _dead_first(evidence: Evidence, levels: Levels) -> Levels:
-    weight, _ = evidence.layer((levels.block, levels.kind))
-    used = weight.abs().sum(0).reshape(-1, evidence.sizes.unit_size(levels.kind)).sum(1) > 0
+    weight, _ = evidence.layer(levels.at)
+    used = weight.abs().sum(0).reshape(-1, evidence.sizes.unit_size(levels.at)).sum(1) > 0
     dead = ~used.numpy()[levels.order]
     if not dead.any():
         return levels
@@ -100,7 +102,7 @@ def obs_order(evidence: Evidence, at: SubBlock) -> tuple[list[int], list[float],
     w = weight.double()
     if at in evidence.gradients:
         w = obs.loss_rows(w, evidence.gradients[at])
-    order, errors = obs.removal_order(w, hessian, evidence.sizes.unit_size(at[1]))
+    order, errors = obs.removal_order(w, hessian, evidence.sizes.unit_size(at))
     return order, errors, float(((w @ hessian) * w).sum())
 
 
@@ -124,8 +126,8 @@ def make_levels(at: SubBlock, order: list[int], errors: np.ndarray) -> Levels:
 
 def grid_levels(evidence: Evidence, at: SubBlock, order: list[int], errors: np.ndarray) -> Levels:
     """Levels from errors `[grid]` at the numbers of units that may be kept, most kept first; interpolated between."""
-    units = evidence.sizes.units(at[1])
-    removed = [units - kept for kept in reversed(evidence.grid(at[1]))]
+    units = evidence.sizes.units(at)
+    removed = [units - kept for kept in reversed(evidence.grid(at))]
     return make_levels(at, order, np.interp(np.arange(units + 1), removed, np.maximum.accumulate(errors)))
 
 

@@ -38,7 +38,7 @@ def score(evidence: Evidence) -> list[Levels]:
     for at in evidence.moments:
         parts = zip(saliency.group(evidence.model, at), slope[at], curvature[at], general[at], strict=True)
         importance = [importances(w.detach().double(), *own) for w, *own in parts]
-        scores[at] = saliency.unit_sums(importance, evidence.sizes.unit_size(at[1]))
+        scores[at] = saliency.unit_sums(importance, evidence.sizes.unit_size(at))
     return saliency.levels(evidence, scores)
 
 

@@ -39,7 +39,7 @@ def _groups(evidence: Evidence) -> list[list[SubBlock]]:
     groups: list[list[SubBlock]] = [[]]
     held = 0
     for at in evidence.moments:
-        size = 4 * evidence.layer(at)[0].numel() * len(evidence.grid(at[1]))
+        size = 4 * evidence.layer(at)[0].numel() * len(evidence.grid(at))
         if groups[-1] and held + size > CHANGES_BYTES:
             groups.append([])
             held = 0
@@ -51,10 +51,10 @@ def _groups(evidence: Evidence) -> list[list[SubBlock]]:
 def _changes(evidence: Evidence, at: SubBlock, order: list[int]) -> tuple[Tensor, Tensor]:
     """(dW `[levels, width * inputs]`, db `[levels, width]`), float32; level 0 keeps everything."""
     weight, bias = evidence.layer(at)
-    moments, unit_size = evidence.moments[at], evidence.sizes.unit_size(at[1])
+    moments, unit_size = evidence.moments[at], evidence.sizes.unit_size(at)
     hessian, mean = obs.damped(moments.covariance), moments.mean
     dws, dbs = [], []
-    for kept in reversed(evidence.grid(at[1])):
+    for kept in reversed(evidence.grid(at)):
         units = tuple(sorted(order[len(order) - kept :]))
         columns = vit.columns(units, unit_size)
         new, new_bias = obs.refit(weight, bias, mean, hessian, columns)

@@ -37,5 +37,5 @@ def _standardised(evidence: Evidence, at: SubBlock) -> Tensor:
     centred = wifv[alive] - wifv[alive].mean()
     z = torch.zeros_like(wifv)
     z[alive] = centred / centred.square().mean().sqrt().clamp_min(1e-300)
-    size = evidence.sizes.unit_size(at[1])
+    size = evidence.sizes.unit_size(at)
     return saliency.of_columns(evidence, at, z) / size

@@ -49,7 +49,7 @@ def score(evidence: Evidence) -> list[Levels]:
         scores[at] = eps * saliency.of_columns(evidence, at, gradients.abs().sum((0, 1))) / len(pixels)
         count = CANDIDATES * (len(scores[at]) // SUSPICIOUS)
         units = scores[at].argsort(descending=True, stable=True)[:count].tolist()
-        columns = [vit.columns((unit,), evidence.sizes.unit_size(at[1])) for unit in units]
+        columns = [vit.columns((unit,), evidence.sizes.unit_size(at)) for unit in units]
         steps[at] = {unit: eps * gradients[..., own].sign() for unit, own in zip(units, columns, strict=True)}
     for at, rises in attack(evidence, pixels, labels, steps).items():
         worst = sorted(rises, key=lambda unit: -rises[unit])[: len(rises) // CANDIDATES]
@@ -76,12 +76,12 @@ def attack(
     with evidence.console.progress("attacks", sum(map(len, steps.values())), "units") as advance:
         for i, (block, kind) in enumerate(places):
             weight, _ = evidence.layer((block, kind))
-            stream = vit.step(model.blocks[block], kind, stream)
+            stream = vit.walk(model, (block, kind), stream)
             for unit, step in steps[block, kind].items():
-                change = step @ weight[:, vit.columns((unit,), evidence.sizes.unit_size(kind))].T
+                change = step @ weight[:, vit.columns((unit,), evidence.sizes.unit_size((block, kind)))].T
                 attacked = stream + vit.scale(model.blocks[block], kind)(change)
                 for later, later_kind in places[i + 1 :]:
-                    attacked = vit.step(model.blocks[later], later_kind, attacked)
+                    attacked = vit.walk(model, (later, later_kind), attacked)
                 after = log_odds(vit.classify(model, attacked), labels)
                 rises[block, kind][unit] = float((after - before).mean())
                 advance(1, "")

@@ -37,5 +37,5 @@ def score(evidence: Evidence) -> list[Levels]:
     cosine = product / (norm * steepness).clamp_min(1e-30)
     scores = [norm, norm / sums(lambda w, g: torch.ones_like(w)), cosine + 1, product.abs(), product.square() / 2]
     mixed = sum((WEIGHT * own / own.norm().clamp_min(1e-300) for own in scores), torch.zeros_like(norm))
-    units = [evidence.sizes.units(kind) for _, kind in evidence.moments]
+    units = [evidence.sizes.units(at) for at in evidence.moments]
     return saliency.levels(evidence, dict(zip(evidence.moments, mixed.split(units), strict=True)))

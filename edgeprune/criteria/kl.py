@@ -21,7 +21,7 @@ NEEDS = ("weights", "activations", "gradients", "loss")
 def score(evidence: Evidence) -> list[Levels]:
     orders = {at: order for at, (order, _, _) in obs_orders(evidence).items()}
     places = sorted(orders)
-    counts = [evidence.grid(kind) for _, kind in places]
+    counts = [evidence.grid(at) for at in places]
     unjudged = [Levels(*at, np.array(orders[at]), np.zeros(len(orders[at]) + 1)) for at in places]
     moments = {at: (own.mean, obs.damped(own.covariance)) for at, own in evidence.moments.items()}
     pixels = torch.cat([pixels for pixels, _ in saliency.first(evidence, SCORED)])

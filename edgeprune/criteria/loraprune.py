@@ -42,13 +42,13 @@ def score(evidence: Evidence) -> list[Levels]:
     adapters.attach(model, seed=evidence.seed)
     trained = [factor for _, layer in adapters.attached(model) for factor in factors(layer)]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    averages = {at: torch.zeros(evidence.sizes.units(at[1])).double() for at in evidence.moments}
+    averages = {at: torch.zeros(evidence.sizes.units(at)).double() for at in evidence.moments}
     with evidence.console.progress("adapters", min(SCORED, evidence.images), "images") as advance:
         for pixels, labels in saliency.first(evidence):
             optimizer.zero_grad()
             F.cross_entropy(model(pixels), labels).backward()
             for at, average in averages.items():
-                averages[at] = DECAY * average + (1 - DECAY) * importance(model, at, evidence.sizes.unit_size(at[1]))
+                averages[at] = DECAY * average + (1 - DECAY) * importance(model, at, evidence.sizes.unit_size(at))
             optimizer.step()
             advance(len(pixels), "")
     return saliency.levels(evidence, averages)

@@ -36,7 +36,7 @@ NEEDS = ("activations", "gradients", "classes")
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    totals = {at: torch.zeros(evidence.sizes.units(at[1])).double() for at in evidence.moments}
+    totals = {at: torch.zeros(evidence.sizes.units(at)).double() for at in evidence.moments}
     images = 0
     with (
         evidence.console.progress("relevance", min(SCORED, evidence.images), "images") as advance,

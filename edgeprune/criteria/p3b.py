@@ -28,7 +28,7 @@ NEEDS = ("activations", "gradients", "labels")
 
 
 def score(evidence: Evidence) -> list[Levels]:
-    totals = {at: torch.zeros(evidence.sizes.units(at[1])).double() for at in evidence.moments}
+    totals = {at: torch.zeros(evidence.sizes.units(at)).double() for at in evidence.moments}
     batches = 0
     with evidence.console.progress("masks", min(SCORED, evidence.images), "images") as advance:
         for pixels, labels in saliency.first(evidence):

@@ -20,7 +20,7 @@ def score(evidence: Evidence) -> list[Levels]:
     generator = torch.Generator().manual_seed(evidence.seed)
     levels = []
     for at in evidence.moments:
-        units = evidence.sizes.units(at[1])
+        units = evidence.sizes.units(at)
         order = torch.randperm(units, generator=generator).tolist()
         levels.append(make_levels(at, order, np.arange(units + 1) / units))
     return levels

@@ -24,7 +24,7 @@ def score(evidence: Evidence) -> list[Levels]:
         for at, moments in evidence.moments.items():
             weight = evidence.layer(at)[0].double()
             h = obs.damped(moments.covariance + torch.outer(moments.mean, moments.mean))
-            order, errors = obs.removal_order(weight, h, evidence.sizes.unit_size(at[1]))
+            order, errors = obs.removal_order(weight, h, evidence.sizes.unit_size(at))
             everything = float(((weight @ h) * weight).sum())
             found.append(make_levels(at, order, np.array(errors) / max(everything, 1e-300)))
             advance(1, "")

@@ -22,13 +22,16 @@ class Cost:
     bytes: int  # weights and biases, input and output activations; what lies between them may stay in a cache
 
 
-def attention(tokens: int, width: int, heads: int, head_dim: int, batch: int = 1) -> Cost:
-    """Attention of `heads` heads, `[batch, tokens, width]` -> the same: qkv, scores, weighted sum, projection."""
+def attention(tokens: int, width: int, heads: int, head_dim: int, batch: int = 1, window: int = 0) -> Cost:
+    """Attention of `heads` heads, `[batch, tokens, width]` -> the same: qkv, scores, weighted sum, projection.
+
+    window: how many tokens attend to each other, 0 = all.
+    """
     inner = heads * head_dim
     if not inner:
         return Cost(0, 0)
     projections = 4 * tokens * width * inner  # query, key, value and the output's
-    scores = 2 * tokens * tokens * inner  # and the sum weighted with them
+    scores = 2 * tokens * (window or tokens) * inner  # and the sum weighted with them
     weights = 4 * width * inner + 3 * inner + width
     return Cost(2 * batch * (projections + scores), BYTES * (weights + 2 * batch * tokens * width))
 

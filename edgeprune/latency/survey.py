@@ -39,7 +39,7 @@ def survey(
     console: Console,
     *,
     table: LatencyTable | None = None,
-    sizes: Mapping[str, int] | None = None,
+    sizes: Mapping[str, Any] | None = None,
     off_grid: Mapping[int, Path] | None = None,
     compare: bool = True,
 ) -> dict[str, Any]:
@@ -147,24 +147,27 @@ def _ceilings(measured: Mapping[Any, float], uncapped: bool) -> dict[str, Any]:
 
 
 def _sub_blocks(
-    table: LatencyTable, sizes: Mapping[str, int], ceilings: Mapping[str, Any] | None
+    table: LatencyTable, sizes: Mapping[str, Any], ceilings: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Every sub-block of the table, its share of the dense model's time, and how near it is to the ceiling."""
-    tokens, width, head_dim = sizes["tokens"], sizes["width"], sizes["head_dim"]
-    batch = sizes.get("batch", 1)
-    rows = [
-        ("attention", f"{heads} heads", float(table.attn_ms[heads]), roofline.attention(tokens, width, heads, head_dim, batch))
-        for heads in range(len(table.attn_ms) - 1, 0, -1)
-    ] + [
-        ("MLP", f"{neurons} neurons", float(ms), roofline.mlp(tokens, width, neurons, batch))
-        for neurons, ms in reversed(list(zip(table.mlp_widths, table.mlp_ms, strict=True)))
-        if neurons
-    ]  # fmt: skip
-    return [
-        {"kind": kind, "kept": kept, "ms": ms, "share": table.blocks * ms / table.dense_ms}
-        | (roofline.achieved(cost, ms, ceilings["gflops"], ceilings["gb_per_s"]) if ceilings and ms > 0 else {})
-        for kind, kept, ms, cost in rows
-    ]
+    batch, found = sizes.get("batch", 1), []
+    for number, (own, stage) in enumerate(zip(table.stages, sizes.get("stages", [sizes]), strict=True)):
+        tokens, width, head_dim = stage["tokens"], stage["width"], stage["head_dim"]
+        window = stage.get("window", 0)
+        rows = [
+            ("attention", f"{heads} heads", float(own.attn_ms[heads]), roofline.attention(tokens, width, heads, head_dim, batch, window))
+            for heads in range(len(own.attn_ms) - 1, 0, -1)
+        ] + [
+            ("MLP", f"{neurons} neurons", float(ms), roofline.mlp(tokens, width, neurons, batch))
+            for neurons, ms in reversed(list(zip(own.mlp_widths, own.mlp_ms, strict=True)))
+            if neurons
+        ]  # fmt: skip
+        found += [
+            {"kind": kind, "stage": number, "kept": kept, "ms": ms, "share": own.blocks * ms / table.dense_ms}
+            | (roofline.achieved(cost, ms, ceilings["gflops"], ceilings["gb_per_s"]) if ceilings and ms > 0 else {})
+            for kind, kept, ms, cost in rows
+        ]
+    return found
 
 
 def _thread_scaling(model: Path, under: Conditions, runtime: str, threads: int) -> list[dict[str, Any]]:

@@ -1,36 +1,48 @@
 """The latency table: what one sub-block of each shape costs, from measurements of whole models.
 
-Most measured candidates are the full model at full depth whose blocks all have one shape, so caches and
-memory traffic are those of the deployed model. Differences between candidates, divided by the number
-of blocks, are the price of a sub-block. What such prices miss, e.g. that kernels for many shapes evict
+Most measured candidates are the full model at full depth where all blocks of one stage (in a plain ViT: all blocks)
+have one shape, so caches and memory traffic are those of the deployed model. Differences between candidates, divided
+by the number of blocks, are the price of a sub-block. What such prices miss, e.g. that kernels for many shapes evict
 each other, is fitted on some plans whose blocks all differ. Numpy only; how the candidates were made is
 not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from edgeprune import errors
-from edgeprune.types import FloatArray, LatencyTable, Measurement, Shape, to_json
+from edgeprune.types import FloatArray, LatencyTable, Measurement, Prices, Shape, to_json
 
+MOST_BLOCKS = 512
 TOKENS = {"patches", "attn_share", "mlp_share", "reduce_ms"}  # fields that a table without tokens may leave out
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one stage, whose blocks all had one shape, beside the dense others; and its dense sizes.
+
+    attn: by heads kept, fewer than all, 0 among them, with the dense MLP; heads between are interpolated.
+    mlp: by neurons kept, 0 and more, with all heads.
+    """
+
+    blocks: int
+    heads: int
+    neurons: int
+    attn: Mapping[int, Measurement]
+    mlp: Mapping[int, Measurement]
+
+
 def build_table(
-    attn: Mapping[int, Measurement],
-    mlp: Mapping[int, Measurement],
+    stages: Sequence[Measured],
     empty: Measurement,
     plans: Mapping[Shape, Measurement],
     *,
-    heads: int,
-    width: int,
-    blocks: int,
     dense_ms: float,
     runtime: str,
     precision: str,
@@ -41,8 +53,6 @@ def build_table(
 ) -> LatencyTable:
     """Turn measurements of uniform models into a table.
 
-    attn: by heads kept in every block (0 .. heads - 1), with the dense MLP.
-    mlp: by neurons kept in every block (0 and more), with all heads.
     empty: every sub-block removed. plans: by shape, some whose blocks differ; {} = sums of prices are taken as they are.
     The anchor of every measurement is the dense model; it need not be among them: its ratio is 1.
     dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
@@ -50,36 +60,44 @@ def build_table(
     reducing: a shape that drops tokens in every block, from which the price of dropping is taken.
     Raises UsageError when an entry is missing.
     """
-    missing = [h for h in range(heads) if h not in attn]
-    if missing or 0 not in mlp:
-        what = f"attention with {missing} heads" if missing else "the MLP with 0 neurons"
-        raise errors.UsageError(f"a latency table needs every entry; {what} was not measured: profile again")
     repaired: list[str] = []
-    counts, attn_ms = _prices(attn, heads, blocks, dense_ms, "attention with {} heads", repaired)
-    widths, mlp_ms = _prices(mlp, width, blocks, dense_ms, "MLP with {} neurons", repaired)
-    if counts != tuple(range(heads + 1)) or widths[-1] != width:
-        raise errors.UsageError(f"heads {counts} or MLP widths {widths} exceed the dense {heads} and {width}")
+    priced = tuple(
+        _stage(own, dense_ms, f" in stage {i}" if len(stages) > 1 else "", repaired) for i, own in enumerate(stages)
+    )
+    parts = [m for own in stages for m in (*own.attn.values(), *own.mlp.values())]
     prices = LatencyTable(
         runtime=runtime,
         precision=precision,
         threads=threads,
-        blocks=blocks,
-        base_ms=float(dense_ms - blocks * (attn_ms[-1] + mlp_ms[-1])),
-        attn_ms=attn_ms,
-        mlp_widths=widths,
-        mlp_ms=mlp_ms,
+        base_ms=float(dense_ms - sum(own.blocks * (own.attn_ms[-1] + own.mlp_ms[-1]) for own in priced)),
+        stages=priced,
         dense_ms=float(dense_ms),
         empty_ms=float(empty.ratio * dense_ms),
-        samples=min(len(m.samples_ms) for m in [*attn.values(), *mlp.values(), *plans.values()]),
+        samples=min(len(m.samples_ms) for m in [*parts, *plans.values()]),
         repaired=tuple(repaired),
     )
     if fewer:
-        prices = _with_tokens(prices, fewer, attn[0], mlp[0], empty, patches)
+        prices = _with_tokens(prices, fewer, stages[0].attn[0], stages[0].mlp[0], empty, patches)
     if fewer and reducing:
         shape, measurement = reducing
         extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(len(row) > 2 for row in shape)
         prices = replace(prices, reduce_ms=max(float(extra), 0.0))
     return fitted(prices, {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()})
+
+
+def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> Prices:
+    """Appends to `repaired`. Raises UsageError."""
+    if 0 not in own.attn or 0 not in own.mlp:
+        what = "the MLP with 0 neurons" if 0 in own.attn else "attention with 0 heads"
+        raise errors.UsageError(f"a latency table needs every entry; {what}{where} was not measured: profile again")
+    words = (f"attention with {{}} heads{where}", f"MLP with {{}} neurons{where}")
+    counts, attn_ms = _prices(own.attn, own.heads, own.blocks, dense_ms, words[0], repaired)
+    widths, mlp_ms = _prices(own.mlp, own.neurons, own.blocks, dense_ms, words[1], repaired)
+    if counts[-1] != own.heads or widths[-1] != own.neurons:
+        raise errors.UsageError(
+            f"heads {counts} or MLP widths {widths}{where} exceed the dense {own.heads} and {own.neurons}"
+        )
+    return Prices(own.blocks, np.interp(range(own.heads + 1), counts, attn_ms), widths, mlp_ms)
 
 
 def _with_tokens(
@@ -118,8 +136,9 @@ def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
     return replace(
         prices,
         base_ms=shift + scale * prices.base_ms,
-        attn_ms=scale * prices.attn_ms,
-        mlp_ms=scale * prices.mlp_ms,
+        stages=tuple(
+            replace(own, attn_ms=scale * own.attn_ms, mlp_ms=scale * own.mlp_ms) for own in prices.stages
+        ),
         reduce_ms=scale * prices.reduce_ms,
         fit={
             "plans": len(plans), "shift_ms": shift, "scale": scale,
@@ -201,9 +220,7 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
     table = LatencyTable(
         **{
             **document,
-            "attn_ms": np.array(document["attn_ms"], dtype=np.float64),
-            "mlp_ms": np.array(document["mlp_ms"], dtype=np.float64),
-            "mlp_widths": tuple(document["mlp_widths"]),
+            "stages": tuple(_read_stage(own) for own in document["stages"]),
             "repaired": tuple(document["repaired"]),
             **{
                 key: np.array(document[key], dtype=np.float64) for key in ("attn_share", "mlp_share") if key in document
@@ -213,21 +230,8 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
     )
     if table.patches or len(table.attn_share) != 1 or len(table.mlp_share) != 1:
         _check_tokens(table)
-    if len(table.mlp_widths) != len(table.mlp_ms):
-        raise ValueError("more or fewer MLP prices than widths")
-    if not all(type(width) is int for width in table.mlp_widths) or table.mlp_widths[:1] != (0,):
-        raise ValueError("the MLP widths must be whole numbers from 0")
-    if list(table.mlp_widths) != sorted(set(table.mlp_widths)):
-        raise ValueError("the MLP widths must ascend")
-    for name, prices in (("attn_ms", table.attn_ms), ("mlp_ms", table.mlp_ms)):
-        if (
-            prices.ndim != 1
-            or len(prices) < 2
-            or not np.isfinite(prices).all()
-            or (np.diff(prices) < 0).any()
-            or prices[0] != 0
-        ):
-            raise ValueError(f"{name} must be finite, ascend and begin with 0")
+    if not table.stages:
+        raise ValueError("it has no stages")
     for name in ("dense_ms", "empty_ms"):
         if not 0 < float(getattr(table, name)) < float("inf"):
             raise ValueError(f"{name} must be above zero and finite")
@@ -235,6 +239,26 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
         raise ValueError("runtime and precision must be texts")
     if not np.isfinite(float(table.base_ms)):
         raise ValueError("base_ms must be finite")
-    if type(table.blocks) is not int or type(table.threads) is not int or min(table.blocks, table.threads) < 1:
-        raise ValueError("blocks and threads must be whole numbers of at least 1")
+    if type(table.threads) is not int or table.threads < 1:
+        raise ValueError("threads must be a whole number of at least 1")
     return table
+
+
+def _read_stage(document: Mapping[str, Any]) -> Prices:
+    """Raises TypeError or ValueError for values that no table has."""
+    if not isinstance(document, Mapping) or set(document) != set(Prices.__dataclass_fields__):
+        raise ValueError(f"a stage must have {', '.join(Prices.__dataclass_fields__)}")
+    prices = {name: np.array(document[name], dtype=np.float64) for name in ("attn_ms", "mlp_ms")}
+    own = Prices(**{**document, **prices, "mlp_widths": tuple(document["mlp_widths"])})
+    if type(own.blocks) is not int or not 1 <= own.blocks <= MOST_BLOCKS:
+        raise ValueError(f"blocks must be a whole number from 1 to {MOST_BLOCKS}")
+    if len(own.mlp_widths) != len(own.mlp_ms):
+        raise ValueError("more or fewer MLP prices than widths")
+    if not all(type(width) is int for width in own.mlp_widths) or own.mlp_widths[:1] != (0,):
+        raise ValueError("the MLP widths must be whole numbers from 0")
+    if list(own.mlp_widths) != sorted(set(own.mlp_widths)):
+        raise ValueError("the MLP widths must ascend")
+    for name, ms in prices.items():
+        if ms.ndim != 1 or len(ms) < 2 or not np.isfinite(ms).all() or (np.diff(ms) < 0).any() or ms[0] != 0:
+            raise ValueError(f"{name} must be finite, ascend and begin with 0")
+    return own

@@ -56,8 +56,8 @@ def cut(damage: Damage) -> Iterator[tuple[SubBlock, Tensor, Tensor]]:
     """Every sub-block that loses units, with the input columns of its last layer that stay and those that go."""
     sizes = vit.anatomy(damage.model)
     for at, units in units_of(damage.plan).items():
-        every = range(sizes.units(at[1]))
+        every = range(sizes.units(at))
         gone = tuple(sorted(set(every) - set(units)))
         if gone:
-            size = sizes.unit_size(at[1])
+            size = sizes.unit_size(at)
             yield at, vit.columns(units, size), vit.columns(gone, size)

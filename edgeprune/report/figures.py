@@ -70,15 +70,16 @@ def pareto(
     return figure(traces, shapes=shapes, xaxis={"title": {"text": "latency p50, ms"}, "rangemode": "tozero"}, yaxis={"title": {"text": "accuracy, %"}})  # fmt: skip
 
 
-def heads(kept: Sequence[Sequence[int]], total: int) -> Figure:
-    """Which heads of which block are kept: one cell each."""
-    rows = [[1 if head in block else 0 for block in kept] for head in range(total)]
-    text = [["kept" if cell else "removed" for cell in row] for row in rows]
+def heads(kept: Sequence[Sequence[int]], total: Sequence[int]) -> Figure:
+    """Which heads of which block are kept: one cell each; none where a block has no such head."""
+    pairs = list(zip(kept, total, strict=True))
+    rows = [[None if head >= there else int(head in block) for block, there in pairs] for head in range(max(total))]
+    text = [["" if cell is None else "kept" if cell else "removed" for cell in row] for row in rows]
     trace = _go().Heatmap(
         z=rows, text=text, xgap=2, ygap=2, showscale=False, zmin=0, zmax=1, colorscale=[[0, FAINT], [1, PRUNED]],
         hovertemplate="block %{x}, head %{y}: %{text}<extra></extra>",
     )  # fmt: skip
-    return figure([trace], height=120 + 24 * min(total, 12), xaxis={"title": {"text": "block"}, "dtick": 1}, yaxis={"title": {"text": "head"}, "dtick": 1})  # fmt: skip
+    return figure([trace], height=120 + 24 * min(max(total), 12), xaxis={"title": {"text": "block"}, "dtick": 1}, yaxis={"title": {"text": "head"}, "dtick": 1})  # fmt: skip
 
 
 def kept_bars(name: str, kept: Sequence[int], total: Sequence[int]) -> Figure:
@@ -95,8 +96,11 @@ def kept_bars(name: str, kept: Sequence[int], total: Sequence[int]) -> Figure:
 
 def where(table: Mapping[str, Any]) -> Figure:
     """What share of the dense model's time attention, MLPs and everything else take."""
-    blocks, dense = table["blocks"], table["dense_ms"]
-    parts = {"attention": blocks * table["attn_ms"][-1], "MLP": blocks * table["mlp_ms"][-1]}
+    dense = table["dense_ms"]
+    parts = {
+        "attention": sum(stage["blocks"] * stage["attn_ms"][-1] for stage in table["stages"]),
+        "MLP": sum(stage["blocks"] * stage["mlp_ms"][-1] for stage in table["stages"]),
+    }
     parts["everything else"] = max(dense - sum(parts.values()), 0.0)
     traces = [
         _go().Bar(y=["dense"], x=[ms], name=name, orientation="h", marker={"color": color},
@@ -108,15 +112,17 @@ def where(table: Mapping[str, Any]) -> Figure:
 
 def staircase(table: Mapping[str, Any]) -> Figure:
     """What one sub-block costs at each width it may keep: heads as their share, neurons as theirs."""
-    go = _go()
-    attn, widths, mlp = table["attn_ms"], table["mlp_widths"], table["mlp_ms"]
-    most = max(len(attn) - 1, 1)
-    traces = [
-        go.Scatter(x=[100 * h / most for h in range(len(attn))], y=attn, name="attention", mode="lines+markers", line={"color": PRUNED},
-                   text=[f"{h} heads" for h in range(len(attn))], hovertemplate="%{text}: %{y:.4f} ms<extra>attention</extra>"),
-        go.Scatter(x=[100 * w / widths[-1] for w in widths], y=mlp, name="MLP", mode="lines+markers", line={"color": THIRD, "dash": "dash"},
-                   text=[f"{w} neurons" for w in widths], hovertemplate="%{text}: %{y:.4f} ms<extra>MLP</extra>"),
-    ]  # fmt: skip
+    go, traces = _go(), []
+    for number, stage in enumerate(table["stages"]):
+        attn, widths, mlp = stage["attn_ms"], stage["mlp_widths"], stage["mlp_ms"]
+        most, marker = max(len(attn) - 1, 1), {"symbol": number}
+        names = [f"{kind} {number}" if len(table["stages"]) > 1 else kind for kind in ("attention", "MLP")]
+        traces += [
+            go.Scatter(x=[100 * h / most for h in range(len(attn))], y=attn, name=names[0], mode="lines+markers", line={"color": PRUNED}, marker=marker,
+                       text=[f"{h} heads" for h in range(len(attn))], hovertemplate=f"%{{text}}: %{{y:.4f}} ms<extra>{names[0]}</extra>"),
+            go.Scatter(x=[100 * w / widths[-1] for w in widths], y=mlp, name=names[1], mode="lines+markers", line={"color": THIRD, "dash": "dash"}, marker=marker,
+                       text=[f"{w} neurons" for w in widths], hovertemplate=f"%{{text}}: %{{y:.4f}} ms<extra>{names[1]}</extra>"),
+        ]  # fmt: skip
     return figure(traces, xaxis={"title": {"text": "kept, % of the dense block"}}, yaxis={"title": {"text": "ms per sub-block"}, "rangemode": "tozero"})  # fmt: skip
 
 

@@ -317,15 +317,21 @@ def _family_row(point: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
 
 
 def _plan_figures(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[tuple[str, str]]:
-    sizes, blocks = profile["model"], plan["blocks"]
+    blocks, (heads, neurons) = plan["blocks"], zip(*dense_shape(profile), strict=True)
     found = [
-        (figures.heads([block["heads"] for block in blocks], sizes["heads"]), "Heads: filled ones are kept."),
-        (figures.kept_bars("neurons", [len(block["neurons"]) for block in blocks], [sizes["neurons"]] * len(blocks)), "MLP neurons kept per block."),
+        (figures.heads([block["heads"] for block in blocks], heads), "Heads: filled ones are kept."),
+        (figures.kept_bars("neurons", [len(block["neurons"]) for block in blocks], neurons), "MLP neurons kept per block."),
     ]  # fmt: skip
     if passing := patches(plan, profile):
         most = profile["table"]["patches"][-1]
         found.append((figures.kept_bars("patches", passing, [most] * len(blocks)), "Patches that each block leaves."))
     return found
+
+
+def dense_shape(profile: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Heads and neurons of every block of the dense model."""
+    stages = profile["table"]["stages"]
+    return [(len(own["attn_ms"]) - 1, own["mlp_widths"][-1]) for own in stages for _ in range(own["blocks"])]
 
 
 def patches(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[int]:
@@ -342,13 +348,13 @@ def patches(plan: Mapping[str, Any], profile: Mapping[str, Any]) -> list[int]:
 def _plan_rows(
     manifest: Mapping[str, Any], plan: Mapping[str, Any], profile: Mapping[str, Any]
 ) -> list[tuple[Any, ...]]:
-    sizes, passing = profile["model"], patches(plan, profile)
+    passing = patches(plan, profile)
     return [
         (
-            i, f"{len(block['heads'])} of {sizes['heads']}", f"{len(block['neurons'])} of {sizes['neurons']}",
+            i, f"{len(block['heads'])} of {heads}", f"{len(block['neurons'])} of {neurons}",
             f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", manifest["precision"],
         )
-        for i, block in enumerate(plan["blocks"])
+        for i, (block, (heads, neurons)) in enumerate(zip(plan["blocks"], dense_shape(profile), strict=True))
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,26 +93,38 @@ def _latency(document: dict[str, Any], survey: dict[str, Any]) -> Section:
     return Section("Latency of the dense model" if "table" in document else "Latency", ("", "ms"), rows, notes)
 
 
+def in_stage(table: Mapping[str, Any], number: int) -> str:
+    """Which stage, in words; "" where there is but one."""
+    return f" in stage {number}" if len(table["stages"]) > 1 else ""
+
+
 def _where(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
     """Sub-blocks of the dense model, and how near they are to the ceiling."""
-    blocks, dense = table["blocks"], table["dense_ms"]
-    kinds = {"attention": table["attn_ms"][-1], "MLP": table["mlp_ms"][-1]}
-    rows = []
-    for kind, ms in kinds.items():
-        listed: list[dict[str, Any]] = survey["sub_blocks"] if survey else []
-        row = next((r for r in listed if r["kind"] == kind), {})
-        gflops = (
-            (f"{row['gflops']:.0f}", f"{row['share_of_ceiling']:.0%}", row["bound"])
-            if "gflops" in row else ("–", "–", "–")
-        )  # fmt: skip
-        rows.append((f"{kind}, {blocks} of them", _ms(blocks * ms), f"{blocks * ms / dense:.1%}", _ms(ms), *gflops))
-    rest = dense - blocks * sum(kinds.values())
+    dense = rest = table["dense_ms"]
+    rows, each = [], []
+    for number, stage in enumerate(table["stages"]):
+        blocks, where = stage["blocks"], in_stage(table, number)
+        for kind, ms in (("attention", stage["attn_ms"][-1]), ("MLP", stage["mlp_ms"][-1])):
+            listed: list[dict[str, Any]] = survey["sub_blocks"] if survey else []
+            row = next((r for r in listed if (r["kind"], r.get("stage", 0)) == (kind, number)), {})
+            gflops = (
+                (f"{row['gflops']:.0f}", f"{row['share_of_ceiling']:.0%}", row["bound"])
+                if "gflops" in row else ("–", "–", "–")
+            )  # fmt: skip
+            rows.append(
+                (f"{kind}{where}, {blocks} of them", _ms(blocks * ms), f"{blocks * ms / dense:.1%}", _ms(ms), *gflops)
+            )
+            rest -= blocks * ms
+        head, neurons = (
+            stage["attn_ms"][-1] / (len(stage["attn_ms"]) - 1),
+            stage["mlp_ms"][-1] / stage["mlp_widths"][-1],
+        )
+        each.append(f"a head costs {1e3 * head:.0f} µs per block on average, 8 neurons {8e3 * neurons:.2f} µs{where}")
     rows.append(("everything else", _ms(rest), f"{rest / dense:.1%}", "", "", "", ""))
-    heads = len(table["attn_ms"]) - 1
+    told = "; ".join(each)
     notes = [
         f"What always stays is priced at {table['base_ms']:.3f} ms in pruned models, where blocks of many shapes cost a little more.",
-        f"A head costs {1e3 * table['attn_ms'][-1] / heads:.0f} µs per block on average, 8 neurons "
-        f"{8e3 * table['mlp_ms'][-1] / table['mlp_widths'][-1]:.2f} µs ({table['samples']} rounds per entry).",
+        f"{told[0].upper()}{told[1:]} ({table['samples']} rounds per entry).",
     ]
     if fit := table["fit"]:
         notes.append(
@@ -128,15 +140,14 @@ def _where(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
 def _staircase(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
     """Every price of the table, with the marginal cost of its step."""
     rows = []
-    for heads, ms in enumerate(table["attn_ms"]):
-        step = f"{1e3 * (ms - table['attn_ms'][heads - 1]):.1f} µs per head" if heads else ""
-        rows.append(("attention", f"{heads} heads", f"{ms:.4f}", step))
-    for i, (width, ms) in enumerate(zip(table["mlp_widths"], table["mlp_ms"], strict=True)):
-        step = ""
-        if i:
-            per = 8e3 * (ms - table["mlp_ms"][i - 1]) / (width - table["mlp_widths"][i - 1])
-            step = f"{per:.2f} µs per 8 neurons"
-        rows.append(("MLP", f"{width} neurons", f"{ms:.4f}", step))
+    for number, stage in enumerate(table["stages"]):
+        where, attn, mlp, widths = in_stage(table, number), stage["attn_ms"], stage["mlp_ms"], stage["mlp_widths"]
+        for heads, ms in enumerate(attn):
+            step = f"{1e3 * (ms - attn[heads - 1]):.1f} µs per head" if heads else ""
+            rows.append((f"attention{where}", f"{heads} heads", f"{ms:.4f}", step))
+        for i, (width, ms) in enumerate(zip(widths, mlp, strict=True)):
+            step = f"{8e3 * (ms - mlp[i - 1]) / (width - widths[i - 1]):.2f} µs per 8 neurons" if i else ""
+            rows.append((f"MLP{where}", f"{width} neurons", f"{ms:.4f}", step))
     notes = []
     if table.get("patches"):  # an older table has none
         for count, attn, mlp in zip(table["patches"], table["attn_share"], table["mlp_share"], strict=True):

@@ -112,7 +112,7 @@ def over(step: int, steps: int, part: float) -> bool:
 def allocate_open(training: Training, budget_ms: float) -> Plan:
     """The allocator's plan as though all gates were open: what is shut is judged like the rest."""
     gates, values = training.gates, training.gates.values
-    gates.values = {at: torch.ones(gates.sizes.units(at[1])) for at in values}
+    gates.values = {at: torch.ones(gates.sizes.units(at)) for at in values}
     try:
         return training.allocate(training.score(), budget_ms)
     finally:
@@ -130,16 +130,15 @@ def widest(training: Training, worth: Mapping[SubBlock, Tensor]) -> Plan:
 
     Numbers of units are rounded to those in the table. Raises Infeasible when even nothing at all is too slow.
     """
-    table, sizes = training.table, training.gates.sizes
+    table = training.table
     ranks = torch.cat([own.detach().cpu() for own in worth.values()]).argsort(descending=True, stable=True).argsort()
     places = dict(zip(worth, ranks.split([len(own) for own in worth.values()]), strict=True))
-    grids = {"attn": tuple(range(sizes.heads + 1)), "mlp": table.mlp_widths}
+    grids = {at: np.array(table.by_block[at[0]].of(at[1])[0]) for at in worth}
 
     def plan(count: int) -> Plan:
         kept = {}
         for at, own in places.items():
-            widths = np.array(grids[at[1]])
-            left = widths[np.abs(widths - int((own < count).sum())).argmin()]
+            left = grids[at][np.abs(grids[at] - int((own < count).sum())).argmin()]
             kept[at] = own.argsort()[:left].tolist()
         return plan_of(kept)
 
@@ -151,8 +150,7 @@ def widest(training: Training, worth: Mapping[SubBlock, Tensor]) -> Plan:
 
 def milliseconds(table: LatencyTable, units: Mapping[SubBlock, Tensor]) -> Tensor:
     """What the table says of so many units per sub-block (scalars), linear between its entries, with gradients."""
-    entries = {"attn": (range(len(table.attn_ms)), table.attn_ms), "mlp": (table.mlp_widths, table.mlp_ms)}
-    parts = [between(*entries[kind], count) for (_, kind), count in units.items()]
+    parts = [between(*table.by_block[block].of(kind), count) for (block, kind), count in units.items()]
     return torch.stack(parts).sum() + table.base_ms
 
 
@@ -160,7 +158,7 @@ def squares(model: VisionTransformer, at: SubBlock) -> Tensor:
     """`[units]`: the squared norm of each unit's weights, biases too, with gradients; 0 where nothing reads it."""
     *first, last = (part.square() for part in saliency.group(model, at))
     sizes = vit.anatomy(model)
-    count, matrices = sizes.units(at[1]), 3 if at[1] == "attn" else 1
+    count, matrices = sizes.units(at), 3 if at[1] == "attn" else 1
     rows = [part.reshape(matrices, count, -1).sum((0, 2)) for part in first]
     read = last.reshape(len(last), count, -1).sum((0, 2))
     return torch.stack([*rows, read]).sum(0) * (read > 0)
@@ -171,7 +169,7 @@ def scale_columns(gates: Gates, factors: Mapping[SubBlock, Tensor]) -> None:
     """Multiply each unit's columns of the last layer by its factor, factors `[units]` per sub-block."""
     for (i, kind), own in factors.items():
         weight = vit.output_layer(gates.model.blocks[i], kind).weight
-        weight.mul_(own.repeat_interleave(gates.sizes.unit_size(kind)).to(weight))
+        weight.mul_(own.repeat_interleave(gates.sizes.unit_size((i, kind))).to(weight))
 
 
 def fold(gates: Gates, plan: Plan) -> None:

@@ -22,7 +22,7 @@ class Learned(Planned):
         """All numbers at this value, to go that far in all steps together."""
         units = self.training.gates.sizes.units
         self.numbers: dict[SubBlock, Tensor] = {
-            at: torch.full((units(at[1]),), value, requires_grad=True) for at in self.training.gates.values
+            at: torch.full((units(at),), value, requires_grad=True) for at in self.training.gates.values
         }
         self.optimizer = torch.optim.Adam(self.numbers.values(), lr=distance / steps)
 

@@ -56,7 +56,7 @@ class Ast(Planned):
         gates = self.training.gates
 
         def open_up(gradient: Tensor) -> Tensor:
-            return gradient / gates.values[at].repeat_interleave(gates.sizes.unit_size(at[1])).to(gradient)
+            return gradient / gates.values[at].repeat_interleave(gates.sizes.unit_size(at)).to(gradient)
 
         return vit.output_layer(gates.model.blocks[at[0]], at[1]).weight.register_hook(open_up)
 

@@ -53,7 +53,7 @@ class P3b(Planned):
         start, end = math.floor(START * steps), math.floor(HARD * steps)
         if step == 0:
             self.benefits: FloatArray | None = None
-            self.ms = np.array([(table.attn_ms if kind == "attn" else table.mlp_ms)[-1] for _, kind in gates.values])
+            self.ms = np.array([table.by_block[block].of(kind)[1][-1] for block, kind in gates.values])
             self.watch({at: torch.ones(len(gate)) for at, gate in gates.values.items()})
         if step >= start and due(step - start, end - start, UPDATES) is not None:
             found, old = self.probe(), self.benefits

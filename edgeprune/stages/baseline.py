@@ -58,8 +58,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     pixels, _ = next(splits.calibration.batches(request.card.calibration.batch_size))
     with torch.no_grad():
         numerics.refuse_not_finite(model, pixels, model(pixels), "baseline", "the weights are broken there: use others")
-    console.say(f"{request.card.architecture}: {sizes.blocks} blocks of {sizes.heads} heads and {sizes.neurons} neurons, "
-                f"{sizes.tokens} tokens, {vit.parameters(model) / 1e6:.2f} M parameters")  # fmt: skip
+    parts = ", then ".join(
+        f"{s.blocks} blocks of {s.heads} heads and {s.neurons} neurons, {s.tokens} tokens" for s in sizes.stages
+    )
+    console.say(f"{request.card.architecture}: {parts}, {vit.parameters(model) / 1e6:.2f} M parameters")
     console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "
                 f"{len(splits.evaluation)} evaluation images")  # fmt: skip
     vit.write_weights(model, out / "dense.safetensors")

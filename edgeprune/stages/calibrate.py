@@ -98,7 +98,7 @@ def gather(
         gradients=found.gradients,
         batches=batches,
         images=count,
-        neuron_grid=vit.widths(sizes, request.target.neuron_step),
+        neuron_grids=vit.grids(sizes, request.target.neuron_step),
         seed=request.seed,
         console=console,
     )

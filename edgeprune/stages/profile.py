@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,19 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         request.conditions, dict.fromkeys(choose.eligible(request.conditions, console), anchor), threads
     )
     console.say(f"runtime: {runtime}, {choose.why(request.conditions, runtime, times)}")
-    grid = vit.widths(dense.sizes, request.target.neuron_step)
-    steps = f"in steps of {grid[1]} neurons (SIMD step {request.target.neuron_step}, at most {vit.MAX_WIDTHS} widths)"
-    console.say(
-        f"grid: 0 to {dense.sizes.heads} heads, {len(grid)} MLP widths{': ' if dense.sizes.whole_mlp else ' '}"
-        f"{vit.WHOLE_MLPS if dense.sizes.whole_mlp else steps}"
-    )
-    models = shapes.shape_models(dense.model, grid, out, console)
+    grids = vit.grids(dense.sizes, request.target.neuron_step)
+    for i, (grid, stage) in enumerate(zip(grids, dense.sizes.stages, strict=True)):
+        console.say(f"grid{'' if len(grids) == 1 else f' of stage {i}'}: 0 to {stage.heads} heads, {len(grid)} MLP widths"
+                    f"{grid_words(dense.sizes, grid, request.target.neuron_step)}")  # fmt: skip
+    entries = shapes.shape_models(dense.model, grids, out, console)
+    models = {entry.name: path for entry, path in entries.items()}
     patches = shapes.patch_counts(dense.sizes) if "tokens" in vit.choosable(request.dims, dense.sizes) else ()
     reducing: Shape = ()
     if len(patches) > 1:
         token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
         models |= token_models
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
-    fitting = fitting_shapes(dense.sizes, grid, request.seed, patches)
+    fitting = fitting_shapes(dense.sizes, grids, request.seed, patches)
     plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
@@ -82,12 +82,14 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if all(first.calm for first in firsts):
         memory.remember(out.parent, of, dense_ms)
     anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
+    stages = [
+        table.Measured(stage.blocks, stage.heads, stage.neurons,
+                       *({entry.kept: measured[entry.name] for entry in entries if (entry.stage, entry.kind) == (i, kind)} for kind in vit.KINDS))
+        for i, stage in enumerate(dense.sizes.stages)
+    ]  # fmt: skip
     built = table.build_table(
-        {int(name[5:]): m for name, m in measured.items() if name.startswith("heads")},
-        {int(name[7:]): m for name, m in measured.items() if name.startswith("neurons")},
-        measured["empty"], {shape: measured[name] for name, shape in plans.items()},
-        heads=dense.sizes.heads, width=dense.sizes.neurons, blocks=dense.sizes.blocks, dense_ms=dense_ms,
-        runtime=runtime, precision=request.precision, threads=threads,
+        stages, measured["empty"], {shape: measured[name] for name, shape in plans.items()},
+        dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads,
         fewer={count: (measured[f"tokens{count}.attn"], measured[f"tokens{count}.mlp"]) for count in patches[:-1]},
         reducing=(reducing, measured["reducing"]) if reducing else None, patches=dense.sizes.patches,
     )  # fmt: skip
@@ -124,17 +126,29 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     np.savez_compressed(out / "samples.npz", **samples)
 
 
-def fitting_shapes(sizes: vit.Anatomy, grid: tuple[int, ...], seed: int, patches: tuple[int, ...] = ()) -> list[Shape]:
+def grid_words(sizes: vit.Anatomy, grid: tuple[int, ...], step: int) -> str:
+    """Of which steps a grid of MLP widths is, or why it has none."""
+    if sizes.whole_mlp:
+        return f": {vit.WHOLE_MLPS}"
+    most = vit.MAX_WIDTHS if len(sizes.stages) == 1 else vit.MAX_STAGE_WIDTHS
+    return f" in steps of {grid[1]} neurons (SIMD step {step}, at most {most} widths)"
+
+
+def fitting_shapes(
+    sizes: vit.Anatomy, grids: tuple[tuple[int, ...], ...], seed: int, patches: tuple[int, ...] = ()
+) -> list[Shape]:
     """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
-    return shapes.random_shapes(FITTING_PLANS, sizes, grid, (seed, 0), patches) if sizes.blocks > 1 else []
+    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches) if sizes.blocks > 1 else []
 
 
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
     """What of the model a latency table depends on."""
+    stages = [
+        {name: value for name, value in asdict(stage).items() if name != "window" or value} for stage in sizes.stages
+    ]
     return {
-        "architecture": request.card.architecture, "batch": request.card.deploy.batch, "tokens": sizes.tokens, "width": sizes.width,
-        "blocks": sizes.blocks, "heads": sizes.heads, "head_dim": sizes.head_dim, "neurons": sizes.neurons,
-        "classes": sizes.num_classes,
+        "architecture": request.card.architecture, "batch": request.card.deploy.batch, "classes": sizes.num_classes,
+        **(stages[0] if len(stages) == 1 else {"stages": stages}),
         **({"dynamic_batch": True} if request.card.deploy.dynamic_batch else {}),
         **({"folded": request.card.deploy.fold_preprocessing} if request.card.deploy.fold_preprocessing else {}),
         **({"attention": "positional"} if sizes.positional else {}),
@@ -183,9 +197,9 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         wrong.append(f"runtime is {recorded.runtime}, not {request.runtime}")
     if request.threads not in (0, recorded.threads):
         wrong.append(f"threads are {recorded.threads}, not {request.threads}")
-    expected = (sizes.blocks, sizes.heads + 1, sizes.neurons)
-    if (recorded.blocks, len(recorded.attn_ms), recorded.mlp_widths[-1]) != expected:
-        wrong.append(f"table is not of {sizes.blocks} blocks with {sizes.heads} heads and {sizes.neurons} neurons")
+    if recorded.dense != sizes.shape:
+        parts = ", then ".join(f"{s.blocks} blocks with {s.heads} heads and {s.neurons} neurons" for s in sizes.stages)
+        wrong.append(f"table is not of {parts}")
     if "tokens" in request.dims and recorded.patches and document.get("reducer") != request.reducer:
         wrong.append(f"tokens were dropped by the reducer '{document.get('reducer')}', not '{request.reducer}'")
     if wrong:
@@ -313,9 +327,13 @@ def tell(
     """Print what the table says, what was repaired in it, and what it does not prove."""
     for repaired in built.repaired:
         console.detail(f"made monotone: {repaired}")
+    each = [
+        f"a head costs {own.attn_ms[-1] / stage.heads * 1e3:.0f} µs, 8 neurons {own.mlp_ms[-1] / stage.neurons * 8e3:.1f} µs"
+        + (f" in stage {i}" if len(sizes.stages) > 1 else "")
+        for i, (own, stage) in enumerate(zip(built.stages, sizes.stages, strict=True))
+    ]
     console.say(
-        f"dense {built.dense_ms:.2f} ms: a head costs {built.attn_ms[-1] / sizes.heads * 1e3:.0f} µs, 8 neurons "
-        f"{built.mlp_ms[-1] / sizes.neurons * 8e3:.1f} µs, what always stays {built.base_ms:.2f} ms "
+        f"dense {built.dense_ms:.2f} ms: {', '.join(each)}, what always stays {built.base_ms:.2f} ms "
         f"({built.samples} rounds, widest interval ± {max(map(half_width, measured.values())):.1%})"
     )
     if len(built.patches) > 1:

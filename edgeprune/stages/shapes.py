@@ -1,4 +1,5 @@
-"""Shapes: ONNX files of models whose blocks are all alike, for the latency table. Latency depends on shapes alone.
+"""Shapes: ONNX files of models whose blocks are all alike, or all those of a stage, for the latency table.
+Latency depends on shapes alone.
 
 Exporting takes seconds per model. MLP widths differ in nothing but one dimension, so one export with a
 marker width, a number that is no other size in the graph, is cut to every width of the grid.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +22,73 @@ from edgeprune import reducers, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.stages import export, simplify
-from edgeprune.types import Shape
+from edgeprune.types import Shape, SubBlockKind
 
+MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages; those between are interpolated
 REMOVED = 0.1  # share of sub-blocks that a random plan leaves out entirely
 
 
-def shape_models(model: VisionTransformer, grid: tuple[int, ...], folder: Path, console: Console) -> dict[str, Path]:
-    """ONNX files of full-depth models whose blocks are all alike: `heads0`.., `neurons0`.., dense excluded."""
+@dataclass(frozen=True)
+class Entry:
+    """A model of the latency table: all blocks of one stage keep so many units of one kind, all else is dense."""
+
+    stage: int
+    kind: SubBlockKind
+    kept: int
+
+    @property
+    def name(self) -> str:
+        where = f"stage{self.stage}." if self.stage else ""
+        return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}"
+
+
+def head_counts(sizes: vit.Anatomy, stage: int) -> tuple[int, ...]:
+    """The numbers of heads, fewer than all, that are measured: every one, or about `MAX_STAGE_HEADS` in each of several stages."""
+    heads = sizes.stages[stage].heads
+    step = 1 if len(sizes.stages) == 1 else -(-heads // MAX_STAGE_HEADS)
+    return tuple(range(0, heads, step))
+
+
+def with_stage(sizes: vit.Anatomy, stage: int, row: tuple[int, ...]) -> Shape:
+    """The dense shape but for the blocks of one stage, which all have this row."""
+    parts = [row if i == stage else (own.heads, own.neurons) for i, own in enumerate(sizes.stages)]
+    return tuple(part for part, own in zip(parts, sizes.stages, strict=True) for _ in range(own.blocks))
+
+
+def shape_models(
+    model: VisionTransformer, grids: Sequence[tuple[int, ...]], folder: Path, console: Console
+) -> dict[Entry, Path]:
+    """ONNX files of full-depth models that differ from the dense one in one stage; grids: MLP widths per stage."""
     sizes = vit.anatomy(model)
-    paths: dict[str, Path] = {}
-    with console.progress("shape models", sizes.heads + 1, "exports") as advance:
-        for heads in range(sizes.heads):
-            paths[f"heads{heads}"] = folder / f"heads{heads}.onnx"
-            export_shape(model, ((heads, sizes.neurons),) * sizes.blocks, sizes, paths[f"heads{heads}"])
+    paths: dict[Entry, Path] = {}
+    counts = [head_counts(sizes, i) for i in range(len(sizes.stages))]
+    with console.progress("shape models", sum(map(len, counts)) + len(counts), "exports") as advance:
+        for i, (stage, grid) in enumerate(zip(sizes.stages, grids, strict=True)):
+            for heads in counts[i]:
+                entry = Entry(i, "attn", heads)
+                paths[entry] = folder / f"{entry.name}.onnx"
+                export_shape(model, with_stage(sizes, i, (heads, stage.neurons)), sizes, paths[entry])
+                advance(1, "")
+            for width, path in width_models(model, i, grid[:-1], folder).items():
+                paths[Entry(i, "mlp", width)] = path
             advance(1, "")
-        for width, path in width_models(model, grid[:-1], folder).items():
-            paths[f"neurons{width}"] = path
-        advance(1, "")
     return paths
 
 
-def width_models(model: VisionTransformer, widths: Sequence[int], folder: Path) -> dict[int, Path]:
-    """ONNX files of full-depth models with all heads and these MLP widths in every block, by width."""
+def width_models(model: VisionTransformer, stage: int, widths: Sequence[int], folder: Path) -> dict[int, Path]:
+    """ONNX files of full-depth models with all heads and these MLP widths in every block of a stage, by width."""
     sizes = vit.anatomy(model)
+    heads = sizes.stages[stage].heads
     marker = (
-        0 if sizes.gated or sizes.whole_mlp else marker_width(sizes, export.how(model).intake.frame or ())
+        0 if sizes.gated or sizes.whole_mlp else marker_width(sizes, stage, export.how(model).intake.frame or ())
     )  # a gated layer has twice the width, and splits it
-    paths = {width: folder / f"neurons{width}.onnx" for width in widths}
+    paths = {width: folder / f"{Entry(stage, 'mlp', width).name}.onnx" for width in widths}
     for width in (w for w in widths if w == 0 or w > marker):
-        export_shape(model, ((sizes.heads, width),) * sizes.blocks, sizes, paths[width])
+        export_shape(model, with_stage(sizes, stage, (heads, width)), sizes, paths[width])
     if not marker:
         return paths
     marked = folder / "marked.onnx"
-    export_shape(model, ((sizes.heads, marker),) * sizes.blocks, sizes, marked)
+    export_shape(model, with_stage(sizes, stage, (heads, marker)), sizes, marked)
     for width in (w for w in widths if 0 < w <= marker):
         onnx.save(cut(onnx.load(marked), marker, width), paths[width])
     marked.unlink()
@@ -64,7 +100,7 @@ TOKEN_SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of all tokens, about; in the
 
 def patch_counts(sizes: vit.Anatomy) -> tuple[int, ...]:
     """How many patches a plan may leave, ascending, all of them last; with the prefix they are multiples of 8."""
-    counts = {max(8 * round(share * sizes.tokens / 8), 8) - sizes.prefix for share in TOKEN_SHARES}
+    counts = {max(8 * round(share * sizes.only.tokens / 8), 8) - sizes.prefix for share in TOKEN_SHARES}
     return (*sorted(count for count in counts if 0 < count < sizes.patches), sizes.patches)
 
 
@@ -86,15 +122,16 @@ def token_models(
     and `reducing`, whose shape, also returned, drops tokens in every block by the reducer.
     """
     sizes = vit.anatomy(model)
+    stage = sizes.only
     *fewer, _ = patch_counts(sizes)
-    reducing: Shape = ((sizes.heads, sizes.neurons, fewer[-1] if fewer else sizes.patches),) * sizes.blocks
+    reducing: Shape = ((stage.heads, stage.neurons, fewer[-1] if fewer else sizes.patches),) * stage.blocks
     paths = {"reducing": folder / "reducing.onnx"}
     export_shape(model, reducing, sizes, paths["reducing"], reducer)
     with console.progress("token models", 2 * len(fewer), "exports") as advance:
         for patches in fewer:
             short: Any = copy.deepcopy(model)
             short.patch_drop = FirstTokens(sizes.prefix + patches)
-            for kind, row in (("attn", (sizes.heads, 0)), ("mlp", (0, sizes.neurons))):
+            for kind, row in (("attn", (stage.heads, 0)), ("mlp", (0, stage.neurons))):
                 paths[f"tokens{patches}.{kind}"] = folder / f"tokens{patches}.{kind}.onnx"
                 export_shape(short, (row,) * sizes.blocks, sizes, paths[f"tokens{patches}.{kind}"])
                 advance(1, "")
@@ -102,18 +139,20 @@ def token_models(
 
 
 def random_shapes(
-    count: int, sizes: vit.Anatomy, widths: Sequence[int], seed: Sequence[int], patches: Sequence[int] = ()
+    count: int, sizes: vit.Anatomy, grids: Sequence[Sequence[int]], seed: Sequence[int], patches: Sequence[int] = ()
 ) -> list[Shape]:
-    """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own.
+    """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own, one of its stage's.
 
     With numbers of patches, ascending, every other plan drops tokens at one or two blocks.
     """
+    heads = [stage.heads for stage in sizes.by_block]
+    widths = [grid for grid, stage in zip(grids, sizes.stages, strict=True) for _ in range(stage.blocks)]
     rng = np.random.default_rng(seed)
     plans: list[Shape] = []
     for level in rng.permutation(np.linspace(0.15, 0.95, count)):  # what a plan keeps, on average
-        kept_heads = rng.binomial(sizes.heads, level, size=sizes.blocks)
+        kept_heads = rng.binomial(heads, level)
         share = np.clip(rng.normal(level, 0.25, size=sizes.blocks), 0, 1)
-        kept_widths = np.asarray(widths)[np.round(share * (len(widths) - 1)).astype(int)]
+        kept_widths = np.array([own[round(s * (len(own) - 1))] for own, s in zip(widths, share, strict=True)])
         kept_heads[rng.random(sizes.blocks) < REMOVED] = 0
         kept_widths[rng.random(sizes.blocks) < REMOVED] = 0
         rows: list[tuple[int, ...]] = list(zip(kept_heads.tolist(), kept_widths.tolist(), strict=True))
@@ -138,13 +177,14 @@ def export_shape(
     exported.unlink()
 
 
-def marker_width(sizes: vit.Anatomy, others: Sequence[int] = ()) -> int:
-    """The greatest prime below the dense MLP width; no other size of a ViT is a large prime, and it is none of `others`."""
-    taken = {sizes.tokens, sizes.tokens - 1, sizes.width, 3 * sizes.width, sizes.num_classes, *sizes.image, *others}
-    for number in range(sizes.neurons - 1, 1, -1):
+def marker_width(sizes: vit.Anatomy, stage: int, others: Sequence[int] = ()) -> int:
+    """The greatest prime below a stage's MLP width; no other size of a ViT is a large prime, and it is none of `others`."""
+    taken = {sizes.num_classes, *sizes.image, *others}
+    taken |= {n for own in sizes.stages for n in (own.tokens, own.tokens - sizes.prefix, own.width, 3 * own.width)}
+    for number in range(sizes.stages[stage].neurons - 1, 1, -1):
         if number not in taken and all(number % d for d in range(2, int(number**0.5) + 1)):
             return number
-    raise ValueError(f"there is no prime below {sizes.neurons}")
+    raise ValueError(f"there is no prime below {sizes.stages[stage].neurons}")
 
 
 def cut(model: onnx.ModelProto, marker: int, width: int) -> onnx.ModelProto:

@@ -21,7 +21,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     document, table = profile.read_profile(read["profile"])
     profile.refuse_recorded(document, "survey", devices.machine(request.device))
     dense = baseline.load(request, read["baseline"])
-    off_grid = shapes.width_models(dense.model, beside_the_grid(dense.sizes, request.target.neuron_step), out)
+    off_grid = shapes.width_models(dense.model, 0, beside_the_grid(dense.sizes, request.target.neuron_step), out)
     facts = survey.survey(
         read["baseline"] / "dense.onnx", request.conditions, table.runtime, table.threads, console,
         table=table, sizes=document["model"], off_grid=off_grid,
@@ -32,11 +32,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 
 def beside_the_grid(sizes: vit.Anatomy, step: int) -> tuple[int, ...]:
-    """Half the dense MLP's width, on the SIMD grid, and widths up to the next step of it: where the stairs are.
-
-    None where an MLP has no widths between.
+    """Half the dense MLP's width, of the first stage, on the SIMD grid, and widths up to the next step of it: where the
+    stairs are. None where an MLP has no widths between.
     """
     if sizes.whole_mlp:
         return ()
-    half = sizes.neurons // 2 // step * step
-    return tuple(width for width in (half, half + 1, half + step // 2, half + step) if 0 < width < sizes.neurons)
+    dense = sizes.stages[0].neurons
+    half = dense // 2 // step * step
+    return tuple(width for width in (half, half + 1, half + step // 2, half + step) if 0 < width < dense)

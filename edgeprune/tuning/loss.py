@@ -46,9 +46,9 @@ def read_tokens(model: VisionTransformer) -> Tensor:
 
     Found by their gradient, so that every kind of pooling is right.
     """
-    sizes = vit.anatomy(model)
     parameter = next(model.parameters())
-    draw = torch.randn(1, sizes.tokens, sizes.width, generator=torch.Generator().manual_seed(0))
+    last = vit.anatomy(model).stages[-1]
+    draw = torch.randn(1, last.tokens, last.width, generator=torch.Generator().manual_seed(0))
     stream = draw.to(parameter.device, parameter.dtype).requires_grad_()
     with torch.enable_grad():
         said = vit.classify(model, stream)

@@ -25,7 +25,10 @@ def test_flops_are_twice_the_macs_of_a_model(heads: int, neurons: int) -> None:
     sizes = vit.anatomy(model)
     outside = vit.macs(sizes, ((0, 0), (0, 0)))
     blocks = vit.macs(sizes, ((heads, neurons), (0, neurons))) - outside
-    kept = attention(sizes.tokens, sizes.width, heads, sizes.head_dim), mlp(sizes.tokens, sizes.width, neurons)
+    kept = (
+        attention(sizes.only.tokens, sizes.only.width, heads, sizes.only.head_dim),
+        mlp(sizes.only.tokens, sizes.only.width, neurons),
+    )
     assert kept[0].flops + 2 * kept[1].flops == 2 * blocks
 
 
@@ -33,10 +36,12 @@ def test_bytes_are_those_of_the_parameters_and_the_stream() -> None:
     vit = pytest.importorskip("edgeprune.vit")
     model = vit.create("vit_tiny_patch16_224", {"depth": 1}, 10)
     sizes, block = vit.anatomy(model), model.blocks[0]
-    stream = 2 * sizes.tokens * sizes.width
-    cost = attention(sizes.tokens, sizes.width, sizes.heads, sizes.head_dim)
+    stream = 2 * sizes.only.tokens * sizes.only.width
+    cost = attention(sizes.only.tokens, sizes.only.width, sizes.only.heads, sizes.only.head_dim)
     assert cost.bytes == 4 * (vit.parameters(block.attn) + stream)
-    assert mlp(sizes.tokens, sizes.width, sizes.neurons).bytes == 4 * (vit.parameters(block.mlp) + stream)
+    assert mlp(sizes.only.tokens, sizes.only.width, sizes.only.neurons).bytes == 4 * (
+        vit.parameters(block.mlp) + stream
+    )
 
 
 def test_the_ceiling_is_the_slower_of_computing_and_moving() -> None:

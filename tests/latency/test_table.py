@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgeprune import errors
-from edgeprune.latency.table import build_table, isotonic, table_from_json, table_to_json
+from edgeprune.latency.table import Measured, build_table, isotonic, table_from_json, table_to_json
 from edgeprune.types import LatencyTable, Measurement, Shape
 
 
@@ -29,11 +29,9 @@ def measured(ms: float, dense_ms: float = 12.0, rounds: int = 50) -> Measurement
 
 def table(attn: dict[int, float], mlp: dict[int, float], plans: dict[Shape, float] | None = None) -> LatencyTable:
     """4 blocks, 3 heads, 64 neurons, dense 12 ms; arguments are milliseconds of whole models."""
+    stage = Measured(4, 3, 64, *({kept: measured(ms) for kept, ms in own.items()} for own in (attn, mlp)))
     return build_table(
-        {h: measured(ms) for h, ms in attn.items()},
-        {w: measured(ms) for w, ms in mlp.items()},
-        measured(EMPTY), {shape: measured(ms) for shape, ms in (plans or {}).items()},
-        heads=3, width=64, blocks=4, dense_ms=12.0, runtime="null", precision="fp32", threads=1,
+        [stage], measured(EMPTY), {shape: measured(ms) for shape, ms in (plans or {}).items()}, dense_ms=12.0, runtime="null", precision="fp32", threads=1,
     )  # fmt: skip
 
 
@@ -44,9 +42,10 @@ MLP = {0: 6.0, 16: 8.0, 32: 10.0}  # dense 12: the sub-block costs 1.5 ms
 
 def test_prices_are_differences_of_whole_models_per_block() -> None:
     made = table(ATTN, MLP)
-    np.testing.assert_allclose(made.attn_ms, [0, 0.3, 0.7, 1.0])
-    np.testing.assert_allclose(made.mlp_ms, [0, 0.5, 1.0, 1.5])
-    assert made.mlp_widths == (0, 16, 32, 64)
+    [stage] = made.stages
+    np.testing.assert_allclose(stage.attn_ms, [0, 0.3, 0.7, 1.0])
+    np.testing.assert_allclose(stage.mlp_ms, [0, 0.5, 1.0, 1.5])
+    assert stage.mlp_widths == (0, 16, 32, 64)
     assert made.base_ms == pytest.approx(2.0)
     assert (made.samples, made.repaired) == (50, ())
 
@@ -62,11 +61,33 @@ def test_every_measured_model_is_predicted_and_the_dense_one_exactly() -> None:
 
 def test_a_slower_smaller_shape_is_repaired_and_reported() -> None:
     made = table({0: 8.0, 1: 10.8, 2: 9.2}, MLP)
-    np.testing.assert_allclose(made.attn_ms, [0, 0.5, 0.5, 1.0])
+    np.testing.assert_allclose(made.stages[0].attn_ms, [0, 0.5, 0.5, 1.0])
     assert made.repaired == (
         "attention with 1 heads: 0.7000 ms became 0.5000 ms per block",
         "attention with 2 heads: 0.3000 ms became 0.5000 ms per block",
     )
+
+
+def test_heads_between_those_measured_are_interpolated() -> None:
+    np.testing.assert_allclose(table({0: 8.0, 2: 10.0}, MLP).stages[0].attn_ms, [0, 0.25, 0.5, 1.0])
+
+
+def test_every_stage_has_prices_of_its_own() -> None:
+    """Two stages, of 1 and 3 blocks: each is priced by models in which the other is dense."""
+    first = Measured(1, 2, 16, {0: measured(11.0), 1: measured(11.4)}, {0: measured(10.0)})
+    second = Measured(3, 4, 32, {0: measured(9.0), 2: measured(10.5)}, {0: measured(6.0), 16: measured(9.0)})
+    made = build_table([first, second], measured(EMPTY), {}, dense_ms=12.0, runtime="null", precision="fp32", threads=1)
+    for own, attn, mlp in zip(
+        made.stages, ([0, 0.4, 1.0], [0, 0.25, 0.5, 0.75, 1.0]), ([0, 2.0], [0, 1.0, 2.0]), strict=True
+    ):
+        np.testing.assert_allclose(own.attn_ms, attn)
+        np.testing.assert_allclose(own.mlp_ms, mlp)
+    assert made.base_ms == pytest.approx(12 - 3 - 9)
+    dense: Shape = ((2, 16), (4, 32), (4, 32), (4, 32))
+    assert made.dense == dense and made.predict_ms(dense) == 12.0
+    assert made.predict_ms(((1, 0), (4, 16), (0, 32), (2, 32))) == pytest.approx(0.4 + 2.0 + 2.0 + 2.5)
+    again = table_from_json(json.loads(json.dumps(table_to_json(made))))
+    assert table_to_json(again) == table_to_json(made)
 
 
 MIXED: list[Shape] = [
@@ -100,14 +121,14 @@ def test_few_plans_only_shift(count: int) -> None:
     plain = table(ATTN, MLP)
     made = table(ATTN, MLP, {shape: 0.5 + plain.predict_ms(shape) for shape in MIXED[:count]})
     assert (made.fit["scale"], made.fit["shift_ms"]) == (1.0, pytest.approx(0.5))
-    np.testing.assert_array_equal(made.attn_ms, plain.attn_ms)
+    np.testing.assert_array_equal(made.stages[0].attn_ms, plain.stages[0].attn_ms)
 
 
 def test_without_plans_sums_of_prices_are_taken_as_they_are() -> None:
     assert table(ATTN, MLP).fit == {}
 
 
-@pytest.mark.parametrize(("attn", "mlp"), [({0: 8.0, 2: 9.0}, MLP), (ATTN, {16: 8.0})])
+@pytest.mark.parametrize(("attn", "mlp"), [({1: 8.0, 2: 9.0}, MLP), (ATTN, {16: 8.0})])
 def test_a_missing_entry_is_refused(attn: dict[int, float], mlp: dict[int, float]) -> None:
     with pytest.raises(errors.UsageError, match="not measured"):
         table(attn, mlp)
@@ -149,19 +170,35 @@ def test_something_else_is_not_a_table() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        ({"stages": []}, "no stages"),
+        ({"stages": 5}, "not iterable"),
+        ({"stages": [5]}, "a stage must have blocks, attn_ms"),
+        ({"stages": [{"blocks": 4}]}, "a stage must have blocks, attn_ms"),
+        ({"dense_ms": 0}, "dense_ms must be above zero"),
+        ({"dense_ms": "5x"}, "could not convert"),
+        ({"base_ms": float("inf")}, "base_ms must be finite"),
+        ({"threads": 0}, "threads must be a whole number"),
+    ],
+)
+def test_a_damaged_table_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(errors.UsageError, match="this latency table is damaged .*" + says):
+        table_from_json({**table_to_json(table(ATTN, MLP)), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
         ({"attn_ms": "x"}, "could not convert"),
         ({"attn_ms": [0.0, -1.0, 2.0, 3.0]}, "attn_ms must be finite, ascend"),
         ({"mlp_ms": [0.0, 0.5, float("nan"), 1.5]}, "mlp_ms must be finite"),
         ({"mlp_ms": [0.0, 0.5]}, "more or fewer MLP prices than widths"),
         ({"mlp_widths": [0, 32, 16, 64]}, "the MLP widths must ascend"),
         ({"mlp_widths": [8, 16, 32, 64]}, "whole numbers from 0"),
-        ({"dense_ms": 0}, "dense_ms must be above zero"),
-        ({"dense_ms": "5x"}, "could not convert"),
-        ({"base_ms": float("inf")}, "base_ms must be finite"),
-        ({"threads": 0}, "blocks and threads"),
-        ({"blocks": 4.5}, "blocks and threads"),
+        ({"blocks": 4.5}, "blocks must be a whole number from 1 to 512"),
+        ({"blocks": 10**9}, "blocks must be a whole number from 1 to 512"),
     ],
 )
-def test_a_damaged_table_is_refused(change: dict[str, Any], says: str) -> None:
+def test_a_damaged_stage_is_refused(change: dict[str, Any], says: str) -> None:
+    document = table_to_json(table(ATTN, MLP))
     with pytest.raises(errors.UsageError, match="this latency table is damaged .*" + says):
-        table_from_json({**table_to_json(table(ATTN, MLP)), **change})
+        table_from_json({**document, "stages": [{**document["stages"][0], **change}]})
