@@ -9,7 +9,7 @@ demo: install
 	$(BIN)/edgeprune build --target cpu-avx2 --latency 10ms
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: install
 	$(BIN)/python -m pytest -m slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,18 @@ import pytest
 
 if TYPE_CHECKING:
     from small import Result, Workspace
+
+# Several processes of tests share the cores: torch in one thread each. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+#: Files that take longest: with several processes, what begins last should end soon.
+LONGEST = ("test_end_to_end.py", "test_benchmarks.py", "test_cli_errors.py", "test_remote.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 # A shell that runs the tests in the background has its processes ignore Ctrl-C, which some of them are about.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -259,12 +259,12 @@ def test_profiles_in_artifacts(
 @pytest.mark.parametrize("count", both(100))
 def test_profiles_that_builds_take(tmp_path: Path, count: int) -> None:
     from edgeprune.stages import profile as stage
-    from edgeprune.vit import Anatomy
+    from edgeprune.vit import Anatomy, Stage
 
     recorded, target = faults.recorded(tmp_path)
     document = json.loads(recorded.read_text())
     (tmp_path / "small.toml").write_text(small.CARD)
-    sizes = Anatomy(3, 3, 16, 192, 48, 17, (3, 32, 32), 10)
+    sizes = Anatomy((Stage(3, 3, 16, 192, 48, 17),), (3, 32, 32), 10)
     out = tmp_path / "out"
     out.mkdir()
 

@@ -187,12 +187,12 @@ def test_first_layers_are_solved_for_what_the_dense_units_see(
         recovery.sequential(tiny_vit, pruned, batches, None, plan)
         missing = 0.0
         wanted = have = vit.embed(tiny_vit, unseen)
-        for full, small, keep in zip(tiny_vit.blocks, pruned.blocks, HARSH.blocks, strict=True):
+        for i, (full, small, keep) in enumerate(zip(tiny_vit.blocks, pruned.blocks, HARSH.blocks, strict=True)):
             for kind, units in (("attn", keep.heads), ("mlp", keep.neurons)):
                 if units:
                     norm = small.norm1 if kind == "attn" else small.norm2
                     own = vit.first_layer(vit.sub_block(small, kind), kind)(norm(have))
-                    rows = vit.first_rows(kind, units, sizes)
+                    rows = vit.first_rows((i, kind), units, sizes)
                     missing += float((own - vit.hidden(full, kind, wanted, rows)).square().sum())
                 wanted, have = vit.step(full, kind, wanted), vit.step(small, kind, have)
         found.append(missing)

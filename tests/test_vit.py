@@ -200,7 +200,7 @@ def test_anatomy(tiny_vit: Any) -> None:
 
 
 def test_tokens_count_registers_and_the_distillation_token(variants: dict[str, Any]) -> None:
-    tokens = {name: vit.anatomy(model).tokens for name, model in variants.items()}
+    tokens = {name: vit.anatomy(model).only.tokens for name, model in variants.items()}
     assert (tokens["registers"], tokens["distilled"], tokens["average pooling"]) == (21, 18, 16)
 
 

@@ -260,7 +260,8 @@ def around(model: Any, blocks: Iterable[nn.Module]) -> VisionTransformer:
     reg_token = getattr(model, "reg_token", None)
     made.global_pool, made.attn_pool = model.global_pool, attn_pool
     made.cls_token, made.reg_token = getattr(model, "cls_token", None), reg_token
-    made.pos_embed, made.num_features = getattr(model, "pos_embed", None), model.num_features
+    made.pos_embed = getattr(model, "pos_embed", None)
+    made.num_features = getattr(model, "num_features", made.num_features)
     made.num_reg_tokens = 0 if reg_token is None else reg_token.shape[1]
     made.has_class_token, made.num_prefix_tokens = made.cls_token is not None, getattr(model, "num_prefix_tokens", 0)
     made.dynamic_img_size = getattr(model, "dynamic_img_size", False) and made.pos_embed is not None
