@@ -67,9 +67,10 @@ def evidence(
 
     uses_loss = criteria.uses_loss(criteria.get(criterion))
     found = criteria.collect(model, batches(), 0, lambda *_: None, uses_loss=uses_loss)
+    sizes = vit.anatomy(model)
     made = Evidence(
-        model=model, sizes=vit.anatomy(model), moments=found.moments, gradients=found.gradients, batches=batches,
-        images=len(own), neuron_grids=(TABLE.stages[0].mlp_widths,), seed=0, console=SILENT,
+        model=model, sizes=sizes, moments=found.moments, gradients=found.gradients, batches=batches,
+        images=len(own), neuron_grids=(TABLE.stages[0].mlp_widths,) * len(sizes.stages), seed=0, console=SILENT,
     )  # fmt: skip
     return made, found
 

@@ -14,13 +14,27 @@ import torch
 from edgeprune import adapters, allocators, criteria, polish, recoveries, vit
 from edgeprune.types import BlockPlan, Plan
 
-NAMES = ("eva02_tiny_patch14_224", "beit_base_patch16_224")
+SWIN = "swin_tiny_patch4_window7_224"
+NAMES = ("eva02_tiny_patch14_224", "beit_base_patch16_224", SWIN)
+#: A block of 64 tokens, 24 wide, then two of 16 tokens, 48 wide; as many heads and neurons as in `parts.TABLE`.
+HIERARCHY = {
+    "img_size": 32, "embed_dim": 24, "depths": (1, 2), "num_heads": (3, 3), "mlp_ratio": (1.0, 0.5), "window_size": 4
+}  # fmt: skip
 PLAN = Plan((BlockPlan((0, 2), tuple(range(16))), BlockPlan((), tuple(range(24))), BlockPlan((1,), ())))
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def model(request: pytest.FixtureRequest, make_vit: Callable[..., Any]) -> Any:
-    return make_vit(request.param)
+    return hierarchy() if request.param == SWIN else make_vit(request.param)
+
+
+def hierarchy() -> Any:
+    model = vit.create(SWIN, HIERARCHY, parts.CLASSES)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for key, tensor in model.named_parameters():
+            tensor.normal_(1.0 if "norm" in key and key.endswith("weight") else 0.0, 0.2)
+    return model
 
 
 @pytest.mark.parametrize("name", criteria.names())

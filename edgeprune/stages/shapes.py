@@ -25,6 +25,7 @@ from edgeprune.stages import export, simplify
 from edgeprune.types import Shape, SubBlockKind
 
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages; those between are interpolated
+MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 REMOVED = 0.1  # share of sub-blocks that a random plan leaves out entirely
 
 
@@ -196,7 +197,7 @@ def cut(model: onnx.ModelProto, marker: int, width: int) -> onnx.ModelProto:
         if marker in values.shape:
             part = values[tuple(slice(width) if size == marker else slice(None) for size in values.shape)]
             tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(part), tensor.name))
-        elif values.dtype == np.int64 and marker in values:
+        elif values.dtype == np.int64 and values.size <= MOST_DIMENSIONS and marker in values:
             raise ValueError(f"'{tensor.name}' holds the marker width {marker} as a value")
     del model.graph.value_info[:]
     return model
