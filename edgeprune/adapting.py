@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from edgeprune.compat import adapt_input_conv, checkpoint_filter
@@ -10,13 +12,23 @@ STEM = "patch_embed.proj.weight"
 RGB = 3
 
 
+def _target(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """The model as timm has it, without weights, for tensors in timm's names; as it is for those in its own."""
+    own, named = model.state_dict(), getattr(model, "timm_shapes", {})
+    if any(name in named and name not in own for name in state):
+        theirs: nn.Module = cast(Any, model).as_timm()
+        return theirs
+    return model
+
+
 def adapt(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors as the model takes them, and what was done to them, in words.
 
     Position embeddings (or tables) are resampled to the model's grid, weights for RGB images summed or repeated for
     another number of channels. What does not fit even then is returned as it came, to be refused by name.
     """
-    own = model.state_dict()
+    target = _target(model, state)
+    own = target.state_dict()
     if all(name in state and state[name].shape == value.shape for name, value in own.items()):
         return state, []
     stem, found = state.get(STEM), dict(state)
@@ -29,10 +41,10 @@ def adapt(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
             found[STEM] = adapt_input_conv(wanted[1], stem)
             done.append(f"weights for RGB images made ones for {wanted[1]} channel{'s' * (wanted[1] > 1)}")
     try:
-        found = checkpoint_filter(model)(found, model)
+        found = checkpoint_filter(target)(found, target)
     except Exception:  # whatever it makes of tensors that are not what their names say; loading names them
         return state, []
-    added = getattr(model, "added_biases", ())
+    added = getattr(target, "added_biases", ())
     missing = [name for name in own if name not in found and name not in added]
     if missing or any(name not in own or own[name].shape != value.shape for name, value in found.items()):
         return state, []

@@ -9,12 +9,13 @@ width is never pruned. A removed sub-block leaves its bias behind and costs noth
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind
 
+FOLLOWING = (".relative_position_index", ".attn_mask")  # older files have them; they follow from the architecture
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
 WHOLE_MLPS = "a norm inside the MLP couples its neurons by their mean and variance, so an MLP stays or goes as a whole"
@@ -211,8 +213,9 @@ def create(
     check_kwargs(architecture, kwargs)
     if num_classes:
         kwargs = {**kwargs, "num_classes": num_classes}
+    on_meta = functools.partial(_on_meta, architecture, kwargs)
     if not hub:
-        _check_early(architecture, kwargs, anatomy or {})
+        _check_early(on_meta, architecture, anatomy or {})
     try:
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except OSError as error:
@@ -224,6 +227,7 @@ def create(
             f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
         ) from error
     made: Any = anatomies.canonical(model, check_anatomy(model, architecture, anatomy or {}))
+    made.as_timm = on_meta
     before = set(made.state_dict())
     block: Any
     for block in made.blocks:
@@ -235,11 +239,16 @@ def create(
     return cast(VisionTransformer, made)
 
 
-def _check_early(architecture: str, kwargs: dict[str, Any], anatomy: Mapping[str, str]) -> None:
+def _on_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's model without weights."""
+    with torch.device("meta"):
+        return cast(nn.Module, timm.create_model(architecture, **kwargs))
+
+
+def _check_early(on_meta: Callable[[], nn.Module], architecture: str, anatomy: Mapping[str, str]) -> None:
     """`check_anatomy` without making any weights, which takes minutes for a large model; what fails otherwise fails later."""
     try:
-        with torch.device("meta"):
-            model = timm.create_model(architecture, **kwargs)
+        model = on_meta()
     except Exception:
         return
     check_anatomy(model, architecture, anatomy)
@@ -418,7 +427,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     own = {name: tensor.shape for name, tensor in model.state_dict().items()}
     timm_shapes: dict[str, torch.Size] = getattr(model, "timm_shapes", own)
     if any(name in timm_shapes and name not in own for name in state):
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(".relative_position_index")}
+        state = {name: tensor for name, tensor in state.items() if not name.endswith(FOLLOWING)}
         _check_fit(state, timm_shapes, source)
         state = cast(Any, model).rename(state)
     added: Iterable[str] = getattr(model, "added_biases", ())

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from edgeprune import anatomies, artifact, compat, config, families, vit
+from edgeprune import adapting, anatomies, artifact, compat, config, families, vit
 from edgeprune.cli import cli
 from edgeprune.compat import AttentionRope, VisionTransformer, timm
 from edgeprune.errors import UsageError
@@ -334,6 +334,34 @@ def test_swin_is_what_timm_computes(kwargs: dict[str, Any], stages: list[tuple[i
             for kind in vit.KINDS:
                 stream = vit.walk(own, (i, kind), stream)
         torch.testing.assert_close(vit.classify(own, stream), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+WINDOWS = {"img_size": 64, "window_size": 8}
+
+
+@pytest.mark.parametrize(
+    "name, more, resampled",
+    [
+        ("swin_tiny_patch4_window7_224", {"img_size": 64}, 0),  # more windows of the same size
+        ("swin_tiny_patch4_window7_224", WINDOWS, 4),
+        ("beit_base_patch16_224", {"img_size": 96}, 2),
+        ("eva02_tiny_patch14_224", {"img_size": 84}, 1),
+        ("aimv2_large_patch14_224", {"img_size": 84}, 1),
+    ],
+)
+def test_weights_of_another_image_size_are_resampled_as_timm_does(
+    name: str, more: dict[str, Any], resampled: int
+) -> None:
+    kwargs = {**tiny_kwargs(name), **more}
+    source = fill(timm.create_model(name, num_classes=5, **tiny_kwargs(name)).eval())
+    theirs = timm.create_model(name, num_classes=5, **kwargs).eval()
+    theirs.load_state_dict(compat.checkpoint_filter(theirs)(source.state_dict(), theirs))
+    own = vit.create(name, kwargs, 5)
+    found, done = adapting.adapt(own, source.state_dict())
+    assert len(done) == resampled and all("resampled from" in what for what in done)
+    vit.load_weights(own, found, "w.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(own(pixels(own)), theirs(pixels(own)), rtol=1e-3, atol=1e-4)
 
 
 def test_macs_of_a_hierarchy_are_those_that_torch_counts() -> None:

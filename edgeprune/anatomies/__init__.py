@@ -66,7 +66,7 @@ def find(model: nn.Module, anatomy: Mapping[str, str]) -> Family | None:
 def canonical(model: nn.Module, family: Family) -> VisionTransformer:
     """The model, in eval mode, as the VisionTransformer that everything else knows; it shares the model's tensors.
 
-    `timm_shapes` is what a file of weights in timm's names has to hold, `rename` makes this model's of them.
+    `timm_shapes` is what a file of weights in timm's names has to hold, `rename` makes this model's tensors of them.
     """
     state = model.eval().state_dict()
     made: Any = family.rewrite(model).eval()
