@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from edgeprune import api, compat, config, data, vit
+from edgeprune import api, compat, config, data, vit, weightfile
 
 PAD = 4
 
@@ -34,7 +34,7 @@ def main() -> None:
     card = replace(card, kwargs={**card.kwargs, **sizes})
     model = vit.create(card.architecture, card.kwargs, card.num_classes)
     if options.start:
-        vit.load_weights(model, vit.read_weights(options.start), str(options.start))
+        weightfile.load(model, weightfile.read(options.start), str(options.start))
     transforms = data.transform_config(card, model)
     splits = data.load_splits(card, transforms, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +44,7 @@ def main() -> None:
     tune(model, images, labels, mean, std, options)
     save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, options.out)
     model.cpu()
-    vit.load_weights(model, vit.read_weights(options.out), str(options.out))
+    weightfile.load(model, weightfile.read(options.out), str(options.out))
     print(f"{options.out}: {accuracy(model, splits.evaluation):.2f} % on {len(splits.evaluation)} test images")
 
 

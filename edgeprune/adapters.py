@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from edgeprune import vit
+from edgeprune import vit, weightfile
 from edgeprune.compat import VisionTransformer
 from edgeprune.errors import UsageError
 from edgeprune.types import Plan
@@ -95,7 +95,7 @@ def rebuild(dense: VisionTransformer, plan: Plan, path: Path) -> VisionTransform
     Raises UsageError when the three do not belong together.
     """
     model = vit.slice_model(dense, plan)
-    found = vit.read_weights(path)
+    found = weightfile.read(path)
     if "scale" not in found:
         raise UsageError(f"'{path}' holds no adapters: it has no 'scale'; give what a build with --recovery lora wrote")
     scale = found.pop("scale")
@@ -109,5 +109,5 @@ def rebuild(dense: VisionTransformer, plan: Plan, path: Path) -> VisionTransform
                 f"the adapter of {name} in '{path}' does not fit the plan; give the plan it was tuned with"
             )
         state[f"{name}.weight"] = weight + scale * (b @ a)
-    vit.load_weights(model, state, str(path))
+    weightfile.load(model, state, str(path))
     return model.eval()

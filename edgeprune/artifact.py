@@ -113,11 +113,11 @@ def _anatomy(value: Any) -> dict[str, str]:
 
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:
     """The pruned torch model in eval mode, its weights strictly loaded."""
-    from edgeprune import tasks, vit
+    from edgeprune import tasks, vit, weightfile
 
     dense = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
     model = vit.slice_model(dense, planned.plan)
-    vit.load_weights(model, vit.read_weights(weights), str(weights))
+    weightfile.load(model, weightfile.read(weights), str(weights))
     return tasks.mark(model.eval(), planned.task)
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from edgeprune.compat import create_dataset, create_transform, resolve_model_data_config
 from edgeprune.config import DataSpec, ModelSpec
 from edgeprune.console import Console
-from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.errors import StorageError, UsageError, first_line, unknown
 from edgeprune.images import (
     DIGITS_SOURCE,
     DIVIDED,
@@ -403,7 +403,7 @@ def _create(data: DataSpec, split: str, where: str, found: Folder | Packed | Non
     except ImportError as error:
         raise UsageError(f"the data set '{data.name}' needs a package that is missing: {error}") from error
     except (RuntimeError, AssertionError, ValueError, KeyError) as error:
-        raise UsageError(f"{where}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        raise UsageError(f"{where}: {first_line(error)}") from error
     except OSError as error:
         raise StorageError(f"{where} cannot be read: {error}") from error
     return _filled(dataset, where)

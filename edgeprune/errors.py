@@ -57,3 +57,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
     return UsageError(f"unknown {kind} '{name}'; {hint}")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

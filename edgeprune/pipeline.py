@@ -136,7 +136,7 @@ PIPELINE = (
     # torch -> ONNX, checked
     Stage("export", export.run, ("baseline", "finetune"), ("reducer",), per_latency=True),
     # onnxsim, checked
-    Stage("simplify", simplify.run, ("export",), (), per_latency=True),
+    Stage("simplify", simplify.run, ("baseline", "finetune", "export"), ("reducer",), per_latency=True),
     # for every runtime the target can use; the faster one is kept
     Stage("compile", compile.run, ("profile", "simplify"), ("target", "runtime", "ir_precision"), per_latency=True),
     # accuracy and latency of what was compiled, beside the dense model

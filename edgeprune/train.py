@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from edgeprune import adapting, artifact, cache, config, data, pipeline, sealed, vit
+from edgeprune import adapting, artifact, cache, config, data, pipeline, sealed, vit, weightfile
 from edgeprune.api import with_data
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import StorageError, UsageError
@@ -45,10 +45,10 @@ def train(
     torch.manual_seed(seed)
     network = vit.create(card.architecture, card.kwargs, card.num_classes, card.anatomy)
     if weights:
-        state, done = adapting.adapt(network, vit.read_weights(Path(weights)))
+        state, done = adapting.adapt(network, weightfile.read(Path(weights)))
         for change in done:
             console.say(f"weights in '{weights}': {change}")
-        vit.load_weights(network, state, weights)
+        weightfile.load(network, state, weights)
     transforms, splits = _data(card, network, seed)
     what = (
         card.architecture,
@@ -75,7 +75,7 @@ def train(
             sealed.write_whole(path, save({k: v.half().contiguous() for k, v in network.state_dict().items()}))
     except OSError as error:
         raise StorageError(f"cannot write '{path}' or its checkpoint: {error.strerror or error}") from error
-    vit.load_weights(network, vit.read_weights(path), str(path))  # judge what was written: rounded to fp16
+    weightfile.load(network, weightfile.read(path), str(path))  # judge what was written: rounded to fp16
     right = total = 0
     with torch.no_grad():
         for pixels, labels in splits.evaluation.batches(recipe.batch_size):

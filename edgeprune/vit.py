@@ -12,28 +12,21 @@ import copy
 import functools
 import inspect
 import itertools
-import pickle
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgeprune import anatomies, families, modules, reducers
 from edgeprune.anatomies import MergingBlock, PositionalAttention, WindowAttention
 from edgeprune.compat import GluMlp, VisionTransformer, timm
 from edgeprune.config import DIMS, WIDTHS
-from edgeprune.errors import StorageError, UsageError, unknown
+from edgeprune.errors import UsageError, first_line, unknown
 from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind
 
-FOLLOWING = (".relative_position_index", ".attn_mask")  # older files have them; they follow from the architecture
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
 WHOLE_MLPS = "a norm inside the MLP couples its neurons by their mean and variance, so an MLP stays or goes as a whole"
@@ -220,11 +213,11 @@ def create(
         model: Any = timm.create_model(architecture, pretrained=pretrained, **kwargs)
     except OSError as error:
         raise UsageError(
-            f"the weights of '{architecture}' cannot be fetched ({_first_line(error)}); give a file with --weights"
+            f"the weights of '{architecture}' cannot be fetched ({first_line(error)}); give a file with --weights"
         ) from error
     except Exception as error:  # whatever its layers make of strange sizes
         raise UsageError(
-            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {_first_line(error)}"
+            f"timm cannot make '{architecture}' with {kwargs or 'no arguments'}: {first_line(error)}"
         ) from error
     made: Any = anatomies.canonical(model, check_anatomy(model, architecture, anatomy or {}))
     made.as_timm = on_meta
@@ -360,100 +353,6 @@ def write_output(sub: Any, kind: SubBlockKind, weight: Tensor, bias: Tensor) -> 
         layer = last_layer(sub, kind)
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
-
-
-# Weights ------------------------------------------------------------------------------------
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a .pth read without running any code; float32.
-
-    Raises StorageError for a file that cannot be read, UsageError for one that holds no weights
-    or holds pickled code.
-    """
-    if not path.is_file():
-        raise UsageError(f"weights file '{path}' does not exist; give a .safetensors or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            refuse_compressed(path)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickle protocols: what matters is said below
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise UsageError(f"'{path}' is not a safetensors file: {_first_line(error)}") from error
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"'{path}' holds pickled code or is not a weights file; edgeprune never runs code from a file: "
-            "save the state_dict alone, best as .safetensors"
-        ) from error
-    except UsageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"weights file '{path}' cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # whatever else torch finds in a file that it cannot read
-        raise UsageError(f"'{path}' is not a weights file: {_first_line(error)}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UsageError(f"'{path}' holds no state_dict (a mapping of names to tensors)")
-    state = {str(k).removeprefix("module."): v for k, v in state.items()}
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-
-
-def write_weights(model: nn.Module, path: Path) -> None:
-    """All tensors of the model as a .safetensors file. Raises OSError."""
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
-
-
-def refuse_compressed(path: Path) -> None:
-    """Raise UsageError for a zip archive that is larger unpacked than packed: torch stores, and never compresses."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    size = path.stat().st_size
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
-        raise UsageError(
-            f"'{path}' is a compressed archive of {sum(e.file_size for e in entries)} bytes in {size}; torch writes none, "
-            "so it is not unpacked: save the state_dict again, best as .safetensors"
-        )
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load strictly, in the model's own names or in timm's; raises UsageError naming the tensors that do not fit."""
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    timm_shapes: dict[str, torch.Size] = getattr(model, "timm_shapes", own)
-    if any(name in timm_shapes and name not in own for name in state):
-        state = {name: tensor for name, tensor in state.items() if not name.endswith(FOLLOWING)}
-        _check_fit(state, timm_shapes, source)
-        state = cast(Any, model).rename(state)
-    added: Iterable[str] = getattr(model, "added_biases", ())
-    state = {**{k: torch.zeros(own[k]) for k in added if k in own}, **state}
-    _check_fit(state, own, source)
-    broken = [k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
-    if broken:
-        raise UsageError(f"the weights in '{source}' hold NaN or infinity in {', '.join(broken[:4])}")
-    model.load_state_dict(state, strict=True)
-
-
-def _check_fit(state: dict[str, Tensor], shapes: dict[str, torch.Size], source: str) -> None:
-    misfits = [f"{k} is {tuple(state[k].shape)}, the model wants {tuple(shape)}"
-               for k, shape in shapes.items() if k in state and state[k].shape != shape]  # fmt: skip
-    misfits += [f"{k} is missing" for k in shapes if k not in state]
-    misfits += [f"{k} is unknown to the model" for k in state if k not in shapes]
-    if misfits:
-        more = f", and {len(misfits) - 4} more" if len(misfits) > 4 else ""
-        raise UsageError(
-            f"the weights in '{source}' do not fit the architecture: {'; '.join(misfits[:4])}{more}; "
-            "give weights of this architecture, or change architecture and [kwargs] in the card"
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Slicing ------------------------------------------------------------------------------------

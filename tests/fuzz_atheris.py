@@ -19,7 +19,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["edgeprune"]):
-    from edgeprune import archives, artifact, config, images, onnxfile, schema, sealed, vit
+    from edgeprune import archives, artifact, config, images, onnxfile, schema, sealed, vit, weightfile
     from edgeprune.errors import EdgepruneError
     from edgeprune.stages import profile
 
@@ -97,7 +97,7 @@ def weights(folder: Path) -> Target:
     import torch
     from safetensors.torch import save
 
-    return [save({"a": torch.zeros(2, 3), "b": torch.ones(4).half()})], vit.read_weights
+    return [save({"a": torch.zeros(2, 3), "b": torch.ones(4).half()})], weightfile.read
 
 
 def onnx(folder: Path) -> Target:

@@ -24,7 +24,7 @@ from small import Workspace
 from test_docs import manifest_errors
 
 import edgeprune
-from edgeprune import adapting, config, data, errors, folding, images, intake, resampling, runtimes, vit
+from edgeprune import adapting, config, data, errors, folding, images, intake, resampling, runtimes, vit, weightfile
 from edgeprune.errors import UsageError
 from edgeprune.intake import Intake
 from edgeprune.latency.clock import Clock
@@ -220,7 +220,7 @@ def test_position_embeddings_are_interpolated_as_timm_does(make_vit: Callable[..
     state = make_vit().state_dict()
     larger = make_vit(seed=1, img_size=[48, 40])
     found, done = adapting.adapt(larger, state)
-    vit.load_weights(larger, found, "elsewhere")
+    weightfile.load(larger, found, "elsewhere")
     wanted = resample_abs_pos_embed(state["pos_embed"], new_size=[6, 5], num_prefix_tokens=1)
     torch.testing.assert_close(larger.pos_embed.data, wanted)
     assert done == ["pos_embed resampled from (1, 17, 48) to (1, 31, 48)"]
@@ -233,7 +233,7 @@ def test_rgb_weights_serve_grey_images(make_vit: Callable[..., Any]) -> None:
     model = make_vit()
     grey = make_vit(seed=1, in_chans=1)
     found, done = adapting.adapt(grey, model.state_dict())
-    vit.load_weights(grey, found, "elsewhere")
+    weightfile.load(grey, found, "elsewhere")
     pixels = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(grey(pixels), model(pixels.expand(-1, 3, -1, -1)), atol=1e-4, rtol=1e-4)
@@ -249,7 +249,7 @@ def test_weights_of_another_model_are_refused_by_their_own_names(
     found, done = adapting.adapt(model, state)
     assert done == []
     with pytest.raises(UsageError, match="do not fit the architecture"):
-        vit.load_weights(model, found, "elsewhere")
+        weightfile.load(model, found, "elsewhere")
 
 
 def test_the_image_size_of_a_card_can_be_asked_for(space: Workspace) -> None:

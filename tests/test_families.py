@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from edgeprune import adapting, anatomies, artifact, compat, config, families, vit
+from edgeprune import adapting, anatomies, artifact, compat, config, families, vit, weightfile
 from edgeprune.cli import cli
 from edgeprune.compat import AttentionRope, VisionTransformer, timm
 from edgeprune.errors import UsageError
@@ -255,7 +255,7 @@ def test_a_family_computes_what_timm_computes_and_loads_its_weights(what: str, t
     path = tmp_path / "timm.safetensors"
     save_file({k: v.contiguous() for k, v in original.state_dict().items()}, path)
     model = vit.create(name, kwargs, 7)
-    vit.load_weights(model, vit.read_weights(path), str(path))
+    weightfile.load(model, weightfile.read(path), str(path))
     images = pixels(model)
     with torch.no_grad():
         torch.testing.assert_close(model(images), original(images), rtol=1e-5, atol=1e-5)
@@ -268,12 +268,12 @@ def test_weights_in_timms_names_are_loaded_strictly(name: str) -> None:
     model = tiny(name)
     state = timm.create_model(name, num_classes=5, **tiny_kwargs(name)).state_dict()
     older = {**state, "blocks.0.attn.relative_position_index": torch.zeros(17, 17, dtype=torch.long)}
-    vit.load_weights(model, older, "older.pth")  # timm kept it in its checkpoints once
+    weightfile.load(model, older, "older.pth")  # timm kept it in its checkpoints once
     without = {k: v for k, v in state.items() if k != "blocks.1.attn.v_bias"}
     with pytest.raises(UsageError, match=r"do not fit .*blocks\.1\.attn\.v_bias is missing"):
-        vit.load_weights(model, without, "w.pth")
+        weightfile.load(model, without, "w.pth")
     with pytest.raises(UsageError, match=r"head.weight is \(9, 48\), the model wants \(5, 48\)"):
-        vit.load_weights(model, {**state, "head.weight": torch.zeros(9, 48)}, "w.pth")
+        weightfile.load(model, {**state, "head.weight": torch.zeros(9, 48)}, "w.pth")
 
 
 def test_an_mlp_with_a_norm_inside_stays_or_goes_as_a_whole() -> None:
@@ -323,7 +323,7 @@ def test_swin_is_what_timm_computes(kwargs: dict[str, Any], stages: list[tuple[i
     for tensor in theirs.parameters():
         torch.nn.init.normal_(tensor, std=0.3)
     own = vit.create("swin_tiny_patch4_window7_224", kwargs, 0 if "num_classes" in kwargs else 5)
-    vit.load_weights(own, theirs.state_dict(), "timm")
+    weightfile.load(own, theirs.state_dict(), "timm")
     sizes = vit.anatomy(own)
     assert [(stage.tokens, stage.window) for stage in sizes.stages] == stages
     with torch.no_grad():
@@ -359,7 +359,7 @@ def test_weights_of_another_image_size_are_resampled_as_timm_does(
     own = vit.create(name, kwargs, 5)
     found, done = adapting.adapt(own, source.state_dict())
     assert len(done) == resampled and all("resampled from" in what for what in done)
-    vit.load_weights(own, found, "w.pth")
+    weightfile.load(own, found, "w.pth")
     with torch.no_grad():
         torch.testing.assert_close(own(pixels(own)), theirs(pixels(own)), rtol=1e-3, atol=1e-4)
 
@@ -446,7 +446,7 @@ def test_a_card_can_say_where_units_live(swapped: bool, tmp_path: Path) -> None:
         return
     original = fill(Unlike().eval())
     model: Any = vit.create("unlike_vit", {}, 5, ANATOMY)
-    vit.load_weights(model, original.state_dict(), "theirs.pth")
+    weightfile.load(model, original.state_dict(), "theirs.pth")
     images = pixels(model)
     with torch.no_grad():
         torch.testing.assert_close(model(images), original(images), rtol=1e-5, atol=1e-5)

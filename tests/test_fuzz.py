@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from test_docs import manifest  # noqa: F401  a fixture
 from test_hostile import add_model, reseal, sound  # noqa: F401  fixtures
 
-from edgeprune import api, artifact, config, errors, images, onnxfile, recheck, vit
+from edgeprune import api, artifact, config, errors, images, onnxfile, recheck, vit, weightfile
 from edgeprune.console import SILENT
 from edgeprune.errors import EdgepruneError, TargetUnavailable
 from edgeprune.latency.clock import Clock
@@ -302,7 +302,7 @@ def test_weights(tmp_path: Path, tiny_vit: Any, suffix: str, count: int) -> None
             path.write_bytes(damaged(content[:header], rng) + content[header:])
         else:
             path.write_bytes(damaged(content, rng))
-        vit.load_weights(tiny_vit, vit.read_weights(path), str(path))
+        weightfile.load(tiny_vit, weightfile.read(path), str(path))
 
     fuzz(count, one)
 

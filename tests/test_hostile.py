@@ -27,7 +27,7 @@ from onnx import TensorProto, helper
 from test_docs import SCHEMA, manifest, manifest_errors  # noqa: F401  a fixture
 
 import edgeprune
-from edgeprune import artifact, config, errors, images, onnxfile, recheck, schema, vit
+from edgeprune import artifact, config, errors, images, onnxfile, recheck, schema, vit, weightfile
 from edgeprune.errors import UsageError
 from edgeprune.latency.clock import Clock
 
@@ -132,7 +132,7 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
                     file.write(source.read(entry))
     assert path.stat().st_size < 2 << 20
     with pytest.raises(UsageError, match="compressed archive of 10737"):
-        vit.read_weights(path)
+        weightfile.read(path)
 
 
 def test_a_bomb_whose_directory_lies_is_not_unpacked(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_bomb_whose_directory_lies_is_not_unpacked(tmp_path: Path) -> None:
     content[at + 24 : at + 28] = struct.pack("<I", 1 << 31)
     path.write_bytes(content)
     with pytest.raises(UsageError):
-        vit.read_weights(path)
+        weightfile.read(path)
 
 
 class Attack:

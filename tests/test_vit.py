@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from edgeprune import vit
+from edgeprune import vit, weightfile
 from edgeprune.errors import UsageError
 from edgeprune.types import BlockPlan, Plan
 
@@ -267,7 +267,7 @@ def test_code_in_a_pth_is_refused_and_does_not_run(tmp_path: Path, how: str) -> 
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "torch.save")
     with pytest.raises(UsageError, match=r"evil\.pth.*"):
-        vit.read_weights(path)
+        weightfile.read(path)
     assert not victim.exists()
     pickle.loads(pickle.dumps(Payload(victim)))  # noqa: S301  (the payload works where it is let in)
     assert victim.exists()
@@ -276,18 +276,18 @@ def test_code_in_a_pth_is_refused_and_does_not_run(tmp_path: Path, how: str) -> 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
 def test_a_pth_state_dict_is_read(tiny_vit: Any, tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
     torch.save(wrap(tiny_vit.state_dict()), tmp_path / "w.pth")
-    state = vit.read_weights(tmp_path / "w.pth")
+    state = weightfile.read(tmp_path / "w.pth")
     assert all(torch.equal(state[k], v) for k, v in tiny_vit.state_dict().items())
 
 
 def test_the_prefix_of_data_parallel_is_dropped(tmp_path: Path) -> None:
     torch.save({"module.a": torch.ones(1)}, tmp_path / "w.pth")
-    assert list(vit.read_weights(tmp_path / "w.pth")) == ["a"]
+    assert list(weightfile.read(tmp_path / "w.pth")) == ["a"]
 
 
 def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
     path = save({"a": torch.tensor([0.5, 1.25]).half(), "b": torch.tensor([3])}, tmp_path / "w.safetensors")
-    state = vit.read_weights(path)
+    state = weightfile.read(path)
     assert state["a"].dtype == torch.float32 and state["a"].tolist() == [0.5, 1.25]
     assert state["b"].dtype == torch.int64
 
@@ -297,7 +297,7 @@ def test_half_precision_is_read_as_float32(tmp_path: Path) -> None:
 def test_what_is_no_weights_file_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=name):
-        vit.read_weights(tmp_path / name)
+        weightfile.read(tmp_path / name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -306,19 +306,19 @@ def test_no_bytes_make_read_weights_fail_otherwise(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.getbasetemp() / "fuzz.pth"
     path.write_bytes(content)
     with pytest.raises(UsageError):
-        vit.read_weights(path)
+        weightfile.read(path)
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [torch.ones(1)], {}, torch.ones(3)])
 def test_a_pth_without_a_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UsageError, match="holds no state_dict"):
-        vit.read_weights(tmp_path / "w.pth")
+        weightfile.read(tmp_path / "w.pth")
 
 
 def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.pth' does not exist"):
-        vit.read_weights(tmp_path / "nowhere.pth")
+        weightfile.read(tmp_path / "nowhere.pth")
 
 
 def test_misfits_are_named(tiny_vit: Any) -> None:
@@ -327,7 +327,7 @@ def test_misfits_are_named(tiny_vit: Any) -> None:
     del state["norm.weight"]
     state["surplus"] = torch.zeros(1)
     with pytest.raises(UsageError) as error:
-        vit.load_weights(tiny_vit, state, "w.pth")
+        weightfile.load(tiny_vit, state, "w.pth")
     for part in ("'w.pth'", "head.weight is (7, 48), the model wants (5, 48)", "norm.weight is missing", "surplus is unknown"):  # fmt: skip
         assert part in str(error.value)
 
@@ -339,7 +339,7 @@ def test_a_missing_bias_is_missing(tiny_vit: Any, name: str) -> None:
     with torch.no_grad():
         tiny_vit.get_parameter(name).fill_(99.0)
     with pytest.raises(UsageError, match=f"{name} is missing"):
-        vit.load_weights(tiny_vit, state, "w.pth")
+        weightfile.load(tiny_vit, state, "w.pth")
 
 
 def test_weights_of_an_architecture_without_bias_load(tiny_kwargs: dict[str, Any]) -> None:
@@ -347,13 +347,13 @@ def test_weights_of_an_architecture_without_bias_load(tiny_kwargs: dict[str, Any
     model = vit.create("vit_tiny_patch16_224", {**tiny_kwargs, "proj_bias": False}, 5)
     state = {k: v for k, v in model.state_dict().items() if not k.endswith(("attn.proj.bias", "fc2.bias"))}
     state["head.bias"] = torch.full((5,), 2.0)
-    vit.load_weights(model, state, "w.pth")
+    weightfile.load(model, state, "w.pth")
     assert model.head.bias.tolist() == [2.0] * 5
 
 
 def test_many_misfits_are_counted(tiny_vit: Any) -> None:
     with pytest.raises(UsageError, match=r"and \d+ more"):
-        vit.load_weights(tiny_vit, {"a": torch.zeros(1)}, "w.pth")
+        weightfile.load(tiny_vit, {"a": torch.zeros(1)}, "w.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -361,7 +361,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_vit: Any, value: float) ->
     state = {k: v.clone() for k, v in tiny_vit.state_dict().items()}
     state["blocks.1.mlp.fc1.weight"][0, 0] = value
     with pytest.raises(UsageError, match=r"NaN or infinity in blocks\.1\.mlp\.fc1\.weight"):
-        vit.load_weights(tiny_vit, state, "w.pth")
+        weightfile.load(tiny_vit, state, "w.pth")
 
 
 # Size ---------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def drop_errors(task: Task, judge: Judge) -> list[FloatArray]:
     """Per sub-block `[levels]`: the error of dropping to so many patches there and nowhere else; falls along the levels."""
     judge.keep(task.dense)
     found = []
-    with task.console.progress("token drops", len(task.table.patches) - 1, "counts") as advance:
+    with task.console.progress("token drops", (len(task.table.patches) - 1) * task.sizes.blocks, "drops") as advance:
         for at, (counts, drops) in enumerate(zip(task.counts, task.drops, strict=True)):
             own = np.zeros(len(task.table.patches))
             for level in range(len(own) - 1):
@@ -42,5 +42,6 @@ def drop_errors(task: Task, judge: Judge) -> list[FloatArray]:
                     choice = (*task.dense[:at], options[0], *task.dense[at + 1 :])
                     own[level] = FISHER * judge.divergence(choice)
             found.append(np.maximum.accumulate(own[::-1])[::-1])
-            advance((len(own) - 1) / len(task.counts), f"sub-block {at}")
+            if task.levels[at].kind == "attn":
+                advance(len(own) - 1, f"block {task.levels[at].block}")
     return found

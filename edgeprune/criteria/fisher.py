@@ -21,7 +21,7 @@ from edgeprune.criteria import SCORED, Evidence, grid_levels, obs_orders, observ
 from edgeprune.types import Levels, SubBlock
 
 NEEDS = ("weights", "activations", "gradients", "loss")
-CHANGES_BYTES = 1 << 30  # weight changes held at once; more sub-blocks than fit take another backward pass
+CHANGES_BYTES = 3 << 30  # weight changes held at once, all of a DeiT-B; what does not fit takes another backward pass
 
 
 def score(evidence: Evidence) -> list[Levels]:

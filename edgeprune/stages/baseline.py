@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeprune import adapting, artifact, numerics, selections, tasks, vit
+from edgeprune import adapting, artifact, numerics, selections, tasks, vit, weightfile
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import CLASSIFY, FEATURES, ModelSpec, Request
 from edgeprune.console import SILENT, Console
@@ -64,7 +64,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.say(f"{request.card.architecture}: {parts}, {vit.parameters(model) / 1e6:.2f} M parameters")
     console.say(f"{splits.source}: {len(splits.train)} training, {len(splits.calibration)} calibration, "
                 f"{len(splits.evaluation)} evaluation images")  # fmt: skip
-    vit.write_weights(model, out / "dense.safetensors")
+    weightfile.write(model, out / "dense.safetensors")
     with console.busy("the dense model to ONNX"):
         export.to_onnx(model, sizes.image, out / "exported.onnx")
     simplify.simplify(out / "exported.onnx", out / "dense.onnx")
@@ -102,13 +102,13 @@ def load_source(card: ModelSpec, weights: Path | None, console: Console = SILENT
         raise UsageError(f"the card '{card.name}' has no weights; give a .safetensors or .pth file with --weights")
     model = vit.create(card.architecture, card.arguments, card.num_classes, card.anatomy, pretrained=source is None)
     if source is not None:
-        state = vit.read_weights(source)
+        state = weightfile.read(source)
         if card.task == FEATURES and not card.num_classes:
             state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIERS)}
         state, done = adapting.adapt(model, state)
         for what in done:
             console.say(f"weights in '{source}': {what}")
-        vit.load_weights(model, state, str(source))
+        weightfile.load(model, state, str(source))
     return tasks.mark(model, card.task)
 
 
@@ -124,7 +124,7 @@ def load(request: Request, folder: Path) -> Dense:
     facts = json.loads((folder / "baseline.json").read_text())
     card = request.card
     model = vit.create(card.architecture, card.arguments, facts["num_classes"], card.anatomy)
-    vit.load_weights(model, vit.read_weights(folder / "dense.safetensors"), str(folder))
+    weightfile.load(model, weightfile.read(folder / "dense.safetensors"), str(folder))
     return with_data(tasks.mark(model, request.card.task), request, Chosen.find(folder))
 
 

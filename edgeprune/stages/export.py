@@ -78,16 +78,28 @@ def how(model: nn.Module) -> Deployed:
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
-    dense = baseline.load(request, read["baseline"])
-    model = artifact.rebuild(artifact.read_plan(read["finetune"] / "plan.json"), read["finetune"] / "model.safetensors")
-    deploy(model, how(dense.model))
+    dense, model = deployable(request, read)
     path = out / "exported.onnx"
     with console.busy("torch to ONNX"):
         to_onnx(model, dense.sizes.image, path)
     facts = compare(model, path, *check_images(dense, CHECK_IMAGES))
-    console.say(f"ONNX opset {OPSET}; against torch on {facts['images']} images: greatest relative difference "
-                f"{facts['max_error']:.1e}, top-1 agreement {facts['agreement']:.1%}")  # fmt: skip
+    console.say(f"ONNX opset {OPSET}; {words(facts)}")
     (out / "export.json").write_text(json.dumps(facts))
+
+
+def deployable(request: Request, read: Mapping[str, Path]) -> tuple[baseline.Dense, VisionTransformer]:
+    """The dense model with the data, and the tuned one, exported as the request asks."""
+    dense = baseline.load(request, read["baseline"])
+    model = artifact.rebuild(artifact.read_plan(read["finetune"] / "plan.json"), read["finetune"] / "model.safetensors")
+    return dense, deploy(model, how(dense.model))
+
+
+def words(facts: Mapping[str, Any]) -> str:
+    """What `compare` found."""
+    return (
+        f"against torch on {facts['images']} images: greatest relative difference {facts['max_error']:.1e}, "
+        f"top-1 agreement {facts['agreement']:.1%}"
+    )
 
 
 def output(model: nn.Module) -> str:

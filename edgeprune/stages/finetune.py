@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, tasks, vit
+from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, tasks, vit, weightfile
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
-from edgeprune.data import Images
 from edgeprune.errors import UsageError
 from edgeprune.stages import baseline
 from edgeprune.tuning import launch
 from edgeprune.tuning.checkpoint import Checkpoint
-from edgeprune.tuning.judge import divergence, divide
+from edgeprune.tuning.group import Group
+from edgeprune.tuning.judge import Judge, divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import to_json
 
@@ -40,14 +40,15 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     adapted = recoveries.get(request.recovery).TUNES == "adapters"
     if adapted:
         adapters.attach(student, seed=request.seed)
-    after = before = divergence(student, dense.model, check, recipe.batch_size)
+    judge = Judge(dense.model, check, recipe.batch_size, Group(torch.device("cpu")))
+    after = before = judge(student)
     if not math.isfinite(before):
-        pixels, _ = next(check.batches(recipe.batch_size))
+        pixels, _ = judge.batches[0]
         numerics.refuse_not_finite(student, pixels, student(pixels).detach(), "prune", "choose another --recovery")
         raise UsageError(
             "stage finetune: the pruned model's divergence from the dense one is no number; choose another --recovery"
         )
-    scale = typical(dense, check, recipe.batch_size)
+    scale = tasks.scale(torch.cat([wanted for _, wanted in judge.batches]), tasks.of(dense.model))
     history = History()
     if planned.plan == vit.dense_plan(dense.sizes):
         console.say("nothing was pruned: no tuning")
@@ -61,7 +62,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     else:
         history = tune(student, planned, dense, recipe, request, out, console)
         shutil.rmtree(out / cache.CHECKPOINT, ignore_errors=True)
-        after = divergence(student, dense.model, check, recipe.batch_size)
+        after = judge(student)
         console.say(
             f"divergence from the dense model on {len(check)} images kept out of tuning: "
             f"{before:.4f} nats before, {after:.4f} after {len(history.losses)} steps"
@@ -71,7 +72,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if adapted:
         adapters.save(student, dense.model, planned.plan, out / artifact.ADAPTERS)
         adapters.merge(student)
-    vit.write_weights(student, out / "model.safetensors")
+    weightfile.write(student, out / "model.safetensors")
     if adapted:
         few, all_ = ((out / name).stat().st_size / 1e6 for name in (artifact.ADAPTERS, "model.safetensors"))
         console.say(f"adapters and what else was tuned: {few:.2f} MB, of {all_:.2f} MB of weights")
@@ -84,13 +85,6 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         **to_json(history),
     }
     (out / "finetune.json").write_text(json.dumps(document))
-
-
-@torch.no_grad()
-def typical(dense: baseline.Dense, check: Images, batch_size: int) -> float:
-    """`tasks.scale` of what the dense model says of the check images."""
-    said = torch.cat([dense.model(pixels) for pixels, _ in check.batches(batch_size)])
-    return tasks.scale(said, tasks.of(dense.model))
 
 
 def tune(

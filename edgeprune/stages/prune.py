@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgeprune import allocators, polish, recoveries, vit
+from edgeprune import allocators, polish, recoveries, vit, weightfile
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -101,7 +101,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
                 f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip
     console.detail(" ".join(f"{h}h/{n}n" + "".join(f"/{p}p" for p in patches) for h, n, *patches in kept))
-    vit.write_weights(pruned, out / "pruned.safetensors")
+    weightfile.write(pruned, out / "pruned.safetensors")
     write_plan(PlannedModel.of(request.card, dense.sizes.num_classes, plan, predicted, limit), out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))
 

@@ -1,20 +1,21 @@
 """Shapes: ONNX files of models whose blocks are all alike, or all those of a stage, for the latency table.
 Latency depends on shapes alone.
 
-Exporting takes seconds per model. MLP widths differ in nothing but one dimension, so one export with a
-marker width, a number that is no other size in the graph, is cut to every width of the grid.
+Exporting takes seconds per model. Models that differ in one size are therefore cut from one export whose size is a
+marker, a number that is no other size in the graph: MLP widths, heads, tokens.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -26,7 +27,12 @@ from edgeprune.types import Shape, SubBlockKind
 
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages; those between are interpolated
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
+FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
 REMOVED = 0.1  # share of sub-blocks that a random plan leaves out entirely
+
+
+#: Size in a graph -> which places of a dimension of that size stay.
+Kept = Mapping[int, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,65 @@ def shape_models(
     paths: dict[Entry, Path] = {}
     counts = [head_counts(sizes, i) for i in range(len(sizes.stages))]
     with console.progress("shape models", sum(map(len, counts)) + len(counts), "exports") as advance:
-        for i, (stage, grid) in enumerate(zip(sizes.stages, grids, strict=True)):
-            for heads in counts[i]:
-                entry = Entry(i, "attn", heads)
-                paths[entry] = folder / f"{entry.name}.onnx"
-                export_shape(model, with_stage(sizes, i, (heads, stage.neurons)), sizes, paths[entry])
-                advance(1, "")
+        for i, grid in enumerate(grids):
+            for heads, path in head_models(model, i, counts[i], folder).items():
+                paths[Entry(i, "attn", heads)] = path
+            advance(len(counts[i]), "")
             for width, path in width_models(model, i, grid[:-1], folder).items():
                 paths[Entry(i, "mlp", width)] = path
             advance(1, "")
     return paths
+
+
+def head_models(model: VisionTransformer, stage: int, counts: Sequence[int], folder: Path) -> dict[int, Path]:
+    """ONNX files of full-depth models with these numbers of heads in every block of a stage, fewer than all, by number."""
+    sizes = vit.anatomy(model)
+    neurons = sizes.stages[stage].neurons
+    marker = head_marker(sizes, stage, export.how(model).intake.frame or ())
+    paths = {heads: folder / f"{Entry(stage, 'attn', heads).name}.onnx" for heads in counts}
+    for heads in (h for h in counts if h == 0 or not h < marker):
+        export_shape(model, with_stage(sizes, stage, (heads, neurons)), sizes, paths[heads])
+    if not any(0 < heads < marker for heads in counts):
+        return paths
+    marked = folder / "marked.onnx"
+    export_shape(model, with_stage(sizes, stage, (marker, neurons)), sizes, marked)
+    for heads in (h for h in counts if 0 < h < marker):
+        kept = kept_heads(sizes.stages[stage], marker, heads)
+        onnx.save(cut(onnx.load(marked), kept, values=True), paths[heads])
+    marked.unlink()
+    return paths
+
+
+def head_sizes(stage: vit.Stage, heads: int) -> tuple[int, ...]:
+    """The sizes in a graph that follow from the number of heads."""
+    inner, windows = heads * stage.head_dim, -(-stage.tokens // stage.attended)
+    return heads, inner, 3 * inner, windows * heads
+
+
+def kept_heads(stage: vit.Stage, marker: int, heads: int) -> Kept:
+    """What of a model with `marker` heads is one with the first `heads`: each size that follows from their number."""
+    groups = (1, stage.head_dim, 3 * stage.head_dim, head_sizes(stage, 1)[-1])  # numbers per head ...
+    outer = (1, 1, 3, groups[-1])  # ... of which so many lie further apart than heads do
+    found = {}
+    for size, parts in zip(groups, outer, strict=True):
+        every = np.arange(marker * size).reshape(parts, marker, size // parts)
+        found[marker * size] = every[:, :heads].flatten()
+    return found
+
+
+def head_marker(sizes: vit.Anatomy, stage: int, others: Sequence[int] = ()) -> int:
+    """The most heads below all whose sizes are no others in the graph; 0 where there are too few heads to save an export."""
+    own = sizes.stages[stage]
+    if own.window and own.tokens % own.window:
+        return 0  # padded: how many windows there are is not known here
+    taken = {*range(FEWEST_MARKED), *_other_sizes(sizes, others)}
+    taken |= {
+        n for i, s in enumerate(sizes.stages) for n in (s.neurons, *(head_sizes(s, s.heads) if i != stage else ()))
+    }
+    for heads in range(own.heads - 1, FEWEST_MARKED - 1, -1):
+        if not taken & set(head_sizes(own, heads)):
+            return heads
+    return 0
 
 
 def width_models(model: VisionTransformer, stage: int, widths: Sequence[int], folder: Path) -> dict[int, Path]:
@@ -91,7 +146,7 @@ def width_models(model: VisionTransformer, stage: int, widths: Sequence[int], fo
     marked = folder / "marked.onnx"
     export_shape(model, with_stage(sizes, stage, (heads, marker)), sizes, marked)
     for width in (w for w in widths if 0 < w <= marker):
-        onnx.save(cut(onnx.load(marked), marker, width), paths[width])
+        onnx.save(cut(onnx.load(marked), {marker: np.arange(width)}), paths[width])
     marked.unlink()
     return paths
 
@@ -128,14 +183,22 @@ def token_models(
     reducing: Shape = ((stage.heads, stage.neurons, fewer[-1] if fewer else sizes.patches),) * stage.blocks
     paths = {"reducing": folder / "reducing.onnx"}
     export_shape(model, reducing, sizes, paths["reducing"], reducer)
-    with console.progress("token models", 2 * len(fewer), "exports") as advance:
-        for patches in fewer:
-            short: Any = copy.deepcopy(model)
-            short.patch_drop = FirstTokens(sizes.prefix + patches)
-            for kind, row in (("attn", (stage.heads, 0)), ("mlp", (0, stage.neurons))):
-                paths[f"tokens{patches}.{kind}"] = folder / f"tokens{patches}.{kind}.onnx"
-                export_shape(short, (row,) * sizes.blocks, sizes, paths[f"tokens{patches}.{kind}"])
+    if not fewer:
+        return paths, reducing
+    taken = {stage.neurons, *head_sizes(stage, stage.heads), *_other_sizes(sizes, export.how(model).intake.frame or ())}
+    marker = _prime_below(stage.tokens, taken)
+    short: Any = copy.deepcopy(model)
+    short.patch_drop = FirstTokens(marker)
+    marked = folder / "marked.onnx"
+    with console.progress("token models", 2 * len(fewer), "models") as advance:
+        for kind, row in (("attn", (stage.heads, 0)), ("mlp", (0, stage.neurons))):
+            export_shape(short, (row,) * sizes.blocks, sizes, marked)
+            for patches in fewer:
+                path = paths[f"tokens{patches}.{kind}"] = folder / f"tokens{patches}.{kind}.onnx"
+                kept = {marker: np.arange(sizes.prefix + patches)}
+                onnx.save(cut(onnx.load(marked), kept, values=True), path)
                 advance(1, "")
+    marked.unlink()
     return paths, reducing
 
 
@@ -180,24 +243,43 @@ def export_shape(
 
 def marker_width(sizes: vit.Anatomy, stage: int, others: Sequence[int] = ()) -> int:
     """The greatest prime below a stage's MLP width; no other size of a ViT is a large prime, and it is none of `others`."""
+    return _prime_below(sizes.stages[stage].neurons, _other_sizes(sizes, others))
+
+
+def _other_sizes(sizes: vit.Anatomy, others: Sequence[int]) -> set[int]:
+    """Sizes of a graph besides heads and neurons."""
     taken = {sizes.num_classes, *sizes.image, *others}
-    taken |= {n for own in sizes.stages for n in (own.tokens, own.tokens - sizes.prefix, own.width, 3 * own.width)}
-    for number in range(sizes.stages[stage].neurons - 1, 1, -1):
-        if number not in taken and all(number % d for d in range(2, int(number**0.5) + 1)):
-            return number
-    raise ValueError(f"there is no prime below {sizes.stages[stage].neurons}")
+    for own in sizes.stages:
+        taken |= {own.tokens, own.tokens - sizes.prefix, own.width, 3 * own.width, own.head_dim, own.attended}
+    return taken
 
 
-def cut(model: onnx.ModelProto, marker: int, width: int) -> onnx.ModelProto:
-    """Cut every weight dimension of size `marker` to `width`, which is at most `marker`."""
-    if width > marker:
-        raise ValueError(f"a model of width {marker} cannot be cut to {width}")
+def _prime_below(number: int, taken: set[int]) -> int:
+    for prime in range(number - 1, 1, -1):
+        if prime not in taken and all(prime % d for d in range(2, int(prime**0.5) + 1)):
+            return prime
+    raise ValueError(f"there is no prime below {number}")
+
+
+def cut(model: onnx.ModelProto, kept: Kept, *, values: bool = False) -> onnx.ModelProto:
+    """Cut every weight dimension whose size is a key of `kept`, a marker, to the places that stay.
+
+    With `values`, numbers in constants that may be shapes are replaced likewise; without, they are refused.
+    """
+    for marker, places in kept.items():
+        if len(places) and places.max() >= marker:
+            raise ValueError(f"a model of size {marker} cannot be cut to {len(places)}")
     for tensor in model.graph.initializer:
-        values = numpy_helper.to_array(tensor)
-        if marker in values.shape:
-            part = values[tuple(slice(width) if size == marker else slice(None) for size in values.shape)]
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(part), tensor.name))
-        elif values.dtype == np.int64 and values.size <= MOST_DIMENSIONS and marker in values:
-            raise ValueError(f"'{tensor.name}' holds the marker width {marker} as a value")
+        found = numpy_helper.to_array(tensor)
+        if found.dtype != np.int64:
+            for axis, size in enumerate(found.shape):
+                if size in kept:
+                    found = found.take(kept[size], axis)
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(found), tensor.name))
+        elif found.size <= MOST_DIMENSIONS and np.isin(found, list(kept)).any():
+            if not values:
+                raise ValueError(f"'{tensor.name}' holds a marker of {list(kept)} as a value")
+            shape = [len(kept[n]) if n in kept else n for n in found.flatten().tolist()]
+            tensor.CopyFrom(numpy_helper.from_array(np.array(shape, np.int64).reshape(found.shape), tensor.name))
     del model.graph.value_info[:]
     return model

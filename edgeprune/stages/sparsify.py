@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from edgeprune import allocators, cache, criteria, obs, schedules, vit
+from edgeprune import allocators, cache, criteria, obs, schedules, vit, weightfile
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.calibration import Calibration
 from edgeprune.config import WIDTHS, Request
@@ -72,7 +72,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         console.say(f"schedule '{request.schedule}': {kept[0]} heads and {kept[1]} neurons are left after {len(history.losses)} steps, "
                     f"{table.predict_ms(plan.shape):.2f} ms by the table")  # fmt: skip
     cut = vit.slice_model(model, plan)
-    vit.write_weights(cut, out / "model.safetensors")
+    weightfile.write(cut, out / "model.safetensors")
     planned = PlannedModel.of(request.card, dense.sizes.num_classes, plan, table.predict_ms(plan.shape), limit)
     write_plan(planned, out / "plan.json")
     dense.splits.report(out, console)

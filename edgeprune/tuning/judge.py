@@ -29,18 +29,10 @@ def divide(images: Images) -> tuple[Images, Images]:
     return images.take(count), images.drop(count)
 
 
-@torch.no_grad()
-def divergence(student: VisionTransformer, teacher: VisionTransformer, images: Images, batch_size: int) -> float:
-    """Mean KL(teacher || student) of what they say, in nats (`tasks.divergence`)."""
-    total = count = 0.0
-    for pixels, _ in images.batches(batch_size):
-        total += float(tasks.divergence(student(pixels).float(), teacher(pixels), tasks.of(teacher)))
-        count += len(pixels)
-    return total / count
-
-
 class Judge:
-    """`divergence` on fixed images, shared out over the processes; the teacher is asked once. Calls are counted in float32."""
+    """Mean KL(teacher || student) of what they say, in nats (`tasks.divergence`), on fixed images that are shared out over
+    the processes; the teacher is asked once. Calls are counted in float32.
+    """
 
     def __init__(self, teacher: VisionTransformer, check: Images, batch_size: int, group: Group) -> None:
         self.group, self.task = group, tasks.of(teacher)

@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, cache, errors, extras
+from edgeprune import artifact, cache, errors, extras, weightfile
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
 from edgeprune.errors import EdgepruneError, UsageError
@@ -67,13 +67,12 @@ def fit(
     machines of the group share. Raises what the processes raise.
     """
 
-    from edgeprune import vit
     from edgeprune.tuning.loop import History
 
     folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=work))
     try:
-        vit.write_weights(student, folder / "student.safetensors")
-        vit.write_weights(teacher, folder / "teacher.safetensors")
+        weightfile.write(student, folder / "student.safetensors")
+        weightfile.write(teacher, folder / "teacher.safetensors")
         artifact.write_plan(planned, folder / "plan.json")
         job = {
             "card": request.card, "recipe": recipe, "seed": request.seed, "processes": request.processes,
@@ -87,7 +86,7 @@ def fit(
         _run(folder, request.processes, request.accelerate_config, console)
         for path in sorted(folder.glob("unreadable-*.json")):
             unreadable.update(artifact.read_json(path))
-        vit.load_weights(student, vit.read_weights(folder / "tuned.safetensors"), str(folder))
+        weightfile.load(student, weightfile.read(folder / "tuned.safetensors"), str(folder))
         return History.of(artifact.read_json(folder / "history.json"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgeprune import artifact, config, data, tasks, vit
+from edgeprune import artifact, config, data, tasks, vit, weightfile
 from edgeprune.config import ModelSpec, Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError, UsageError
@@ -73,7 +73,7 @@ def tune(folder: Path, group: Group) -> None:
     student = artifact.rebuild(planned, folder / "student.safetensors")
     teacher = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
     tasks.mark(teacher, planned.task)
-    vit.load_weights(teacher, vit.read_weights(folder / "teacher.safetensors"), str(folder))
+    weightfile.load(teacher, weightfile.read(folder / "teacher.safetensors"), str(folder))
     transforms = data.transform_config(card, teacher)
     check, train = judge.divide(data.load_splits(card, transforms, job["seed"], data.Chosen.find(folder)).train)
     console = Console(verbose=job["verbose"]) if group.rank == 0 else SILENT
@@ -100,7 +100,7 @@ def tune(folder: Path, group: Group) -> None:
     )
     (folder / f"unreadable-{group.rank}.json").write_text(json.dumps(train.corrupt))
     if group.rank == 0:
-        vit.write_weights(student, folder / "tuned.safetensors")
+        weightfile.write(student, folder / "tuned.safetensors")
         (folder / "history.json").write_text(json.dumps(to_json(history)))
 
 
