@@ -235,7 +235,7 @@ def create(
 def _on_meta(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     """timm's model without weights."""
     with torch.device("meta"):
-        return cast(nn.Module, timm.create_model(architecture, **kwargs))
+        return timm.create_model(architecture, **kwargs)
 
 
 def _check_early(on_meta: Callable[[], nn.Module], architecture: str, anatomy: Mapping[str, str]) -> None:
