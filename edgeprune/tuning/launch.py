@@ -20,7 +20,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import artifact, cache, errors, extras, weightfile
+from edgeprune import artifact, cache, errors, extras
 from edgeprune.config import Recipe, Request
 from edgeprune.console import Console
 from edgeprune.errors import EdgepruneError, UsageError
@@ -66,7 +66,7 @@ def fit(
     Images that cannot be read are noted in `unreadable`. `work` is an existing folder, on a file system that all
     machines of the group share. Raises what the processes raise.
     """
-
+    from edgeprune import weightfile
     from edgeprune.tuning.loop import History
 
     folder = Path(tempfile.mkdtemp(prefix=FOLDER, dir=work))
