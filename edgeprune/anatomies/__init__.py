@@ -21,7 +21,8 @@ from typing import Any, Protocol, cast
 from torch import Tensor, nn
 
 from edgeprune.anatomies._described import Described
-from edgeprune.anatomies._parts import MergingBlock, PositionalAttention, WindowAttention
+from edgeprune.anatomies._parts import MergingBlock
+from edgeprune.anatomies._positions import PositionalAttention, WindowAttention
 from edgeprune.compat import VisionTransformer
 
 __all__ = [
