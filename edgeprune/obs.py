@@ -17,6 +17,7 @@ Everything is float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 DAMPING = 1e-2
 PANEL = 256  # rows of a covariance that one multiplication makes
-SWEEP = 256  # eliminations after which inverse and weights are computed afresh, against drift
+SWEEP = 512  # eliminations after which inverse and weights are computed afresh, against drift
 
 
 @dataclass
@@ -113,11 +114,14 @@ def _sweep(w: Tensor, inverse: Tensor, _: int) -> tuple[list[int], list[float]]:
     """Remove up to `SWEEP` single inputs; their positions, in order, and scores.
 
     The updates of the inverse and of the weights are kept as factors, inverse - U^T U and w - C^T U, and only
-    the row and column that a step needs are formed: a step reads `[inputs, steps so far]`, not `[inputs, inputs]`.
+    the row and column that a step needs are formed: a step reads `[inputs, steps so far]`, not `[inputs, inputs]`,
+    nor the weights, whose inner products are known.
     """
     steps, inputs = min(SWEEP, len(inverse)), len(inverse)
     u = torch.empty(steps, inputs, dtype=torch.float64)
     c = torch.empty(steps, len(w), dtype=torch.float64)
+    cw = torch.empty(steps, inputs, dtype=torch.float64)  # C w
+    gram = w.T @ w
     diagonal, norms = inverse.diagonal().clone(), w.square().sum(0)
     gone = torch.zeros(inputs, dtype=torch.bool)
     removed, scores = [], []
@@ -127,7 +131,8 @@ def _sweep(w: Tensor, inverse: Tensor, _: int) -> tuple[list[int], list[float]]:
         row = (inverse[j] - u[:k, j] @ u[:k]) / root
         column = (w[:, j] - u[:k, j] @ c[:k]) / root
         score = float(column @ column)
-        shared = column @ w - (c[:k] @ column) @ u[:k]  # inner products of the column with the weights as they now are
+        cw[k] = (gram[j] - u[:k, j] @ cw[:k]) / root
+        shared = cw[k] - (c[:k] @ column) @ u[:k]  # inner products of the column with the weights as they now are
         norms = (norms - 2 * row * shared + score * row.square()).clamp_min(0)
         gone[j] = True
         diagonal = torch.where(gone, 1.0, (diagonal - row.square()).clamp_min(1e-300))
@@ -162,6 +167,22 @@ def _scores(w: Tensor, inverse: Tensor, unit_size: int) -> Tensor:
     columns = w.T.reshape(units, unit_size, -1)
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), columns, upper=False)
     return whitened.square().sum((1, 2))
+
+
+def refits(
+    weight: Tensor, bias: Tensor, mean: Tensor, hessian: Tensor, order: Tensor, counts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`refit` when the first so many columns of `order` remain, for each of `counts`.
+
+    One factor serves all: that of the first columns is a part of it, as is what it makes of the right-hand side.
+    """
+    w, h = weight.double(), hessian.double()
+    factor = torch.linalg.cholesky(h[order][:, order])
+    half = torch.linalg.solve_triangular(factor, h[order] @ w.T, upper=False)
+    whole = bias.double() + w @ mean
+    for count in counts:
+        new = torch.linalg.solve_triangular(factor[:count, :count].T, half[:count], upper=True).T
+        yield new, whole - new @ mean[order[:count]]
 
 
 def refit(weight: Tensor, bias: Tensor, mean: Tensor, hessian: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

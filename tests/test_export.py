@@ -225,10 +225,11 @@ def test_models_with_fewer_heads_are_cut_from_one(
                 assert operators(cut) == operators(direct) and weight_shapes(cut) == weight_shapes(direct)
 
 
+@pytest.mark.parametrize("size", [32, 64])
 def test_models_with_fewer_tokens_are_cut_from_one(
-    make_vit: Callable[..., Any], tmp_path: Path, make_images: Callable[..., Any]
+    size: int, make_vit: Callable[..., Any], tmp_path: Path, make_images: Callable[..., Any]
 ) -> None:
-    model = make_vit(img_size=64, depth=2)
+    model = make_vit(img_size=size, depth=2)
     sizes = vit.anatomy(model)
     found, _ = stage_shapes.token_models(model, "cls", tmp_path, SILENT)
     counts = stage_shapes.patch_counts(sizes)[:-1]
@@ -240,7 +241,7 @@ def test_models_with_fewer_tokens_are_cut_from_one(
             path = found[f"tokens{patches}.{kind}"]
             onnx.checker.check_model(onnx.load(path), full_check=True)
             small = vit.slice_model(short, vit.plan_of_shape((row,) * 2))
-            assert export.compare(small, path, make_images(2, size=64))
+            assert export.compare(small, path, make_images(2, size=size))
 
 
 def test_a_marker_that_is_also_a_value_is_refused() -> None:

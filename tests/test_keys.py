@@ -43,12 +43,12 @@ def keys(request: Request) -> Mapping[str, str]:
         ({}, set()),
         ({"latency": "3x"}, {"sparsify", "prune"}),
         ({"seed": 1}, {"baseline", "profile", "sparsify", "calibrate", "prune", "finetune", "roofline", "inspect"}),
-        ({"reducer": "tome"}, {"profile", "prune", "finetune", "export"}),
-        ({"dims": "heads,mlp,depth"}, {"profile", "sparsify", "prune", "finetune", "export"}),
+        ({"reducer": "tome"}, {"profile", "prune", "finetune", "export", "simplify"}),
+        ({"dims": "heads,mlp,depth"}, {"profile", "sparsify", "prune", "finetune", "export", "simplify"}),
         ({"dims": "heads,mlp,tokens"}, {"sparsify", "prune"}),
         ({"criterion": "ziplm"}, {"sparsify", "calibrate"}),
         # it knows widths only, so that tokens need not be measured either
-        ({"allocator": "knapsack"}, {"profile", "sparsify", "prune", "finetune", "export"}),
+        ({"allocator": "knapsack"}, {"profile", "sparsify", "prune", "finetune", "export", "simplify"}),
         ({"recovery": "none"}, {"prune", "finetune"}),
         ({"schedule": "gradual"}, {"sparsify", "finetune"}),
         ({"epochs": 2}, {"sparsify", "finetune"}),
@@ -77,7 +77,13 @@ def test_the_source_of_the_parts_is_in_the_keys(card: Path, monkeypatch: pytest.
     own = pipeline.code_key
     monkeypatch.setattr(pipeline, "code_key", lambda module: own(module) + "x" * module.endswith("reducers.tome"))
     after = keys(request_of(card, reducer="tome"))
-    assert {name for name in before if before[name] != after[name]} == {"profile", "prune", "finetune", "export"}
+    assert {name for name in before if before[name] != after[name]} == {
+        "profile",
+        "prune",
+        "finetune",
+        "export",
+        "simplify",
+    }
 
 
 def test_weights_of_a_local_folder_are_told_apart(tmp_path: Path) -> None:

@@ -109,6 +109,20 @@ def test_refit_with_everything_kept_is_the_same_layer() -> None:
     np.testing.assert_allclose(bias.numpy(), b, atol=1e-9)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), order=st.permutations(range(6)))
+def test_refits_of_nested_sets_are_those_of_each(seed: int, order: list[int]) -> None:
+    x, w, b = layer(seed)
+    own = moments(x)
+    given_ = torch.tensor(w), torch.tensor(b), own.mean, obs.damped(own.covariance)
+    counts = [6, 4, 1, 0]
+    found = obs.refits(*given_, torch.tensor(order), counts)
+    for count, (weight, bias) in zip(counts, found, strict=True):
+        want_weight, want_bias = obs.refit(*given_, torch.tensor(order[:count]).long())
+        np.testing.assert_allclose(weight.numpy(), want_weight.numpy(), atol=1e-8)
+        np.testing.assert_allclose(bias.numpy(), want_bias.numpy(), atol=1e-8)
+
+
 # Removal order ------------------------------------------------------------------------------
 
 

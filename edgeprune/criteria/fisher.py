@@ -54,12 +54,11 @@ def _changes(evidence: Evidence, at: SubBlock, order: list[int]) -> tuple[Tensor
     moments, unit_size = evidence.moments[at], evidence.sizes.unit_size(at)
     hessian, mean = obs.damped(moments.covariance), moments.mean
     dws, dbs = [], []
-    for kept in reversed(evidence.grid(at)):
-        units = tuple(sorted(order[len(order) - kept :]))
-        columns = vit.columns(units, unit_size)
-        new, new_bias = obs.refit(weight, bias, mean, hessian, columns)
+    last_first = vit.columns(tuple(reversed(order)), unit_size)
+    counts = [unit_size * kept for kept in reversed(evidence.grid(at))]
+    for count, (new, new_bias) in zip(counts, obs.refits(weight, bias, mean, hessian, last_first, counts), strict=True):
         change = -weight.double()
-        change[:, columns] += new
+        change[:, last_first[:count]] += new
         dws.append(change.flatten().float())
         dbs.append((new_bias - bias).float())
     return torch.stack(dws), torch.stack(dbs)

@@ -186,19 +186,23 @@ def token_models(
     if not fewer:
         return paths, reducing
     taken = {stage.neurons, *head_sizes(stage, stage.heads), *_other_sizes(sizes, export.how(model).intake.frame or ())}
-    marker = _prime_below(stage.tokens, taken)
+    marker = next((n for n in range(stage.tokens - 1, FEWEST_MARKED, -1) if n not in taken), 0)
     short: Any = copy.deepcopy(model)
-    short.patch_drop = FirstTokens(marker)
     marked = folder / "marked.onnx"
     with console.progress("token models", 2 * len(fewer), "models") as advance:
         for kind, row in (("attn", (stage.heads, 0)), ("mlp", (0, stage.neurons))):
-            export_shape(short, (row,) * sizes.blocks, sizes, marked)
+            if sizes.prefix + fewer[0] <= marker:
+                short.patch_drop = FirstTokens(marker)
+                export_shape(short, (row,) * sizes.blocks, sizes, marked)
             for patches in fewer:
                 path = paths[f"tokens{patches}.{kind}"] = folder / f"tokens{patches}.{kind}.onnx"
-                kept = {marker: np.arange(sizes.prefix + patches)}
-                onnx.save(cut(onnx.load(marked), kept, values=True), path)
+                if (count := sizes.prefix + patches) <= marker:
+                    onnx.save(cut(onnx.load(marked), {marker: np.arange(count)}, values=True), path)
+                else:
+                    short.patch_drop = FirstTokens(count)
+                    export_shape(short, (row,) * sizes.blocks, sizes, path)
                 advance(1, "")
-    marked.unlink()
+    marked.unlink(missing_ok=True)
     return paths, reducing
 
 
