@@ -158,6 +158,19 @@ def test_every_attention_that_stays_offers_drops(task: allocators.Task) -> None:
     assert task.plan(task.dense).shape == ((3, 24),) * 3
 
 
+@pytest.mark.parametrize("macs, images", [(0.0, 4), (1e30, 0)])
+def test_what_drops_do_is_asked_of_fewer_images_where_models_are_large(
+    task: allocators.Task, monkeypatch: pytest.MonkeyPatch, macs: float, images: int
+) -> None:
+    monkeypatch.setattr(search, "DROPS_MACS", macs)
+    monkeypatch.setattr(search, "DROPPED_LEAST", 4)
+    judge, _ = search.judges(task)
+    probe = search.probe(task, judge)
+    assert len(probe.wanted) == images if images else probe is judge
+    own = _tokens.drop_errors(task, probe)[0]
+    assert own[-1] == 0 < own[0]
+
+
 def test_stitched_reductions_are_those_of_the_sliced_model(task: allocators.Task) -> None:
     judge, _ = search.judges(task)
     images = torch.cat(task.found.batches)[: len(judge.wanted)]
