@@ -18,6 +18,8 @@ from edgeprune.criteria import Evidence
 from edgeprune.gates import Gates
 from edgeprune.recoveries import Damage
 from edgeprune.schedules import Planned, Training
+from edgeprune.tuning import group
+from edgeprune.tuning.judge import Judge
 from edgeprune.tuning.loop import fit
 from edgeprune.types import LatencyTable, Levels, Plan, Prices, Shape, SubBlock
 
@@ -54,6 +56,11 @@ class Tinted:
 
 def images(count: int, seed: int = 0) -> data.Images:
     return data.Images(Tinted(count, seed), np.arange(count), data.eval_transform(CONFIG), "training")
+
+
+def divergence(student: Any, teacher: Any, images: data.Images, batch_size: int) -> float:
+    """Mean KL(teacher || student) of what they say of the images, in nats."""
+    return Judge(teacher, images, batch_size, group.alone())(student)
 
 
 def evidence(

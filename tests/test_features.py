@@ -23,7 +23,6 @@ from test_docs import manifest_errors
 import edgeprune
 from edgeprune import artifact, config, criteria, data, errors, images, neighbours, tasks, vit
 from edgeprune.errors import UsageError
-from edgeprune.tuning.judge import divergence
 from edgeprune.tuning.loop import fit
 from edgeprune.tuning.loss import read_tokens
 
@@ -94,9 +93,9 @@ def test_the_tokens_that_an_embedding_is_made_of_are_found(embedder: Any) -> Non
 def test_tuning_brings_embeddings_closer(embedder: Any) -> None:
     pruned = tasks.mark(vit.slice_model(embedder, vit.plan_of_shape(((2, 16), (3, 8), (1, 24)))), config.FEATURES)
     train, check = parts.images(60), parts.images(20, seed=9)
-    before = divergence(pruned, embedder, check, 10)
+    before = parts.divergence(pruned, embedder, check, 10)
     fit(pruned, train, parts.RECIPE, parts.CONFIG, teacher=embedder, check=check, seed=0)
-    assert divergence(pruned, embedder, check, 10) < 0.7 * before
+    assert parts.divergence(pruned, embedder, check, 10) < 0.7 * before
 
 
 # Nearest neighbours -------------------------------------------------------------------------

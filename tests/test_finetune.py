@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import parts
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from edgeprune.config import Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import UsageError
 from edgeprune.tuning import lessons, loss, precision
-from edgeprune.tuning.judge import Average, divergence, wearing
+from edgeprune.tuning.judge import Average, wearing
 from edgeprune.tuning.loop import fit
 from edgeprune.types import BlockPlan, Plan
 
@@ -61,9 +62,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_a_teacher_is_approached(tiny_vit: Any, images: data.Images) -> None:
     student = vit.slice_model(tiny_vit, HARSH)
-    before, teacher = divergence(student, tiny_vit, images, 16), state(tiny_vit)
+    before, teacher = parts.divergence(student, tiny_vit, images, 16), state(tiny_vit)
     fit(student, images, RECIPE, CONFIG, teacher=tiny_vit)
-    assert divergence(student, tiny_vit, images, 16) < 0.6 * before
+    assert parts.divergence(student, tiny_vit, images, 16) < 0.6 * before
     assert same(teacher, state(tiny_vit)) and not student.training
 
 
@@ -73,8 +74,8 @@ def test_divergence_is_the_mean_kl(tiny_vit: Any, images: data.Images) -> None:
         x = torch.stack([image for image, _ in images])
         p, q = tiny_vit(x).softmax(-1), student(x).softmax(-1)
     want = float((p * (p / q).log()).sum(-1).mean())
-    assert divergence(student, tiny_vit, images, 7) == pytest.approx(want, rel=1e-4)
-    assert divergence(tiny_vit, tiny_vit, images, 7) == pytest.approx(0.0, abs=1e-6)
+    assert parts.divergence(student, tiny_vit, images, 7) == pytest.approx(want, rel=1e-4)
+    assert parts.divergence(tiny_vit, tiny_vit, images, 7) == pytest.approx(0.0, abs=1e-6)
 
 
 def lessons_of(teacher: Any, images: data.Images, **changes: Any) -> lessons.Lessons:
@@ -151,8 +152,8 @@ def test_shares_of_processes_make_up_the_batches_of_one(tiny_vit: Any, images: d
         made = lessons_of(tiny_vit, images, batch_size=9, views=views, rank=rank, size=size)
         return [x for x, _, _ in itertools.islice(made, 10)]
 
-    for whole, *parts in zip(pixels(0, 1), *(pixels(rank, 3) for rank in range(3)), strict=True):
-        together = torch.stack([image for part in parts for image in part])
+    for whole, *shares in zip(pixels(0, 1), *(pixels(rank, 3) for rank in range(3)), strict=True):
+        together = torch.stack([image for share in shares for image in share])
         assert torch.equal(whole.flatten(1).sum(1).sort().values, together.flatten(1).sum(1).sort().values)
 
 
@@ -303,9 +304,9 @@ def test_the_model_ends_with_the_weights_that_were_best(tiny_vit: Any, images: d
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_best_check_is_what_is_returned(tiny_vit: Any, images: data.Images, ema: float) -> None:
     student, check = vit.slice_model(tiny_vit, HARSH), images.take(8)
-    start = divergence(student, tiny_vit, check, 8)
+    start = parts.divergence(student, tiny_vit, check, 8)
     history = fit(student, images.drop(8), replace(RECIPE, ema=ema), CONFIG, teacher=tiny_vit, check=check)
-    found = divergence(student, tiny_vit, check, 8)
+    found = parts.divergence(student, tiny_vit, check, 8)
     assert found < start and found == pytest.approx(min(value for _, value in history.checks), rel=1e-4)
 
 
@@ -352,9 +353,9 @@ def test_bfloat16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_tuning_in_bfloat16_works(tiny_vit: Any, images: data.Images) -> None:
     student = vit.slice_model(tiny_vit, HARSH)
-    before = divergence(student, tiny_vit, images, 16)
+    before = parts.divergence(student, tiny_vit, images, 16)
     history = fit(student, images, replace(RECIPE, precision="bfloat16"), CONFIG, teacher=tiny_vit)
-    assert divergence(student, tiny_vit, images, 16) < 0.6 * before and history.precision == "bfloat16"
+    assert parts.divergence(student, tiny_vit, images, 16) < 0.6 * before and history.precision == "bfloat16"
     assert all(p.dtype == torch.float32 for p in student.parameters())
 
 

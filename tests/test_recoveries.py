@@ -27,7 +27,6 @@ from edgeprune.errors import UsageError
 from edgeprune.pipeline import Done
 from edgeprune.recoveries import scratch
 from edgeprune.stages import baseline, finetune
-from edgeprune.tuning.judge import divergence
 from edgeprune.tuning.loop import fit
 from edgeprune.types import BlockPlan, Plan
 
@@ -282,17 +281,17 @@ def test_tuning_changes_adapters_and_the_head_alone(tiny_vit: Any, precision: st
     """With a search for the rate, a moving average and checks, all of which copy weights about."""
     sliced, student = vit.slice_model(tiny_vit, HARSH), student_of(tiny_vit)
     images, check = parts.images(40), parts.images(12, seed=9)
-    before = divergence(student, tiny_vit, check, 8)
+    before = parts.divergence(student, tiny_vit, check, 8)
     recipe = replace(RECIPE, epochs=(30.0,), precision=precision, learning_rate_search=True, ema=0.9)
     history = fit(student, images, recipe, parts.CONFIG, teacher=tiny_vit, check=check)
-    after = divergence(student, tiny_vit, check, 8)
+    after = parts.divergence(student, tiny_vit, check, 8)
     assert history.precision == precision and len(history.checks) > 0
     assert after < 0.8 * before and after == pytest.approx(min(value for _, value in history.checks), rel=1e-3)
     original = {k.replace("parametrizations.weight.original", "weight"): v for k, v in student.state_dict().items()}
     same = {k for k, v in sliced.state_dict().items() if torch.equal(v, original[k])}
     assert same == {k for k in sliced.state_dict() if not k.startswith("head")}
     adapters.merge(student)
-    assert divergence(student, tiny_vit, check, 8) == pytest.approx(after, rel=1e-4)
+    assert parts.divergence(student, tiny_vit, check, 8) == pytest.approx(after, rel=1e-4)
     changed = {k for k, v in sliced.state_dict().items() if not torch.equal(v, student.state_dict()[k])}
     assert changed == {f"{name}.weight" for name in ADAPTED} | {"head.weight", "head.bias"}
 
