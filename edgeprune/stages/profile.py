@@ -29,6 +29,7 @@ TABLE_SECONDS = 60.0
 TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the quietest
 MIN_ROUNDS = 60
 FITTING_PLANS = 8
+TABLE_BYTES = 6 << 30
 SCHEMA = "edgeprune.profile/1"
 
 #: Measurements by name that were timed in the same rounds, the anchor among them.
@@ -229,8 +230,10 @@ def refuse_recorded(document: Mapping[str, Any], what: str, machine: Machine) ->
 
 
 def table_room(free: int | None) -> float:
-    """Bytes that the models of a table may take at once: half of what is free, None = unknown."""
-    return float("inf") if free is None else free / 2
+    """Bytes that the models of a table may take at once: half of what is free, None = unknown, and no more than
+    `TABLE_BYTES`: more at once saves few measurements of the anchor.
+    """
+    return TABLE_BYTES if free is None else min(free / 2, TABLE_BYTES)
 
 
 def grouped(models: Mapping[str, Path], room: float) -> list[dict[str, Path]]:
