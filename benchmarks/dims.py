@@ -1,4 +1,4 @@
-"""What a plan may choose, on and off: widths alone, tokens alone, all together, and which tokens stay.
+"""What a plan may choose, on and off: widths, tokens, int8, all together, and which tokens stay.
 
     python benchmarks/dims.py --model cifar10 --data-dir DIR --tune-steps 400
     python benchmarks/dims.py --quick                       a tiny model, one speed-up: it shows that all of it runs
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import accuracy
@@ -28,12 +29,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint, evit": {"dims": config.DIMS, "reducer": "evit"},
     "joint, zero-tprune": {"dims": config.DIMS, "reducer": "zero-tprune"},
     "joint, tome": {"dims": config.DIMS, "reducer": "tome"},
+    "widths, int8": {"dims": (*config.WIDTHS, "precision")},
+    "joint, int8": {"dims": config.EVERY_DIM},
     "tokens alone": {"dims": ("tokens",)},
+    "int8 alone": {"dims": ("precision",)},
     "no depth": {"dims": ("heads", "mlp", "tokens")},
     "no heads": {"dims": ("mlp", "depth", "tokens")},
     "no mlp": {"dims": ("heads", "depth", "tokens")},
 }
-QUICK = "widths,joint"
+QUICK = "widths;joint;joint, int8"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", help="names or patterns, separated by ; or , (default: all)")
     options = methods.arguments(parser, argv, "dims")
     with accuracy.quick(options) if options.quick else accuracy.full(options) as request:
-        methods.run(request, options, chosen(options.variants or (QUICK if options.quick else "*")))
+        variants = chosen(options.variants or (QUICK if options.quick else "*"))
+        every = {dim for own in variants.values() for dim in own["dims"]} | set(config.DIMS)
+        request = replace(request, dims=tuple(dim for dim in config.EVERY_DIM if dim in every))  # what the table has
+        methods.run(request, options, variants)
     tables.main(["--results", str(options.results), "--label", options.label, "--out", str(options.results.parent)])
 
 

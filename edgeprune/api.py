@@ -115,6 +115,17 @@ def request(
                 "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
             )
         chosen = tuple(dim for dim in chosen if dim != "tokens")
+    if "precision" in chosen:
+        if gradual:
+            raise UsageError("--gradual prunes a model on, in float; leave precision out of --dims")
+        modules.check("recovery", parts["recovery"])
+        if "".join(modules.constant("recovery", parts["recovery"], "TUNES")) == "adapters":
+            raise UsageError(
+                f"the recovery '{parts['recovery']}' tunes adapters, which are merged into float weights; "
+                "leave precision out of --dims, or take another --recovery"
+            )
+        if (precision or "fp32") != "fp32":
+            raise UsageError(f"int8 layers stand beside fp32 ones, not {precision}; leave precision out of --dims")
     if quantile and quantile not in QUANTILES:
         raise unknown("quantile", quantile, QUANTILES)
     if accuracy_on not in ("build", "device"):
@@ -139,11 +150,11 @@ def dims_of(text: str, allocator: str) -> tuple[str, ...]:
     modules.check("allocator", allocator)
     known = modules.constant("allocator", allocator, "DIMS")
     if not text:
-        return known or config.WIDTHS
+        return config.DIMS if known else config.WIDTHS
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in chosen:
-        if name not in config.DIMS:
-            raise unknown("dimension", name, list(config.DIMS))
+        if name not in config.EVERY_DIM:
+            raise unknown("dimension", name, list(config.EVERY_DIM))
     if not known and chosen != config.WIDTHS:
         raise UsageError(
             f"the allocator '{allocator}' always chooses {', '.join(config.WIDTHS)}; leave out --dims, or add --allocator search"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgeprune import families, schema, sealed
 from edgeprune.config import CLASSIFY, ModelSpec
 from edgeprune.errors import StorageError, UsageError
-from edgeprune.types import BlockPlan, Plan
+from edgeprune.types import INT8, BlockPlan, Plan, SubBlockKind
 
 if TYPE_CHECKING:
     from edgeprune.compat import VisionTransformer
@@ -52,7 +52,12 @@ class PlannedModel:
 def write_plan(planned: PlannedModel, path: Path) -> None:
     reduces = any(b.patches is not None for b in planned.plan.blocks)
     blocks = [
-        {**({} if b.patches is None else {"patches": b.patches}), "heads": list(b.heads), "neurons": list(b.neurons)}
+        {
+            **({} if b.patches is None else {"patches": b.patches}),
+            **({"int8": list(b.int8)} if b.int8 else {}),
+            "heads": list(b.heads),
+            "neurons": list(b.neurons),
+        }
         for b in planned.plan.blocks
     ]
     document = {
@@ -80,7 +85,8 @@ def read_plan(path: Path) -> PlannedModel:
         raise UsageError(f"{path} is not a plan of schema {PLAN_SCHEMA} (it says {document.get('schema')!r})")
     try:
         blocks = tuple(
-            BlockPlan(_units(b["heads"]), _units(b["neurons"]), _count(b.get("patches"))) for b in document["blocks"]
+            BlockPlan(_units(b["heads"]), _units(b["neurons"]), _count(b.get("patches")), _kinds(b.get("int8", [])))
+            for b in document["blocks"]
         )
         return PlannedModel(
             str(document["architecture"]), dict(document["kwargs"]), int(document["num_classes"]),
@@ -105,6 +111,12 @@ def _count(value: Any) -> int | None:
     return value
 
 
+def _kinds(values: Any) -> tuple[SubBlockKind, ...]:
+    if not isinstance(values, list) or values not in ([], *([kind] for kind in INT8), list(INT8)):
+        raise ValueError(f"int8 must be a list of {' and '.join(INT8)}")
+    return tuple(values)
+
+
 def _anatomy(value: Any) -> dict[str, str]:
     if odd := families.odd_part(dict(value)):
         raise ValueError(odd)
@@ -113,10 +125,10 @@ def _anatomy(value: Any) -> dict[str, str]:
 
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:
     """The pruned torch model in eval mode, its weights strictly loaded."""
-    from edgeprune import tasks, vit, weightfile
+    from edgeprune import quantisation, tasks, vit, weightfile
 
     dense = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
-    model = vit.slice_model(dense, planned.plan)
+    model = quantisation.mark(vit.slice_model(dense, planned.plan), planned.plan)
     weightfile.load(model, weightfile.read(weights), str(weights))
     return tasks.mark(model.eval(), planned.task)
 

@@ -183,6 +183,8 @@ CI = _options(
     click.option("--junit", type=click.Path(), metavar="FILE", help="Write the gates to FILE as JUnit XML; an undecided one is an error."),
     click.option("--github", is_flag=True, help="In GitHub Actions: annotate gates that did not pass, and write the step summary."),
 )  # fmt: skip
+DIMS = click.option("--dims", default="", metavar="NAMES",
+                    help="What a plan may choose, and a profile has prices of: heads, mlp (neurons), depth (whole sub-blocks), tokens, precision (int8); comma-separated (default: all that the allocator knows but precision).")  # fmt: skip
 DEVICE = click.option("--device", default="", metavar="DEVICE",
                       help="Measure there instead of here: a name from `edgeprune device list`, or ssh://[user@]host[:port].")  # fmt: skip
 ACCURACY_ON = click.option("--accuracy-on", type=click.Choice(["build", "device"]), default="build", show_default=True,
@@ -250,8 +252,7 @@ def cli() -> None:
     metavar="N",
     help="After the refit, train each block for N passes over the calibration images to meet the dense one; no labels.",
 )
-@click.option("--dims", default="", metavar="NAMES",
-              help="What a plan may choose: heads, mlp (neurons), depth (whole sub-blocks), tokens; comma-separated (default: all that the allocator knows).")  # fmt: skip
+@DIMS
 @click.option("--reducer", default="", metavar="NAME",
               help="Which tokens stay where a plan drops some: cls, evit, zero-tprune or tome (default: the method's, cls).")  # fmt: skip
 @click.option("--selection", default="random", show_default=True, metavar="NAME",
@@ -412,6 +413,7 @@ def join(output_format: str, quiet: bool, verbose: bool, **options: Any) -> int:
 @click.option(
     "--out", type=click.Path(), metavar="DIR", help="Write profile.json, profile.md and the raw samples to DIR."
 )
+@DIMS
 @DEVICE
 @DATA
 @TASK

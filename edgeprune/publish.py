@@ -145,6 +145,7 @@ def make_manifest(
     facts = artifact.read_json(stages["validate"].folder / "validation.json")
     dense = artifact.read_json(stages["baseline"].folder / "baseline.json")
     compiled = artifact.read_json(stages["compile"].folder / "compile.json")
+    simplified = artifact.read_json(stages["simplify"].folder / "simplify.json")
     profile = artifact.read_json(work / "profile.json")
     planned = artifact.read_plan(work / "plan.json")
     latency = dict(facts["pruned"]["latency"])
@@ -200,7 +201,7 @@ def make_manifest(
         **({"class_names": list(request.card.deploy.class_names)} if request.card.deploy.class_names else {}),
         "classes": dense["classes"],
         "shape": [list(row) for row in planned.plan.shape],
-        "export": artifact.read_json(stages["export"].folder / "export.json"),
+        "export": {k: v for k, v in simplified.items() if k not in ("before", "after")},
         "worker": facts["worker"],
         "device": profile["device"],
         "environment": environment,

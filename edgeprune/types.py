@@ -18,7 +18,13 @@ FloatArray = NDArray[np.float64]
 SubBlockKind = Literal["attn", "mlp"]
 #: A sub-block: block index and kind.
 SubBlock = tuple[int, SubBlockKind]
+#: (low, high) of a layer's inputs.
+Range = tuple[float, float]
+#: Those of the first and the last layer of sub-blocks.
+Ranges = Mapping[SubBlock, tuple[Range, Range]]
 Verdict = Literal["pass", "fail", "inconclusive"]
+#: How a shape says which sub-blocks of a block are int8: the sum of these.
+INT8: dict[SubBlockKind, int] = {"attn": 1, "mlp": 2}
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,17 @@ class BlockPlan:
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
     patches: int | None = None  # None: all that came in
+    int8: tuple[
+        SubBlockKind, ...
+    ] = ()  # whose linear layers have 8-bit inputs and weights, see `edgeprune.quantisation`
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        """Its part of the plan's shape."""
+        row = (len(self.heads), len(self.neurons))
+        if self.int8:
+            return (*row, self.patches or 0, sum(INT8[kind] for kind in self.int8))
+        return row if self.patches is None else (*row, self.patches)
 
 
 @dataclass(frozen=True)
@@ -58,14 +75,27 @@ class Plan:
 
     @property
     def shape(self) -> Shape:
-        return tuple(
-            (len(block.heads), len(block.neurons), *(() if block.patches is None else (block.patches,)))
-            for block in self.blocks
-        )
+        return tuple(block.row for block in self.blocks)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any sub-block is int8."""
+        return any(block.int8 for block in self.blocks)
 
 
-#: (heads, neurons) of every block, and (heads, neurons, patches) where tokens go: all that latency depends on.
+#: (heads, neurons) of every block, (heads, neurons, patches) where tokens go, and (heads, neurons, patches or 0, the sum
+#: of `INT8`) where sub-blocks are int8: all that latency depends on.
 Shape = tuple[tuple[int, ...], ...]
+
+
+def left(row: Sequence[int]) -> int | None:
+    """How many patches stay after a block of this row of a shape; None = all that came in."""
+    return row[2] or None if len(row) > 2 else None
+
+
+def int8(row: Sequence[int]) -> tuple[SubBlockKind, ...]:
+    """Which sub-blocks of a block of this row are int8."""
+    return tuple(kind for kind, bit in INT8.items() if len(row) > 3 and row[3] & bit)
 
 
 @dataclass(frozen=True)
@@ -117,10 +147,21 @@ class Prices:
     attn_ms: FloatArray  # [heads + 1], attn_ms[h]: one attention sub-block with h heads
     mlp_widths: tuple[int, ...]  # ascending, from 0 to the dense width
     mlp_ms: FloatArray  # [len(mlp_widths)]
+    attn_int8_ms: FloatArray = field(default_factory=lambda: np.empty(0))  # as `attn_ms`, int8; empty = not measured
+    mlp_int8_ms: FloatArray = field(default_factory=lambda: np.empty(0))
 
     def of(self, kind: SubBlockKind) -> tuple[tuple[int, ...], FloatArray]:
         """How many units a sub-block may keep, ascending, and the milliseconds of each."""
         return (tuple(range(len(self.attn_ms))), self.attn_ms) if kind == "attn" else (self.mlp_widths, self.mlp_ms)
+
+    def int8(self, kind: SubBlockKind) -> FloatArray:
+        """The milliseconds of each with int8 layers; empty = not measured."""
+        return self.attn_int8_ms if kind == "attn" else self.mlp_int8_ms
+
+    def ms(self, kind: SubBlockKind, units: int, *, quantised: bool = False) -> float:
+        """The price of a sub-block that keeps so many units. Raises ValueError for a number that was not measured."""
+        every, prices = self.of(kind)
+        return float((self.int8(kind) if quantised else prices)[every.index(units)])
 
 
 @dataclass(frozen=True)
@@ -153,6 +194,11 @@ class LatencyTable:
         return tuple(own for own in self.stages for _ in range(own.blocks))
 
     @property
+    def int8(self) -> bool:
+        """Whether int8 sub-blocks were measured."""
+        return all(len(own.attn_int8_ms) for own in self.stages)
+
+    @property
     def dense(self) -> Shape:
         return tuple((len(own.attn_ms) - 1, own.mlp_widths[-1]) for own in self.by_block)
 
@@ -163,12 +209,13 @@ class LatencyTable:
         if set(shape) == {(0, 0)}:
             return self.empty_ms
         total, level = self.base_ms, -1
-        for (heads, neurons, *patches), own in zip(shape, self.by_block):  # Python 3.9 on devices has no strict=
-            total += own.attn_ms[heads] * self.attn_share[level]
-            if patches:
-                level = self.patches.index(patches[0])
+        for row, own in zip(shape, self.by_block):  # Python 3.9 on devices has no strict=
+            quantised, patches = int8(row), left(row)
+            total += own.ms("attn", row[0], quantised="attn" in quantised) * self.attn_share[level]
+            if patches is not None:
+                level = self.patches.index(patches)
                 total += self.reduce_ms
-            total += own.mlp_ms[own.mlp_widths.index(neurons)] * self.mlp_share[level]
+            total += own.ms("mlp", row[1], quantised="mlp" in quantised) * self.mlp_share[level]
         return float(total)
 
 

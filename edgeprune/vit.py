@@ -25,7 +25,7 @@ from edgeprune.compat import GluMlp, VisionTransformer, timm
 from edgeprune.config import DIMS, WIDTHS
 from edgeprune.errors import UsageError, first_line, unknown
 from edgeprune.reducers import Reduction, Seen
-from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind
+from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind, int8, left
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
@@ -365,7 +365,9 @@ def dense_plan(sizes: Anatomy) -> Plan:
 
 def plan_of_shape(shape: Shape, reducer: str = reducers.DEFAULT) -> Plan:
     """A plan with this shape that keeps the first units; for models whose speed is all that matters."""
-    return Plan(tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), *row[2:]) for row in shape), reducer)
+    return Plan(
+        tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), left(row), int8(row)) for row in shape), reducer
+    )
 
 
 def columns(units: tuple[int, ...], unit_size: int) -> Tensor:
@@ -463,19 +465,22 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
             raise UsageError(
                 f"block {i} of the plan keeps {len(block.neurons)} of {stage.neurons} neurons; {WHOLE_MLPS}"
             )
-    left = sizes.patches
+    staying = sizes.patches
     for i, block in enumerate(plan.blocks):
+        for kind in block.int8:
+            if not (block.heads if kind == "attn" else block.neurons):
+                raise UsageError(f"block {i} of the plan has int8 for its {kind}, which is removed")
         if block.patches is not None:
             if sizes.positional:
                 raise UsageError(f"block {i} of the plan drops tokens; {ALL_TOKENS_STAY}")
-            if not 1 <= block.patches <= left:
+            if not 1 <= block.patches <= staying:
                 raise UsageError(
-                    f"block {i} of the plan: patches must be a number from 1 to {left}, those that came in"
+                    f"block {i} of the plan: patches must be a number from 1 to {staying}, those that came in"
                 )
             if not block.heads:
                 raise UsageError(f"block {i} of the plan drops tokens, but has no attention to choose them by")
-            left = block.patches
-    if left < sizes.patches:
+            staying = block.patches
+    if staying < sizes.patches:
         modules.check("reducer", plan.reducer)
 
 
@@ -609,10 +614,12 @@ def macs(sizes: Anatomy, shape: Shape) -> int:
     total = channels * height * width * first.width + last.width * sizes.num_classes
     for before, after in itertools.pairwise(sizes.stages):
         total += after.tokens * 4 * before.width * after.width
-    left: int | None = None  # tokens, where some have gone
-    for (heads, neurons, *patches), stage in zip(shape, sizes.by_block, strict=True):
-        c, d, n = stage.width, stage.head_dim, left or stage.tokens
+    fewer: int | None = None  # tokens, where some have gone
+    for row, stage in zip(shape, sizes.by_block, strict=True):
+        heads, neurons = row[:2]
+        c, d, n = stage.width, stage.head_dim, fewer or stage.tokens
         total += n * c * heads * d * 4 + 2 * n * (stage.window or n) * heads * d
-        left = sizes.prefix + patches[0] if patches else left
-        total += (1 + sizes.row_groups("mlp")) * (left or n) * c * neurons
+        patches = left(row)
+        fewer = fewer if patches is None else sizes.prefix + patches
+        total += (1 + sizes.row_groups("mlp")) * (fewer or n) * c * neurons
     return total

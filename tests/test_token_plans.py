@@ -162,10 +162,10 @@ def test_every_attention_that_stays_offers_drops(task: allocators.Task) -> None:
 def test_what_drops_do_is_asked_of_fewer_images_where_models_are_large(
     task: allocators.Task, monkeypatch: pytest.MonkeyPatch, macs: float, images: int
 ) -> None:
-    monkeypatch.setattr(search, "DROPS_MACS", macs)
-    monkeypatch.setattr(search, "DROPPED_LEAST", 4)
+    monkeypatch.setattr(search, "PROBE_MACS", macs)
+    monkeypatch.setattr(search, "PROBED_LEAST", 4)
     judge, _ = search.judges(task)
-    probe = search.probe(task, judge)
+    probe = search.probe(task, judge, 6)
     assert len(probe.wanted) == images if images else probe is judge
     own = _tokens.drop_errors(task, probe)[0]
     assert own[-1] == 0 < own[0]

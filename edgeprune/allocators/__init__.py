@@ -23,7 +23,7 @@ from edgeprune.config import WIDTHS
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.stitch import Choice
-from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Shape
+from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Ranges, Shape
 
 DEFAULT = "search"
 HALVINGS = 30  # of a knob's interval: finer than any table's steps
@@ -54,6 +54,10 @@ class Task:
     drops: list[tuple[int, ...]] = field(
         default_factory=list
     )  # per sub-block `[options]`, see `solve.Tokens`; [] = none
+    int8: list[tuple[bool, ...]] = field(
+        default_factory=list
+    )  # per sub-block `[options]`: whether it is int8; [] = none
+    ranges: Ranges = field(default_factory=dict)  # of the dense model's inputs, where some are int8
 
     @property
     def sizes(self) -> vit.Anatomy:
@@ -87,9 +91,12 @@ class Task:
         parts = zip(self.levels, self.counts, choice, strict=True)
         kept = [level.kept(own[option]) for level, own, option in parts]
         left = [own[option] for own, option in zip(self.patches, choice, strict=True)]
-        return Plan(
-            tuple(BlockPlan(kept[i], kept[i + 1], left[i]) for i in range(0, len(kept), 2)), reducer=self.reducer
-        )
+        int8 = [bool(self.int8) and self.int8[at][option] for at, option in enumerate(choice)]
+        blocks = []
+        for i in range(0, len(kept), 2):
+            kinds = tuple(kind for kind, own in zip(vit.KINDS, int8[i : i + 2], strict=True) if own)
+            blocks.append(BlockPlan(kept[i], kept[i + 1], left[i], kinds))
+        return Plan(tuple(blocks), reducer=self.reducer)
 
     @property
     def patches(self) -> list[list[int | None]]:
@@ -133,13 +140,32 @@ def task(
     made = Task(
         found.levels, errors, costs, counts, table, model, teacher, found, seconds, seed, console, dims, reducer
     )
+    if "precision" in dims and table.int8:
+        made = with_int8(made)
     return with_drops(made) if "tokens" in dims and len(table.patches) > 1 else made
+
+
+def with_int8(task: Task) -> Task:
+    """The same where every sub-block that stays may also be int8 where that is cheaper; its error is then not yet more."""
+    errors, costs, counts, int8 = [], [], [], []
+    for level, error, cost, count in zip(task.levels, task.errors, task.costs, task.counts, strict=True):
+        prices = task.table.by_block[level.block]
+        every, _ = prices.of(level.kind)
+        cheaper = [prices.int8(level.kind)[every.index(units)] for units in count]
+        some = [i for i, units in enumerate(count) if units and cheaper[i] < cost[i]]
+        errors.append(np.concatenate([error, error[some]]))
+        costs.append(np.concatenate([cost, np.array([cheaper[i] for i in some])]))
+        counts.append((*count, *(count[i] for i in some)))
+        int8.append((False,) * len(count) + (True,) * len(some))
+    return replace(task, errors=errors, costs=costs, counts=counts, int8=int8 if any(map(any, int8)) else [])
 
 
 def with_drops(task: Task) -> Task:
     """The same where every attention that stays may also drop tokens, down to any number that the table has."""
-    errors, costs, counts, drops = [], [], [], []
-    for level, error, cost, count in zip(task.levels, task.errors, task.costs, task.counts, strict=True):
+    errors, costs, counts, drops, int8 = [], [], [], [], []
+    for at, (level, error, cost, count) in enumerate(
+        zip(task.levels, task.errors, task.costs, task.counts, strict=True)
+    ):
         some = [i for i, units in enumerate(count) if units] if level.kind == "attn" else []
         below = range(len(task.table.patches) - 1)
         pairs = [(i, -1) for i in range(len(count))] + [(i, drop) for drop in below for i in some]
@@ -148,7 +174,9 @@ def with_drops(task: Task) -> Task:
         costs.append(cost[kept])
         counts.append(tuple(count[i] for i in kept))
         drops.append(tuple(drop for _, drop in pairs))
-    return replace(task, errors=errors, costs=costs, counts=counts, drops=drops)
+        if task.int8:
+            int8.append(tuple(task.int8[at][i] for i in kept))
+    return replace(task, errors=errors, costs=costs, counts=counts, drops=drops, int8=int8)
 
 
 def options(

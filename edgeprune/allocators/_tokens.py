@@ -21,9 +21,9 @@ def tokens(task: Task, judge: Judge) -> Tokens | None:
     """What the solver must know of the drops; None where there are none. `judge` measures stitched models of the task."""
     if not task.drops:
         return None
-    plain = [
-        tuple(counts.index(units) for units in counts) for counts in task.counts
-    ]  # options without drops come first
+    int8 = task.int8 or [(False,) * len(counts) for counts in task.counts]
+    kinds = [list(zip(counts, own, strict=True)) for counts, own in zip(task.counts, int8, strict=True)]
+    plain = [tuple(map(own.index, own)) for own in kinds]  # options without drops come first
     table = task.table
     shares = [table.attn_share if level.kind == "attn" else table.mlp_share for level in task.levels]
     return Tokens(shares, task.drops, drop_errors(task, judge), plain, table.reduce_ms)

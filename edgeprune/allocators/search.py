@@ -2,7 +2,7 @@
 
 KL(dense || pruned) on calibration images, of stitched and then of re-fitted models (`edgeprune.search`, which has the
 papers). Where tokens may go, too, the knapsack has their number as a second state, and the error of every drop is
-measured. Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
+measured, as is that of int8 in every sub-block. Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
 The first choice has all of that time, later ones, for budgets nearby, a quarter of it and what was found before.
 The last quarter of the calibration images only judges re-fitted models.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import vit
-from edgeprune.allocators import Choose, Task, _tokens, knapsack
+from edgeprune.allocators import Choose, Task, _precision, _tokens, knapsack
 from edgeprune.compat import VisionTransformer
 from edgeprune.search import Space, improve
 from edgeprune.stitch import Choice, Database, Judge, RefitJudge, most_images
@@ -23,20 +23,24 @@ from edgeprune.stitch import Choice, Database, Judge, RefitJudge, most_images
 NEEDS = ("activations",)
 
 JUDGED, JUDGED_LEAST = 256, 32  # calibration images that a judge of the search looks at, at most and at least
-DROPPED_LEAST = 12  # of those that tell what dropping tokens does
-DROPS_MACS = 6e12  # multiply-adds that this may take: about a minute on two cores
+PROBED_LEAST = 12  # of those that tell what dropping tokens or int8 does at one block
+PROBE_MACS = 6e12  # multiply-adds that this may take: about a minute on two cores
 PLANS = 40  # re-fitted plans that the search should have time for; it looks at fewer images rather
 PROBED = 8  # images that tell how long one takes
 
 
-DIMS = ("heads", "mlp", "depth", "tokens")
+DIMS = ("heads", "mlp", "depth", "tokens", "precision")
 
 
 def prepare(task: Task) -> Choose:
-    if task.seconds <= 0 and not task.drops:
+    if task.seconds <= 0 and not task.drops and not task.int8:
         return knapsack.prepare(task)
+    if task.int8:
+        task = _precision.ranged(task)
     judging = judges(task)
-    tokens = _tokens.tokens(task, probe(task, judging[0]))
+    if task.int8:
+        task = _precision.weighed(task, probe(task, judging[0], len(task.levels)))
+    tokens = _tokens.tokens(task, probe(task, judging[0], task.sizes.blocks * (len(task.table.patches) - 1)))
     known: list[Choice] = []
 
     def choose(room_ms: float) -> Choice:
@@ -61,7 +65,9 @@ def judges(task: Task) -> tuple[Judge, RefitJudge]:
 
     The more a model costs, the fewer images each plan is judged on.
     """
-    database = Database(task.model, task.levels, task.counts, task.found.moments, task.patches, task.reducer)
+    database = Database(
+        task.model, task.levels, task.counts, task.found.moments, task.patches, task.reducer, task.int8, task.ranges
+    )
     images = task.found.images
     fit = images - max(1, images // 4)
     most = min(JUDGED, most_images(database.sizes) // 2)
@@ -78,15 +84,14 @@ def judges(task: Task) -> tuple[Judge, RefitJudge]:
     return stitched, RefitJudge(database, fitted, judged, weights, task.teacher, shelf)
 
 
-def probe(task: Task, judge: Judge) -> Judge:
-    """For the many models that drop tokens at one block: a judge on fewer images where models are large.
+def probe(task: Task, judge: Judge, models: int) -> Judge:
+    """For many models that differ from the dense one at one block: a judge on fewer images where models are large.
 
     Counted in multiply-adds, not in seconds: without a search, the same table gives the same plan.
     """
-    drops = task.sizes.blocks * (len(task.table.patches) - 1)
-    each = drops / 2 * vit.macs(task.sizes, task.sizes.shape)  # half of the blocks come after
-    count = max(int(DROPS_MACS / max(each, 1)), DROPPED_LEAST)
-    if not task.drops or count >= len(judge.wanted):
+    each = models / 2 * vit.macs(task.sizes, task.sizes.shape)  # half of the blocks come after
+    count = max(int(PROBE_MACS / max(each, 1)), PROBED_LEAST)
+    if count >= len(judge.wanted):
         return judge
     return Judge(judge.database, task.found.pixels(0, count), task.teacher, task.found.shelf)
 

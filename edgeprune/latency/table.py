@@ -10,17 +10,18 @@ not known here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from edgeprune import errors
-from edgeprune.types import FloatArray, LatencyTable, Measurement, Prices, Shape, to_json
+from edgeprune.types import FloatArray, LatencyTable, Measurement, Prices, Shape, left, to_json
 
 MOST_BLOCKS = 512
 TOKENS = {"patches", "attn_share", "mlp_share", "reduce_ms"}  # fields that a table without tokens may leave out
+INT8 = ("attn_int8_ms", "mlp_int8_ms")  # and those of a stage without int8
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Measured:
     neurons: int
     attn: Mapping[int, Measurement]
     mlp: Mapping[int, Measurement]
+    attn_int8: Mapping[int, Measurement] = field(default_factory=dict)  # with int8 layers; some, all heads among them
+    mlp_int8: Mapping[int, Measurement] = field(default_factory=dict)
 
 
 def build_table(
@@ -64,7 +67,7 @@ def build_table(
     priced = tuple(
         _stage(own, dense_ms, f" in stage {i}" if len(stages) > 1 else "", repaired) for i, own in enumerate(stages)
     )
-    parts = [m for own in stages for m in (*own.attn.values(), *own.mlp.values())]
+    parts = [m for own in stages for kind in (own.attn, own.mlp, own.attn_int8, own.mlp_int8) for m in kind.values()]
     prices = LatencyTable(
         runtime=runtime,
         precision=precision,
@@ -80,7 +83,7 @@ def build_table(
         prices = _with_tokens(prices, fewer, stages[0].attn[0], stages[0].mlp[0], empty, patches)
     if fewer and reducing:
         shape, measurement = reducing
-        extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(len(row) > 2 for row in shape)
+        extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(left(row) is not None for row in shape)
         prices = replace(prices, reduce_ms=max(float(extra), 0.0))
     return fitted(prices, {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()})
 
@@ -97,7 +100,30 @@ def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> P
         raise errors.UsageError(
             f"heads {counts} or MLP widths {widths}{where} exceed the dense {own.heads} and {own.neurons}"
         )
-    return Prices(own.blocks, np.interp(range(own.heads + 1), counts, attn_ms), widths, mlp_ms)
+    every = tuple(range(own.heads + 1))
+    return Prices(
+        own.blocks, np.interp(every, counts, attn_ms), widths, mlp_ms,
+        _int8(own.attn_int8, own.attn[0], every, own.blocks, dense_ms),
+        _int8(own.mlp_int8, own.mlp[0], widths, own.blocks, dense_ms),
+    )  # fmt: skip
+
+
+def _int8(
+    measured: Mapping[int, Measurement], none: Measurement, sizes: Sequence[int], blocks: int, dense_ms: float
+) -> FloatArray:
+    """Milliseconds of one int8 sub-block of each size, from those of some; none: without the sub-block."""
+    if not measured:
+        return np.empty(0)
+    counts = sorted(measured)
+    ms = isotonic([0.0, *(max((measured[n].ratio - none.ratio) * dense_ms / blocks, 0.0) for n in counts)])
+    # Rounding inputs costs the same at every size: the line between the two smallest goes on below them, not to zero.
+    found = np.interp(sizes, counts, ms[1:])
+    if len(counts) > 1:
+        slope = (ms[2] - ms[1]) / (counts[1] - counts[0])
+        below = np.asarray(sizes) < counts[0]
+        found[below] = np.maximum(ms[1] + slope * (np.asarray(sizes)[below] - counts[0]), 0.0)
+    found[0] = 0.0
+    return isotonic(found)
 
 
 def _with_tokens(
@@ -137,7 +163,8 @@ def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
         prices,
         base_ms=shift + scale * prices.base_ms,
         stages=tuple(
-            replace(own, attn_ms=scale * own.attn_ms, mlp_ms=scale * own.mlp_ms) for own in prices.stages
+            replace(own, attn_ms=scale * own.attn_ms, mlp_ms=scale * own.mlp_ms,
+                    attn_int8_ms=scale * own.attn_int8_ms, mlp_int8_ms=scale * own.mlp_int8_ms) for own in prices.stages
         ),
         reduce_ms=scale * prices.reduce_ms,
         fit={
@@ -246,10 +273,13 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
 
 def _read_stage(document: Mapping[str, Any]) -> Prices:
     """Raises TypeError or ValueError for values that no table has."""
-    if not isinstance(document, Mapping) or set(document) != set(Prices.__dataclass_fields__):
+    fields = set(Prices.__dataclass_fields__)
+    if not isinstance(document, Mapping) or set(document) not in (fields, fields - set(INT8)):
         raise ValueError(f"a stage must have {', '.join(Prices.__dataclass_fields__)}")
-    prices = {name: np.array(document[name], dtype=np.float64) for name in ("attn_ms", "mlp_ms")}
-    own = Prices(**{**document, **prices, "mlp_widths": tuple(document["mlp_widths"])})
+    names = [name for name in ("attn_ms", "mlp_ms", *INT8) if len(document.get(name, ())) or name not in INT8]
+    prices = {name: np.array(document[name], dtype=np.float64) for name in names}
+    others = {name: value for name, value in document.items() if name not in INT8}
+    own = Prices(**{**others, **prices, "mlp_widths": tuple(document["mlp_widths"])})
     if type(own.blocks) is not int or not 1 <= own.blocks <= MOST_BLOCKS:
         raise ValueError(f"blocks must be a whole number from 1 to {MOST_BLOCKS}")
     if len(own.mlp_widths) != len(own.mlp_ms):
@@ -261,4 +291,7 @@ def _read_stage(document: Mapping[str, Any]) -> Prices:
     for name, ms in prices.items():
         if ms.ndim != 1 or len(ms) < 2 or not np.isfinite(ms).all() or (np.diff(ms) < 0).any() or ms[0] != 0:
             raise ValueError(f"{name} must be finite, ascend and begin with 0")
+    for name, like in zip(INT8, (own.attn_ms, own.mlp_ms)):
+        if name in prices and len(prices[name]) != len(like):
+            raise ValueError(f"{name} has more or fewer prices than {name.replace('_int8', '')}")
     return own

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgeprune.types import int8, left
+
 #: Label, dense, pruned.
 Row = tuple[str, str, str]
 
@@ -66,7 +68,8 @@ def verdict_line(manifest: Mapping[str, Any]) -> str:
 def markdown(manifest: dict[str, Any]) -> str:
     """`report.md`: the short form."""
     request, pruned = manifest["request"], manifest["pruned"]
-    reduces = any(len(row) > 2 for row in manifest["shape"])
+    shape = manifest["shape"]
+    columns = ["heads", "neurons", *(["patches"] if any(map(left, shape)) else []), *(["int8"] if any(map(int8, shape)) else [])]  # fmt: skip
     lines = [
         f"# {manifest['model']} on {manifest['target']} at {request['latency']}",
         "",
@@ -81,12 +84,9 @@ def markdown(manifest: dict[str, Any]) -> str:
         f"{accuracy(manifest)[:1].upper()}{accuracy(manifest)[1:]}: {manifest['data']['evaluation']} images of {manifest['data']['source']}. {method(manifest).capitalize()}.",
         "",
         *domains(manifest),
-        *(
-            ["| block | heads | neurons | patches |", "|---|---|---|---|"]
-            if reduces
-            else ["| block | heads | neurons |", "|---|---|---|"]
-        ),
-        *(_plan_row(i, row, reduces) for i, row in enumerate(manifest["shape"])),
+        f"| block | {' | '.join(columns)} |",
+        "|---" * (1 + len(columns)) + "|",
+        *(_plan_row(i, row, columns) for i, row in enumerate(shape)),
         "",
         "| stage | seconds | |",
         "|---|---|---|",
@@ -96,10 +96,10 @@ def markdown(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plan_row(block: int, row: list[int], reduces: bool) -> str:
-    """Heads and neurons of a block, and, in a plan that drops tokens anywhere, how many patches go on from here."""
-    patches = f" {row[2] if len(row) > 2 else ''} |" if reduces else ""
-    return f"| {block} | {row[0]} | {row[1]} |{patches}"
+def _plan_row(block: int, row: list[int], columns: Sequence[str]) -> str:
+    """Heads and neurons of a block; in a plan with such, how many patches go on from here, and which parts are int8."""
+    cells = {"heads": row[0], "neurons": row[1], "patches": left(row) or "", "int8": ", ".join(int8(row))}
+    return f"| {block} | {' | '.join(str(cells[name]) for name in columns)} |"
 
 
 def domains(manifest: dict[str, Any]) -> list[str]:

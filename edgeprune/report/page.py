@@ -352,7 +352,8 @@ def _plan_rows(
     return [
         (
             i, f"{len(block['heads'])} of {heads}", f"{len(block['neurons'])} of {neurons}",
-            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all", manifest["precision"],
+            f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all",
+            manifest["precision"] + "".join(f", {kind} int8" for kind in block.get("int8", ())),
         )
         for i, (block, (heads, neurons)) in enumerate(zip(plan["blocks"], dense_shape(profile), strict=True))
     ]  # fmt: skip

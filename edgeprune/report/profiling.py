@@ -148,7 +148,14 @@ def _staircase(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
         for i, (width, ms) in enumerate(zip(widths, mlp, strict=True)):
             step = f"{8e3 * (ms - mlp[i - 1]) / (width - widths[i - 1]):.2f} µs per 8 neurons" if i else ""
             rows.append((f"MLP{where}", f"{width} neurons", f"{ms:.4f}", step))
+        for kind, prices, sizes in (("attention", attn, range(len(attn))), ("MLP", mlp, widths)):
+            quantised = stage.get("attn_int8_ms" if kind == "attention" else "mlp_int8_ms") or []
+            unit = "heads" if kind == "attention" else "neurons"
+            for size, ms, fp32 in list(zip(sizes, quantised, prices))[1:]:
+                rows.append((f"{kind}{where}, int8", f"{size} {unit}", f"{ms:.4f}", f"{ms / fp32:.2f} of {table['precision']}" if fp32 else ""))  # fmt: skip
     notes = []
+    if any(stage.get("attn_int8_ms") for stage in table["stages"]):
+        notes.append("int8 was measured at some sizes; between them its price is a line.")
     if table.get("patches"):  # an older table has none
         for count, attn, mlp in zip(table["patches"], table["attn_share"], table["mlp_share"], strict=True):
             rows.append(("tokens", f"{count} patches", "", f"attention {attn:.1%}, MLP {mlp:.1%} of its price"))

@@ -30,8 +30,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     profile.refuse_recorded(document, "check predictions", devices.machine(request.device))
     dense = baseline.load(request, read["baseline"])
     plans = shapes.random_shapes(
-        request.check, dense.sizes, [own.mlp_widths for own in table.stages], (request.seed, HELD_OUT), table.patches
-    )
+        request.check, dense.sizes, [own.mlp_widths for own in table.stages], (request.seed, HELD_OUT), table.patches,
+        int8=table.int8,
+    )  # fmt: skip
     with choose.clock(request.conditions, table.runtime, table.threads, console) as clock:
         clock.load("dense", read["baseline"] / "dense.onnx", COPIES, values=False)
         with console.progress("held-out plans", len(plans), "exports") as advance:

@@ -54,6 +54,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         console.say(f"grid{'' if len(grids) == 1 else f' of stage {i}'}: 0 to {stage.heads} heads, {len(grid)} MLP widths"
                     f"{grid_words(dense.sizes, grid, request.target.neuron_step)}")  # fmt: skip
     entries = shapes.shape_models(dense.model, grids, out, console)
+    if "precision" in request.dims:
+        entries |= shapes.int8_models(dense.model, grids, out, console)
     models = {entry.name: path for entry, path in entries.items()}
     patches = shapes.patch_counts(dense.sizes) if "tokens" in vit.choosable(request.dims, dense.sizes) else ()
     reducing: Shape = ()
@@ -61,7 +63,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
         models |= token_models
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
-    fitting = fitting_shapes(dense.sizes, grids, request.seed, patches)
+    fitting = fitting_shapes(dense.sizes, grids, request.seed, patches, int8="precision" in request.dims)
     plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
@@ -85,7 +87,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
     stages = [
         table.Measured(stage.blocks, stage.heads, stage.neurons,
-                       *({entry.kept: measured[entry.name] for entry in entries if (entry.stage, entry.kind) == (i, kind)} for kind in vit.KINDS))
+                       *({entry.kept: measured[entry.name] for entry in entries if (entry.stage, entry.kind, entry.int8) == (i, kind, int8)}
+                 for int8 in (False, True) for kind in vit.KINDS))
         for i, stage in enumerate(dense.sizes.stages)
     ]  # fmt: skip
     built = table.build_table(
@@ -136,10 +139,15 @@ def grid_words(sizes: vit.Anatomy, grid: tuple[int, ...], step: int) -> str:
 
 
 def fitting_shapes(
-    sizes: vit.Anatomy, grids: tuple[tuple[int, ...], ...], seed: int, patches: tuple[int, ...] = ()
+    sizes: vit.Anatomy,
+    grids: tuple[tuple[int, ...], ...],
+    seed: int,
+    patches: tuple[int, ...] = (),
+    *,
+    int8: bool = False,
 ) -> list[Shape]:
     """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
-    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches) if sizes.blocks > 1 else []
+    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches, int8=int8) if sizes.blocks > 1 else []
 
 
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
@@ -210,6 +218,10 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
     console.say(
         f"profile recorded on {cpu}, {recorded.runtime}, {recorded.threads} threads: dense {recorded.dense_ms:.2f} ms"
     )
+    if "precision" in request.dims and not recorded.int8:
+        console.warn(
+            "it was recorded without int8, so the plan has none; record it again with --dims that have precision"
+        )
     if "tokens" in request.dims and not recorded.patches:
         console.warn(
             "it was recorded without tokens, so the plan drops none; record it again with --dims that have them"
@@ -345,6 +357,11 @@ def tell(
             f"with {built.patches[half]} of {built.patches[-1]} patches, attention costs {built.attn_share[half]:.0%} and the MLP "
             f"{built.mlp_share[half]:.0%} of that; dropping the others {built.reduce_ms * 1e3:.0f} µs, once"
         )
+    for i, own in enumerate(built.stages):
+        if len(own.attn_int8_ms):
+            shares = [own.int8(kind)[-1] / own.of(kind)[1][-1] for kind in vit.KINDS]
+            console.say(f"with int8 layers, attention costs {shares[0]:.0%} and the MLP {shares[1]:.0%} of that"
+                        + (f" in stage {i}" if len(built.stages) > 1 else "") + ("" if min(shares) < 1 else ": int8 does not pay here"))  # fmt: skip
     if uncapped := worker["dense"].get("uncapped"):
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in uncapped.items())
         console.warn(

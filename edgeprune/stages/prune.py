@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgeprune import allocators, polish, recoveries, vit, weightfile
+import torch
+
+from edgeprune import allocators, polish, quantisation, recoveries, tasks, vit, weightfile
 from edgeprune.artifact import PlannedModel, write_plan
+from edgeprune.calibration import Calibration
+from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible, UsageError
@@ -22,7 +26,7 @@ from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.recoveries import Damage
 from edgeprune.shelf import Shelf
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
-from edgeprune.types import LatencyTable, Plan, Quiet, Shape, to_json
+from edgeprune.types import LatencyTable, Plan, Quiet, Shape, int8, left, to_json
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
@@ -32,6 +36,7 @@ STEP = 0.97  # a budget found too large is lowered by no more than this at once
 ATTEMPTS = 8
 SEARCH_SECONDS = 60.0
 MEASURE_SECONDS = 25.0
+JUDGED = 128  # calibration images on which int8 is compared with float
 MIN_ROUNDS = {"p50": 60, "p90": 100, "p99": 700}
 
 
@@ -93,6 +98,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
                     dense.model, pruned, found.batches, found.weights, request.polish, advance, shelf
                 )
             console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
+        quantise(pruned, plan, found, dense.model, console)
     if broken := [k for k, v in pruned.state_dict().items() if not bool(v.isfinite().all())]:
         raise UsageError(
             f"stage prune: the recovery '{request.recovery}' left NaN or infinity in {', '.join(broken[:4])}; choose another --recovery"
@@ -100,7 +106,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     kept = plan.shape
     console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
                 f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip
-    console.detail(" ".join(f"{h}h/{n}n" + "".join(f"/{p}p" for p in patches) for h, n, *patches in kept))
+    console.detail(" ".join(map(in_words, kept)))
     weightfile.write(pruned, out / "pruned.safetensors")
     write_plan(PlannedModel.of(request.card, dense.sizes.num_classes, plan, predicted, limit), out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))
@@ -108,8 +114,36 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 def tokens_kept(shape: Shape) -> str:
     """Where the plan drops tokens, in words; "" where it does not."""
-    drops = [f"{row[2]} patches after the attention of block {i}" for i, row in enumerate(shape) if len(row) > 2]
+    drops = [f"{left(row)} patches after the attention of block {i}" for i, row in enumerate(shape) if left(row)]
     return f"; {', '.join(drops)}" if drops else ""
+
+
+def in_words(row: tuple[int, ...]) -> str:
+    """A row of a shape: `3h/512n/98p/int8:mlp`."""
+    patches, kinds = left(row), "+".join(int8(row))
+    return f"{row[0]}h/{row[1]}n{f'/{patches}p' if patches else ''}{f'/int8:{kinds}' if kinds else ''}"
+
+
+def quantise(
+    pruned: VisionTransformer, plan: Plan, found: Calibration, teacher: VisionTransformer, console: Console
+) -> None:
+    """Make what the plan has in int8 int8, in place, its ranges from the calibration images."""
+    if not plan.quantised:
+        return
+    quantisation.mark(pruned, plan)
+    with console.busy("ranges of activations"):
+        quantisation.calibrate(pruned, found.batches)
+        images = found.pixels(0, min(found.images, JUDGED))
+        with torch.no_grad():
+            wanted, task = teacher(images), tasks.of(teacher)
+            rounded = float(tasks.divergence(pruned(images), wanted, task)) / len(images)
+            with quantisation.exactly(pruned):
+                exact = float(tasks.divergence(pruned(images), wanted, task)) / len(images)
+    parts = [kind for block in plan.blocks for kind in block.int8]
+    console.say(
+        f"int8: {parts.count('attn')} attentions and {parts.count('mlp')} MLPs; divergence from the dense model "
+        f"{exact:.4f} nats in float, {rounded:.4f} with them"
+    )
 
 
 def dense_meets(request: Request, document: dict[str, dict[str, float]], limit: float) -> bool:
@@ -197,8 +231,10 @@ def measure(
     """The plan's latency in ms at the gated quantile, its interval, and whether the machine was calm; relative to `dense`."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         exported, path = Path(folder) / "exported.onnx", Path(folder) / "candidate.onnx"
-        export.to_onnx(vit.slice_model(dense.model, plan), dense.sizes.image, exported)
-        simplify.simplify(exported, path)
+        model = quantisation.mark(vit.slice_model(dense.model, plan), plan)
+        quantisation.pretend(model)
+        export.to_onnx(model, dense.sizes.image, exported)
+        simplify.simplify(exported, path, model)
         clock.load("candidate", path, COPIES, values=False)
         rounds = MIN_ROUNDS[request.quantile]
         measured = clock.measure(

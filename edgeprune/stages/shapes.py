@@ -19,15 +19,16 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgeprune import reducers, vit
+from edgeprune import quantisation, reducers, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.stages import export, simplify
-from edgeprune.types import Shape, SubBlockKind
+from edgeprune.types import INT8, Shape, SubBlockKind, left
 
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages; those between are interpolated
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
+INT8_SIZES = 3  # of each kind of sub-block that are measured in int8, at most
 REMOVED = 0.1  # share of sub-blocks that a random plan leaves out entirely
 
 
@@ -42,11 +43,12 @@ class Entry:
     stage: int
     kind: SubBlockKind
     kept: int
+    int8: bool = False
 
     @property
     def name(self) -> str:
         where = f"stage{self.stage}." if self.stage else ""
-        return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}"
+        return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}{'.int8' if self.int8 else ''}"
 
 
 def head_counts(sizes: vit.Anatomy, stage: int) -> tuple[int, ...]:
@@ -78,6 +80,33 @@ def shape_models(
                 paths[Entry(i, "mlp", width)] = path
             advance(1, "")
     return paths
+
+
+def int8_models(
+    model: VisionTransformer, grids: Sequence[tuple[int, ...]], folder: Path, console: Console
+) -> dict[Entry, Path]:
+    """ONNX files of full-depth models that have int8 layers in every sub-block of one kind in one stage, all else dense.
+
+    Of a few sizes per kind: prices of int8 sub-blocks lie on lines.
+    """
+    sizes = vit.anatomy(model)
+    entries = []
+    for i, (grid, stage) in enumerate(zip(grids, sizes.stages, strict=True)):
+        entries += [Entry(i, "attn", n, True) for n in _spread(range(1, stage.heads + 1))]
+        entries += [Entry(i, "mlp", n, True) for n in _spread(grid[1:])]
+    paths = {entry: folder / f"{entry.name}.onnx" for entry in entries}
+    with console.progress("int8 models", len(paths), "exports") as advance:
+        for entry, path in paths.items():
+            stage, bit = sizes.stages[entry.stage], INT8[entry.kind]
+            units = (entry.kept, stage.neurons) if entry.kind == "attn" else (stage.heads, entry.kept)
+            export_shape(model, with_stage(sizes, entry.stage, (*units, 0, bit)), sizes, path)
+            advance(1, "")
+    return paths
+
+
+def _spread(every: Sequence[int]) -> list[int]:
+    """Of sizes, ascending: one of the smaller, the middle and the last."""
+    return sorted({every[round(share * (len(every) - 1))] for share in np.linspace(0.2, 1.0, INT8_SIZES)})
 
 
 def head_models(model: VisionTransformer, stage: int, counts: Sequence[int], folder: Path) -> dict[int, Path]:
@@ -207,11 +236,18 @@ def token_models(
 
 
 def random_shapes(
-    count: int, sizes: vit.Anatomy, grids: Sequence[Sequence[int]], seed: Sequence[int], patches: Sequence[int] = ()
+    count: int,
+    sizes: vit.Anatomy,
+    grids: Sequence[Sequence[int]],
+    seed: Sequence[int],
+    patches: Sequence[int] = (),
+    *,
+    int8: bool = False,
 ) -> list[Shape]:
     """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own, one of its stage's.
 
-    With numbers of patches, ascending, every other plan drops tokens at one or two blocks.
+    With numbers of patches, ascending, every other plan drops tokens at one or two blocks; with `int8`, every other pair
+    of plans has about half of its sub-blocks int8.
     """
     heads = [stage.heads for stage in sizes.by_block]
     widths = [grid for grid, stage in zip(grids, sizes.stages, strict=True) for _ in range(stage.blocks)]
@@ -231,17 +267,27 @@ def random_shapes(
             left = np.sort(rng.choice(np.asarray(patches[:-1]), drops, replace=False))[::-1]
             for i, kept in zip(where.tolist(), left.tolist(), strict=True):
                 rows[i] = (*rows[i], kept)
+        if int8 and len(plans) // 2 % 2:
+            rows = [_some_int8(row, rng) for row in rows]
         plans.append(tuple(rows))
     return plans
+
+
+def _some_int8(row: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
+    """The same row of a shape with each sub-block that it keeps int8 or not, by a coin."""
+    bits = sum(INT8[kind] for kind, units in zip(vit.KINDS, row, strict=False) if units and rng.random() < 0.5)
+    return (*row[:2], left(row) or 0, bits) if bits else row
 
 
 def export_shape(
     model: VisionTransformer, shape: Shape, sizes: vit.Anatomy, path: Path, reducer: str = reducers.DEFAULT
 ) -> None:
     """Write a simplified ONNX of `model` cut to `shape`, whose tokens, if any, go by the reducer."""
-    exported = path.with_suffix(".exported")
-    export.to_onnx(vit.slice_model(model, vit.plan_of_shape(shape, reducer)), sizes.image, exported)
-    simplify.simplify(exported, path)
+    exported, plan = path.with_suffix(".exported"), vit.plan_of_shape(shape, reducer)
+    made = quantisation.mark(vit.slice_model(model, plan), plan)
+    quantisation.pretend(made)
+    export.to_onnx(made, sizes.image, exported)
+    simplify.simplify(exported, path, made)
     exported.unlink()
 
 

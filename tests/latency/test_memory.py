@@ -118,4 +118,5 @@ def test_models_are_loaded_in_groups_that_fit(tmp_path: Path) -> None:
     room = 30 * device.LOADED
     assert [list(group) for group in profile.grouped(models, room)] == [["a", "b"], ["c"], ["d"], ["e"]]
     assert [list(group) for group in profile.grouped(models, float("inf"))] == [list("abcde")]
-    assert profile.table_room(None) == float("inf")
+    assert profile.table_room(None) == profile.TABLE_BYTES == profile.table_room(1 << 50)
+    assert profile.table_room(1 << 20) == 1 << 19
