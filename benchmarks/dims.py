@@ -1,4 +1,4 @@
-"""What a plan may choose, on and off: widths, tokens, int8, all together, and which tokens stay.
+"""What a plan may choose, on and off: widths, tokens, ranks of heads, int8, all together, and which tokens stay.
 
     python benchmarks/dims.py --model cifar10 --data-dir DIR --tune-steps 400
     python benchmarks/dims.py --quick                       a tiny model, one speed-up: it shows that all of it runs
@@ -29,15 +29,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint, evit": {"dims": config.DIMS, "reducer": "evit"},
     "joint, zero-tprune": {"dims": config.DIMS, "reducer": "zero-tprune"},
     "joint, tome": {"dims": config.DIMS, "reducer": "tome"},
+    "widths, ranks": {"dims": (*config.WIDTHS, "qk")},
+    "joint, ranks": {"dims": (*config.DIMS, "qk")},
     "widths, int8": {"dims": (*config.WIDTHS, "precision")},
-    "joint, int8": {"dims": config.EVERY_DIM},
+    "all": {"dims": config.EVERY_DIM},
     "tokens alone": {"dims": ("tokens",)},
     "int8 alone": {"dims": ("precision",)},
     "no depth": {"dims": ("heads", "mlp", "tokens")},
     "no heads": {"dims": ("mlp", "depth", "tokens")},
     "no mlp": {"dims": ("heads", "depth", "tokens")},
 }
-QUICK = "widths;joint;joint, int8"
+QUICK = "widths;joint;all"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -115,16 +115,18 @@ def request(
                 "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
             )
         chosen = tuple(dim for dim in chosen if dim != "tokens")
-    if "precision" in chosen:
+    if forms := [dim for dim in ("qk", "precision") if dim in chosen]:
         if gradual:
-            raise UsageError("--gradual prunes a model on, in float; leave precision out of --dims")
+            raise UsageError(
+                f"--gradual prunes a model on, in dense shape and float; leave {' and '.join(forms)} out of --dims"
+            )
         modules.check("recovery", parts["recovery"])
         if "".join(modules.constant("recovery", parts["recovery"], "TUNES")) == "adapters":
             raise UsageError(
-                f"the recovery '{parts['recovery']}' tunes adapters, which are merged into float weights; "
-                "leave precision out of --dims, or take another --recovery"
+                f"the recovery '{parts['recovery']}' tunes adapters of the dense weights; "
+                f"leave {' and '.join(forms)} out of --dims, or take another --recovery"
             )
-        if (precision or "fp32") != "fp32":
+        if "precision" in chosen and (precision or "fp32") != "fp32":
             raise UsageError(f"int8 layers stand beside fp32 ones, not {precision}; leave precision out of --dims")
     if quantile and quantile not in QUANTILES:
         raise unknown("quantile", quantile, QUANTILES)

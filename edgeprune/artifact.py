@@ -55,6 +55,7 @@ def write_plan(planned: PlannedModel, path: Path) -> None:
         {
             **({} if b.patches is None else {"patches": b.patches}),
             **({"int8": list(b.int8)} if b.int8 else {}),
+            **({} if b.rank is None else {"rank": b.rank}),
             "heads": list(b.heads),
             "neurons": list(b.neurons),
         }
@@ -85,7 +86,13 @@ def read_plan(path: Path) -> PlannedModel:
         raise UsageError(f"{path} is not a plan of schema {PLAN_SCHEMA} (it says {document.get('schema')!r})")
     try:
         blocks = tuple(
-            BlockPlan(_units(b["heads"]), _units(b["neurons"]), _count(b.get("patches")), _kinds(b.get("int8", [])))
+            BlockPlan(
+                _units(b["heads"]),
+                _units(b["neurons"]),
+                _count(b.get("patches")),
+                _kinds(b.get("int8", [])),
+                _count(b.get("rank")),
+            )
             for b in document["blocks"]
         )
         return PlannedModel(
@@ -107,7 +114,7 @@ def _units(values: Any) -> tuple[int, ...]:
 
 def _count(value: Any) -> int | None:
     if value is not None and type(value) is not int:
-        raise ValueError("patches must be a whole number")
+        raise ValueError("patches and rank must be whole numbers")
     return value
 
 
@@ -125,10 +132,10 @@ def _anatomy(value: Any) -> dict[str, str]:
 
 def rebuild(planned: PlannedModel, weights: Path) -> VisionTransformer:
     """The pruned torch model in eval mode, its weights strictly loaded."""
-    from edgeprune import quantisation, tasks, vit, weightfile
+    from edgeprune import structure, tasks, vit, weightfile
 
     dense = vit.create(planned.architecture, planned.kwargs, planned.num_classes, planned.anatomy)
-    model = quantisation.mark(vit.slice_model(dense, planned.plan), planned.plan)
+    model = structure.of(dense, planned.plan)
     weightfile.load(model, weightfile.read(weights), str(weights))
     return tasks.mark(model.eval(), planned.task)
 

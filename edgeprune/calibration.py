@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -34,6 +34,8 @@ class Calibration:
     weights: dict[SubBlock, list[Tensor]] | None
     labelled: Callable[[], Iterator[Batch]]  # the same images with their labels
     shelf: Shelf = MEMORY  # where what is known of each image waits
+    #: (mean, covariance) of what attentions read, by block, once asked for.
+    inputs: Mapping[int, LayerMoments] = field(default_factory=dict)
 
     @property
     def images(self) -> int:

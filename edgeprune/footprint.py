@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from edgeprune import images, schedules, stitch, vit
+from edgeprune import images, lowrank, schedules, stitch, vit
 from edgeprune.allocators import search
 from edgeprune.config import CalibrationSpec, DataSpec, Recipe, Request
 from edgeprune.console import Console
@@ -270,16 +270,17 @@ def _shapes(request: Request, sizes: Anatomy) -> float:
     """The models that the latency table is measured on, in dense ones."""
     grids = vit.grids(sizes, request.target.neuron_step)
     tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims and not sizes.positional else 0
-    int8 = 2 * shapes.INT8_SIZES * len(sizes.stages) if "precision" in request.dims else 0
+    forms = 2 * shapes.INT8_SIZES * len(sizes.stages) if "precision" in request.dims else 0
+    forms += sum(len(lowrank.ranks(stage.head_dim)) for stage in sizes.stages) if "qk" in request.dims else 0
     if len(sizes.stages) > 1:  # all but one stage of each are dense
         heads = sum(len(shapes.head_counts(sizes, i)) for i in range(len(sizes.stages)))
-        return heads + sum(map(len, grids)) + int8 + profile.FITTING_PLANS / 2
+        return heads + sum(map(len, grids)) + forms + profile.FITTING_PLANS / 2
     attn, mlp = 4 * sizes.only.width, sizes.only.width + rows(sizes, sizes.only)
     share = attn / (attn + mlp)
     return (
         sizes.only.heads * (1 - share / 2)
         + len(grids[0]) * (share + (1 - share) / 2)
         + tokens
-        + int8
+        + forms
         + profile.FITTING_PLANS / 2
     )

@@ -82,7 +82,7 @@ PIPELINE = (
         "profile",
         profile.run,
         ("baseline",),
-        ("target", "runtime", "precision", "threads", "device", "recorded", "tokens", "int8", "reducer", "seed"),
+        ("target", "runtime", "precision", "threads", "device", "recorded", "tokens", "forms", "reducer", "seed"),
     ),
     # train under gates that a schedule shuts; cut what is shut
     Stage(
@@ -199,7 +199,7 @@ ASKS: dict[str, Callable[[Request], Any]] = {
     "recovery": lambda r: r.recovery,
     "dims": lambda r: r.dims,
     "tokens": lambda r: "tokens" in r.dims,
-    "int8": lambda r: "precision" in r.dims,
+    "forms": lambda r: ("qk" in r.dims, "precision" in r.dims),
     "reducer": lambda r: r.reducer if "tokens" in r.dims else "",
     "search_seconds": lambda r: r.search_seconds,
     "polish": lambda r: r.polish,

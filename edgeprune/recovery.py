@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import anatomies, obs, tasks, vit
+from edgeprune import anatomies, lowrank, obs, tasks, vit
+from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
 from edgeprune.reducers import Reduction
@@ -60,6 +61,19 @@ def survivors(
     return pruned
 
 
+def lower_ranks(sizes: vit.Anatomy, pruned: VisionTransformer, plan: Plan, found: Calibration) -> VisionTransformer:
+    """Give the heads of a sliced model the plan's ranks, in place, for what the dense model reads; returns the model.
+
+    Heads that have them already are left alone.
+    """
+    for i, keep in enumerate(plan.blocks):
+        attn: Any = vit.sub_block(pruned.blocks[i], "attn")
+        if keep.rank is not None and attn.head_dim != keep.rank:
+            mixed = lowrank.of_heads(found.moments[i, "attn"], keep.heads, sizes.by_block[i].head_dim)
+            lowrank.reduce(attn, keep.rank, found.inputs[i], mixed)
+    return pruned
+
+
 @torch.no_grad()
 def sequential(
     dense: VisionTransformer,
@@ -97,7 +111,7 @@ def sequential(
             if weights is not None:
                 counted = [vit.reduced_rows(own, r) for own, r in zip(weights[i, kind], so_far, strict=True)]
             place = Place(small, kind, vit.sub_block(small, kind))
-            if units:
+            if units and (kind == "mlp" or place.sub.head_dim == vit.sub_block(full, "attn").head_dim):
                 rows = vit.first_rows((i, kind), units, sizes)
                 hidden = shelf.keep(r(vit.hidden(full, kind, x, rows)) for x, r in zip(wanted, so_far, strict=True))
                 refit_first(place, have, hidden, counted, fit, shelf)

@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import obs, quantisation, recovery, reducers, tasks, vit
+from edgeprune import lowrank, obs, quantisation, recovery, reducers, tasks, vit
 from edgeprune.anatomies import MergingBlock
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
 from edgeprune.reducers import Reduction
 from edgeprune.shelf import MEMORY, Item, Shelf
-from edgeprune.types import Levels, Ranges, SubBlock
+from edgeprune.types import PLAIN, Form, Levels, Ranges, SubBlock
 
 DATABASE_BYTES = 1 << 30  # sub-blocks that a database holds; the one that nobody asked for longest goes first
 STREAM_BYTES = 1 << 30  # residual streams that a judge may hold: bounds the images it looks at
@@ -43,15 +43,16 @@ class Database:
         moments: Mapping[SubBlock, LayerMoments],
         patches: Sequence[Sequence[int | None]] | None = None,
         reducer: str = reducers.DEFAULT,
-        int8: Sequence[Sequence[bool]] = (),
+        forms: Sequence[Sequence[Form]] = (),
         ranges: Ranges | None = None,
+        inputs: Mapping[int, LayerMoments] | None = None,
     ) -> None:
         """counts: how many units each option of each sub-block keeps, in the order of `levels`; patches: and how many
-        patch tokens then stay, None for all that come in; int8: and whether it is int8, () = none, with the `ranges` of
-        the dense model's inputs.
+        patch tokens then stay, None for all that come in; forms: and how it computes, () = all plain, with the `ranges`
+        of the dense model's inputs for int8, and the moments of the attentions' `inputs` for lower ranks.
         """
         self.dense, self.levels, self.counts, self.moments = dense, levels, counts, moments
-        self.int8, self.ranges = int8, ranges or {}
+        self.forms, self.ranges, self.inputs = forms, ranges or {}, inputs or {}
         self.patches, self.reducer = patches or [[None] * len(own) for own in counts], reducer
         self.sizes = vit.anatomy(dense)
         self._made: dict[tuple[int, int], nn.Module] = {}  # the one asked for last is the last
@@ -72,12 +73,17 @@ class Database:
     def _make(self, at: int, option: int) -> nn.Module:
         level = self.levels[at]
         kept = level.kept(self.counts[at][option])
-        if self.int8 and self.int8[at][option]:
-            made = copy.deepcopy(self._sliced(level, kept))
+        form = self.forms[at][option] if self.forms else PLAIN
+        if form == PLAIN:
+            return self._sliced(level, kept)
+        made = copy.deepcopy(self._sliced(level, kept))
+        if form.rank is not None:
+            mixed = lowrank.of_heads(self.moments[level.at], kept, made.head_dim)
+            lowrank.reduce(made, form.rank, self.inputs[level.block], mixed)
+        if form.int8:
             for layer, own in zip(quantisation.convert(made, level.kind), self.ranges[level.at], strict=True):
                 layer.set_range(*own)
-            return made
-        return self._sliced(level, kept)
+        return made
 
     def _sliced(self, level: Levels, kept: tuple[int, ...]) -> Any:
         block = self.dense.blocks[level.block]

@@ -44,6 +44,17 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a sub-block that stays computes."""
+
+    int8: bool = False
+    rank: int | None = None  # of its heads; None: the dimensions that they have
+
+
+PLAIN = Form()
+
+
+@dataclass(frozen=True)
 class BlockPlan:
     """What one block keeps: indices into the dense block's heads and MLP neurons, ascending, and how many patch tokens.
 
@@ -53,17 +64,15 @@ class BlockPlan:
     heads: tuple[int, ...]
     neurons: tuple[int, ...]
     patches: int | None = None  # None: all that came in
-    int8: tuple[
-        SubBlockKind, ...
-    ] = ()  # whose linear layers have 8-bit inputs and weights, see `edgeprune.quantisation`
+    int8: tuple[SubBlockKind, ...] = ()  # whose linear layers are int8, see `edgeprune.quantisation`
+    rank: int | None = None  # dimensions of its heads, see `edgeprune.lowrank`; None: those of the dense model
 
     @property
     def row(self) -> tuple[int, ...]:
         """Its part of the plan's shape."""
-        row = (len(self.heads), len(self.neurons))
-        if self.int8:
-            return (*row, self.patches or 0, sum(INT8[kind] for kind in self.int8))
-        return row if self.patches is None else (*row, self.patches)
+        bits = sum(INT8[kind] for kind in self.int8)
+        row = (len(self.heads), len(self.neurons), self.patches or 0, bits, self.rank or 0)
+        return row[: max([2, *(i + 1 for i, value in enumerate(row) if value)])]
 
 
 @dataclass(frozen=True)
@@ -83,14 +92,19 @@ class Plan:
         return any(block.int8 for block in self.blocks)
 
 
-#: (heads, neurons) of every block, (heads, neurons, patches) where tokens go, and (heads, neurons, patches or 0, the sum
-#: of `INT8`) where sub-blocks are int8: all that latency depends on.
+#: (heads, neurons, patches that stay, which sub-blocks are int8 as the sum of `INT8`, rank of its heads) of every block:
+#: all that latency depends on. From the third on, 0 is as in the dense model; zeros at the end are left out.
 Shape = tuple[tuple[int, ...], ...]
 
 
 def left(row: Sequence[int]) -> int | None:
     """How many patches stay after a block of this row of a shape; None = all that came in."""
     return row[2] or None if len(row) > 2 else None
+
+
+def rank(row: Sequence[int]) -> int | None:
+    """How many dimensions the heads of a block of this row have; None = those of the dense model."""
+    return row[4] or None if len(row) > 4 else None
 
 
 def int8(row: Sequence[int]) -> tuple[SubBlockKind, ...]:
@@ -149,6 +163,10 @@ class Prices:
     mlp_ms: FloatArray  # [len(mlp_widths)]
     attn_int8_ms: FloatArray = field(default_factory=lambda: np.empty(0))  # as `attn_ms`, int8; empty = not measured
     mlp_int8_ms: FloatArray = field(default_factory=lambda: np.empty(0))
+    ranks: tuple[int, ...] = ()  # that heads may have, ascending to what they have; () = not measured
+    rank_share: FloatArray = field(
+        default_factory=lambda: np.ones(1)
+    )  # [len(ranks)] of an attention's price, the last 1
 
     def of(self, kind: SubBlockKind) -> tuple[tuple[int, ...], FloatArray]:
         """How many units a sub-block may keep, ascending, and the milliseconds of each."""
@@ -158,10 +176,11 @@ class Prices:
         """The milliseconds of each with int8 layers; empty = not measured."""
         return self.attn_int8_ms if kind == "attn" else self.mlp_int8_ms
 
-    def ms(self, kind: SubBlockKind, units: int, *, quantised: bool = False) -> float:
+    def ms(self, kind: SubBlockKind, units: int, form: Form) -> float:
         """The price of a sub-block that keeps so many units. Raises ValueError for a number that was not measured."""
         every, prices = self.of(kind)
-        return float((self.int8(kind) if quantised else prices)[every.index(units)])
+        share = 1.0 if form.rank is None else float(self.rank_share[self.ranks.index(form.rank)])
+        return share * float((self.int8(kind) if form.int8 else prices)[every.index(units)])
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,11 @@ class LatencyTable:
         return all(len(own.attn_int8_ms) for own in self.stages)
 
     @property
+    def ranked(self) -> bool:
+        """Whether attentions of lower rank were measured."""
+        return any(len(own.ranks) > 1 for own in self.stages)
+
+    @property
     def dense(self) -> Shape:
         return tuple((len(own.attn_ms) - 1, own.mlp_widths[-1]) for own in self.by_block)
 
@@ -211,11 +235,11 @@ class LatencyTable:
         total, level = self.base_ms, -1
         for row, own in zip(shape, self.by_block):  # Python 3.9 on devices has no strict=
             quantised, patches = int8(row), left(row)
-            total += own.ms("attn", row[0], quantised="attn" in quantised) * self.attn_share[level]
+            total += own.ms("attn", row[0], Form("attn" in quantised, rank(row))) * self.attn_share[level]
             if patches is not None:
                 level = self.patches.index(patches)
                 total += self.reduce_ms
-            total += own.ms("mlp", row[1], quantised="mlp" in quantised) * self.mlp_share[level]
+            total += own.ms("mlp", row[1], Form("mlp" in quantised)) * self.mlp_share[level]
         return float(total)
 
 

@@ -25,12 +25,13 @@ from edgeprune.compat import GluMlp, VisionTransformer, timm
 from edgeprune.config import DIMS, WIDTHS
 from edgeprune.errors import UsageError, first_line, unknown
 from edgeprune.reducers import Reduction, Seen
-from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind, int8, left
+from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind, int8, left, rank
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
 WHOLE_MLPS = "a norm inside the MLP couples its neurons by their mean and variance, so an MLP stays or goes as a whole"
 ALL_TOKENS_STAY = "attention of this model depends on where its tokens are, so all of them stay"
+WHOLE_HEADS = "queries and keys of this model are normed or turned before they meet, so its heads keep their dimensions"
 MAX_WIDTHS, MAX_STAGE_WIDTHS = 24, 8  # MLP widths that are measured, besides 0; where there are several stages, of each
 
 
@@ -63,6 +64,9 @@ class Anatomy:
     gated: bool = False  # whether a neuron has two rows of `fc1`, one of which gates the other (SwiGLU)
     whole_mlp: bool = False  # whether a norm over the neurons couples them, so that an MLP stays or goes as a whole
     positional: bool = False  # whether attention depends on where its tokens are, so that all of them stay
+    bilinear: bool = (
+        True  # whether scores are products of what queries and keys read, so that heads may have fewer dimensions
+    )
 
     @property
     def only(self) -> Stage:
@@ -308,6 +312,7 @@ def anatomy(model: VisionTransformer) -> Anatomy:
         gated=isinstance(block.mlp, GluMlp),
         whole_mlp=not isinstance(block.mlp.norm, nn.Identity),
         positional=isinstance(block.attn, PositionalAttention),
+        bilinear=not isinstance(block.attn, PositionalAttention) and isinstance(block.attn.q_norm, nn.Identity),
     )
 
 
@@ -366,7 +371,8 @@ def dense_plan(sizes: Anatomy) -> Plan:
 def plan_of_shape(shape: Shape, reducer: str = reducers.DEFAULT) -> Plan:
     """A plan with this shape that keeps the first units; for models whose speed is all that matters."""
     return Plan(
-        tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), left(row), int8(row)) for row in shape), reducer
+        tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), left(row), int8(row), rank(row)) for row in shape),
+        reducer,
     )
 
 
@@ -409,12 +415,12 @@ def slice_sub_block(block: Any, at: SubBlock, units: tuple[int, ...], sizes: Ana
     kept = columns(units, sizes.unit_size(at))
     rows = first_rows(at, units, sizes)
     if kind == "attn":
-        sub.qkv, sub.proj = _linear(sub.qkv, rows=rows), _linear(sub.proj, cols=kept)
+        sub.qkv, sub.proj = linear(sub.qkv, rows=rows), linear(sub.proj, cols=kept)
         sub.num_heads, sub.attn_dim = len(units), len(kept)
         if isinstance(sub, PositionalAttention):
             sub.keep_heads(units)
     else:
-        sub.fc1, sub.fc2 = _linear(sub.fc1, rows=rows), _linear(sub.fc2, cols=kept)
+        sub.fc1, sub.fc2 = linear(sub.fc1, rows=rows), linear(sub.fc2, cols=kept)
     return sub
 
 
@@ -470,6 +476,13 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
         for kind in block.int8:
             if not (block.heads if kind == "attn" else block.neurons):
                 raise UsageError(f"block {i} of the plan has int8 for its {kind}, which is removed")
+        if block.rank is not None:
+            if not sizes.bilinear:
+                raise UsageError(f"block {i} of the plan has a rank; {WHOLE_HEADS}")
+            if not block.heads or not 1 <= block.rank < sizes.by_block[i].head_dim:
+                raise UsageError(
+                    f"block {i} of the plan: a rank must be a number from 1 to {sizes.by_block[i].head_dim - 1}, of heads that stay"
+                )
         if block.patches is not None:
             if sizes.positional:
                 raise UsageError(f"block {i} of the plan drops tokens; {ALL_TOKENS_STAY}")
@@ -484,7 +497,7 @@ def check_plan(plan: Plan, sizes: Anatomy) -> None:
         modules.check("reducer", plan.reducer)
 
 
-def _linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None = None) -> nn.Linear:
+def linear(layer: nn.Linear, *, rows: Tensor | None = None, cols: Tensor | None = None) -> nn.Linear:
     weight: Tensor = layer.weight.detach()
     bias: Tensor | None = layer.bias
     if rows is not None:
@@ -593,18 +606,19 @@ def parameters(model: nn.Module) -> int:
 
 
 def choosable(dims: tuple[str, ...], sizes: Anatomy) -> tuple[str, ...]:
-    """Of what a plan shall choose, what it can: without tokens where all of them stay.
+    """Of what a plan shall choose, what it can: without tokens where all of them stay, without ranks where heads are whole.
 
-    Raises UsageError where tokens were asked for by name, which is whenever not everything is chosen.
+    Raises UsageError where these were asked for by name, which is whenever not everything is chosen.
     """
-    if not sizes.positional or "tokens" not in dims:
-        return dims
-    left = tuple(name for name in dims if name != "tokens")
-    if dims != DIMS:
-        raise UsageError(
-            f"{ALL_TOKENS_STAY}; choose --dims {','.join(left or WIDTHS)}, without a method that drops tokens"
-        )
-    return left
+    cannot = {"tokens": ALL_TOKENS_STAY} if sizes.positional else {}
+    cannot |= {} if sizes.bilinear else {"qk": WHOLE_HEADS}
+    possible = tuple(name for name in dims if name not in cannot)
+    for name in dims:
+        if name in cannot and dims != DIMS:
+            raise UsageError(
+                f"{cannot[name]}; choose --dims {','.join(possible or WIDTHS)}, without a method that needs {name}"
+            )
+    return possible
 
 
 def macs(sizes: Anatomy, shape: Shape) -> int:
@@ -617,7 +631,7 @@ def macs(sizes: Anatomy, shape: Shape) -> int:
     fewer: int | None = None  # tokens, where some have gone
     for row, stage in zip(shape, sizes.by_block, strict=True):
         heads, neurons = row[:2]
-        c, d, n = stage.width, stage.head_dim, fewer or stage.tokens
+        c, d, n = stage.width, rank(row) or stage.head_dim, fewer or stage.tokens
         total += n * c * heads * d * 4 + 2 * n * (stage.window or n) * heads * d
         patches = left(row)
         fewer = fewer if patches is None else sizes.prefix + patches

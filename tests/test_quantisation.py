@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 import edgeprune
 from edgeprune import allocators, api, artifact, config, errors, quantisation, vit
-from edgeprune.allocators import _precision, _tokens, search
+from edgeprune.allocators import _forms, _tokens, search
 from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.latency import table as tables
 from edgeprune.quantisation import HIGHEST, LEVELS, Int8Linear
 from edgeprune.search import Space
 from edgeprune.stages import export, shapes, simplify
 from edgeprune.tuning.loop import fit
-from edgeprune.types import BlockPlan, LatencyTable, Measurement, Plan, int8, left
+from edgeprune.types import PLAIN, BlockPlan, Form, LatencyTable, Measurement, Plan, int8, left
 
 #: Block 0 int8 as a whole, block 1 its MLP, block 2 its attention, fewer units here and there.
 MIXED = ((2, 16, 0, 3), (3, 24, 0, 2), (1, 24, 0, 1))
@@ -45,6 +45,7 @@ def with_int8(share: float, extra: float = 0.0) -> LatencyTable:
 
 
 TABLE = with_int8(0.5)
+INT8 = Form(int8=True)
 
 
 def quantised(model: Any, shape: Any, images: torch.Tensor | None = None) -> Any:
@@ -224,18 +225,18 @@ def task_of(model: Any, table: LatencyTable, dims: tuple[str, ...] = (*config.WI
 
 def test_what_stays_may_be_int8_where_that_is_cheaper(tiny_vit: Any) -> None:
     task = task_of(tiny_vit, TABLE)
-    assert task.counts[0] == (0, 1, 2, 3, 1, 2, 3) and task.int8[0] == (False,) * 4 + (True,) * 3
+    assert task.counts[0] == (0, 1, 2, 3, 1, 2, 3) and task.forms[0] == (PLAIN,) * 4 + (INT8,) * 3
     assert task.costs[0][4:].tolist() == TABLE.stages[0].attn_int8_ms[1:].tolist()
-    assert task_of(tiny_vit, with_int8(1.2)).int8 == [], "where it does not pay it is no option"
+    assert task_of(tiny_vit, with_int8(1.2)).forms == [], "where it does not pay it is no option"
     some = task_of(tiny_vit, with_int8(0.5, 0.3))
-    assert some.int8[0] == (False,) * 4 + (True,) * 2, "one head alone is not worth rounding its inputs"
-    assert task_of(tiny_vit, TABLE, config.WIDTHS).int8 == [] == task_of(tiny_vit, parts.TABLE).int8
+    assert some.forms[0] == (PLAIN,) * 4 + (INT8,) * 2, "one head alone is not worth rounding its inputs"
+    assert task_of(tiny_vit, TABLE, config.WIDTHS).forms == [] == task_of(tiny_vit, parts.TABLE).forms
 
 
 def test_the_error_of_int8_is_twice_its_divergence(tiny_vit: Any) -> None:
-    task = _precision.ranged(task_of(tiny_vit, TABLE))
+    task = _forms.observed(task_of(tiny_vit, TABLE))
     judge, _ = search.judges(task)
-    found = _precision.weighed(task, judge)
+    found = _forms.weighed(task, judge)
     images = torch.cat(task.found.batches)[: len(judge.wanted)]
     own = quantised(tiny_vit, ((3, 24), (3, 24, 0, 2), (3, 24)))
     for name, layer in quantisation.layers(own).items():
@@ -243,10 +244,10 @@ def test_the_error_of_int8_is_twice_its_divergence(tiny_vit: Any) -> None:
     with torch.no_grad():
         want, got = tiny_vit(images).log_softmax(-1), own(images).log_softmax(-1)
     extra = 2 * float(F.kl_div(got, want, log_target=True, reduction="batchmean"))
-    float_options = [i for i, flag in enumerate(task.int8[3]) if not flag]
-    for option, (flag, units) in enumerate(zip(task.int8[3], task.counts[3], strict=True)):
+    float_options = [i for i, form in enumerate(task.forms[3]) if form == PLAIN]
+    for option, (form, units) in enumerate(zip(task.forms[3], task.counts[3], strict=True)):
         plain = task.errors[3][next(i for i in float_options if task.counts[3][i] == units)]
-        assert found.errors[3][option] == pytest.approx(plain + (extra if flag else 0.0), rel=1e-2, abs=1e-6)
+        assert found.errors[3][option] == pytest.approx(plain + (extra if form.int8 else 0.0), rel=1e-2, abs=1e-6)
     assert extra > 0
 
 
@@ -269,22 +270,22 @@ def test_plans_are_int8_within_the_budget(tiny_vit: Any, seconds: float, dims: t
 def test_options_without_drops_keep_their_precision(tiny_vit: Any) -> None:
     table = replace(TABLE, patches=(9, 16), attn_share=np.array([0.5, 1.0]), mlp_share=np.array([0.6, 1.0]))
     task = task_of(tiny_vit, table, config.EVERY_DIM)
-    task = _precision.ranged(task)
+    task = _forms.observed(task)
     tokens = _tokens.tokens(task, search.judges(task)[0])
     assert tokens is not None
     for at, plain in enumerate(tokens.plain):
         for option, same in enumerate(plain):
-            assert tokens.drops[at][same] == -1 and task.int8[at][same] == task.int8[at][option]
+            assert tokens.drops[at][same] == -1 and task.forms[at][same] == task.forms[at][option]
             assert task.counts[at][same] == task.counts[at][option]
     space = Space(task.errors, task.costs, 2.0, tokens)
     assert space.cost(space.solve()) <= 2.0 + 1e-9
 
 
 def test_a_stitched_int8_model_is_the_sliced_one(tiny_vit: Any) -> None:
-    task = _precision.ranged(task_of(tiny_vit, TABLE))
+    task = _forms.observed(task_of(tiny_vit, TABLE))
     judge, _ = search.judges(task)
     choice = list(task.dense)
-    choice[3] = task.counts[3].index(24, task.int8[3].index(True))
+    choice[3] = task.counts[3].index(24, task.forms[3].index(INT8))
     assert task.plan(choice).shape == ((3, 24), (3, 24, 0, 2), (3, 24))
     assert 0 < judge.divergence(tuple(choice)) < 0.5
 
@@ -340,7 +341,7 @@ def test_damaged_prices_are_refused(change: dict[str, Any]) -> None:
 
 
 def test_int8_models_are_of_few_sizes(tiny_vit: Any, tmp_path: Path) -> None:
-    found = shapes.int8_models(tiny_vit, [(0, 8, 16, 24)], tmp_path, parts.SILENT)
+    found = shapes.form_models(tiny_vit, [(0, 8, 16, 24)], ("precision",), tmp_path, parts.SILENT)
     assert [entry.name for entry in found] == ["heads1.int8", "heads2.int8", "heads3.int8", "neurons8.int8", "neurons16.int8", "neurons24.int8"]  # fmt: skip
     for entry, path in found.items():
         nodes = Counter(node.op_type for node in onnx.load(path).graph.node)
@@ -350,7 +351,7 @@ def test_int8_models_are_of_few_sizes(tiny_vit: Any, tmp_path: Path) -> None:
 
 def test_random_plans_have_int8_where_it_is_asked_for(tiny_vit: Any) -> None:
     sizes = vit.anatomy(tiny_vit)
-    found = shapes.random_shapes(20, sizes, [(0, 8, 24)], (0,), (7, 11, 16), int8=True)
+    found = shapes.random_shapes(20, sizes, [(0, 8, 24)], (0,), (7, 11, 16), ("precision",))
     some = [any(map(int8, shape)) for shape in found]
     assert 5 <= sum(some) <= 10
     for shape in found:
@@ -376,7 +377,10 @@ def test_tuning_knows_of_the_rounding(tiny_vit: Any, precision: str) -> None:
 @pytest.mark.parametrize(
     "asked, words",
     [
-        ({"dims": "mlp,precision", "gradual": True}, "--gradual prunes a model on, in float"),
+        (
+            {"dims": "mlp,precision", "gradual": True},
+            "--gradual prunes a model on, in dense shape and float; leave precision",
+        ),
         ({"dims": "mlp,precision", "recovery": "lora"}, "the recovery 'lora' tunes adapters"),
         ({"dims": "mlp,precision", "precision": "bf16", "target": "cpu-amx"}, "int8 layers stand beside fp32 ones"),
         ({"dims": "precision", "allocator": "uniform"}, "allocator 'uniform' always chooses heads, mlp, depth"),
@@ -389,7 +393,7 @@ def test_what_cannot_be_int8_is_refused(asked: dict[str, Any], words: str) -> No
 
 
 def test_precision_is_chosen_where_it_is_asked_for() -> None:
-    made, _ = api.request("digits", target="cpu-avx2", latency="2x", dims="heads,mlp,depth,tokens,precision")
+    made, _ = api.request("digits", target="cpu-avx2", latency="2x", dims="heads,mlp,depth,tokens,qk,precision")
     assert made.dims == config.EVERY_DIM
     assert "precision" not in api.request("digits", target="cpu-avx2", latency="2x")[0].dims
 

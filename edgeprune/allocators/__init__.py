@@ -23,7 +23,7 @@ from edgeprune.config import WIDTHS
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.stitch import Choice
-from edgeprune.types import BlockPlan, FloatArray, LatencyTable, Levels, Plan, Ranges, Shape
+from edgeprune.types import PLAIN, BlockPlan, FloatArray, Form, LatencyTable, Levels, Plan, Ranges, Shape
 
 DEFAULT = "search"
 HALVINGS = 30  # of a knob's interval: finer than any table's steps
@@ -54,9 +54,7 @@ class Task:
     drops: list[tuple[int, ...]] = field(
         default_factory=list
     )  # per sub-block `[options]`, see `solve.Tokens`; [] = none
-    int8: list[tuple[bool, ...]] = field(
-        default_factory=list
-    )  # per sub-block `[options]`: whether it is int8; [] = none
+    forms: list[tuple[Form, ...]] = field(default_factory=list)  # per sub-block `[options]`; [] = all of them plain
     ranges: Ranges = field(default_factory=dict)  # of the dense model's inputs, where some are int8
 
     @property
@@ -91,12 +89,17 @@ class Task:
         parts = zip(self.levels, self.counts, choice, strict=True)
         kept = [level.kept(own[option]) for level, own, option in parts]
         left = [own[option] for own, option in zip(self.patches, choice, strict=True)]
-        int8 = [bool(self.int8) and self.int8[at][option] for at, option in enumerate(choice)]
+        forms = [own[option] for own, option in zip(self.every_form, choice, strict=True)]
         blocks = []
         for i in range(0, len(kept), 2):
-            kinds = tuple(kind for kind, own in zip(vit.KINDS, int8[i : i + 2], strict=True) if own)
-            blocks.append(BlockPlan(kept[i], kept[i + 1], left[i], kinds))
+            kinds = tuple(kind for kind, form in zip(vit.KINDS, forms[i : i + 2], strict=True) if form.int8)
+            blocks.append(BlockPlan(kept[i], kept[i + 1], left[i], kinds, forms[i].rank))
         return Plan(tuple(blocks), reducer=self.reducer)
+
+    @property
+    def every_form(self) -> list[tuple[Form, ...]]:
+        """Per sub-block `[options]`: how it computes."""
+        return self.forms or [(PLAIN,) * len(own) for own in self.counts]
 
     @property
     def patches(self) -> list[list[int | None]]:
@@ -140,29 +143,38 @@ def task(
     made = Task(
         found.levels, errors, costs, counts, table, model, teacher, found, seconds, seed, console, dims, reducer
     )
-    if "precision" in dims and table.int8:
-        made = with_int8(made)
+    int8, ranks = "precision" in dims and table.int8, "qk" in dims and table.ranked
+    made = with_forms(made, int8=int8, ranks=ranks) if int8 or ranks else made
     return with_drops(made) if "tokens" in dims and len(table.patches) > 1 else made
 
 
-def with_int8(task: Task) -> Task:
-    """The same where every sub-block that stays may also be int8 where that is cheaper; its error is then not yet more."""
-    errors, costs, counts, int8 = [], [], [], []
+def with_forms(task: Task, *, int8: bool, ranks: bool) -> Task:
+    """The same where every sub-block that stays may also be int8, and its heads of a lower rank, where that is cheaper.
+
+    The errors of these are then not yet more than those of the plain ones.
+    """
+    errors, costs, counts, forms = [], [], [], []
     for level, error, cost, count in zip(task.levels, task.errors, task.costs, task.counts, strict=True):
         prices = task.table.by_block[level.block]
-        every, _ = prices.of(level.kind)
-        cheaper = [prices.int8(level.kind)[every.index(units)] for units in count]
-        some = [i for i, units in enumerate(count) if units and cheaper[i] < cost[i]]
-        errors.append(np.concatenate([error, error[some]]))
-        costs.append(np.concatenate([cost, np.array([cheaper[i] for i in some])]))
-        counts.append((*count, *(count[i] for i in some)))
-        int8.append((False,) * len(count) + (True,) * len(some))
-    return replace(task, errors=errors, costs=costs, counts=counts, int8=int8 if any(map(any, int8)) else [])
+        lower = [None, *(prices.ranks[:-1] if ranks and level.kind == "attn" else ())]
+        pairs = [(i, PLAIN) for i in range(len(count))]
+        for form in (Form(eight, rank) for rank in lower for eight in (False, True)[: 1 + int8]):
+            if form != PLAIN:
+                pairs += [(i, form) for i, n in enumerate(count) if n and prices.ms(level.kind, n, form) < cost[i]]
+        kept = [i for i, _ in pairs]
+        errors.append(error[kept])
+        costs.append(
+            np.array([cost[i] if form == PLAIN else prices.ms(level.kind, count[i], form) for i, form in pairs])
+        )
+        counts.append(tuple(count[i] for i in kept))
+        forms.append(tuple(form for _, form in pairs))
+    some = any(form != PLAIN for own in forms for form in own)
+    return replace(task, errors=errors, costs=costs, counts=counts, forms=forms if some else [])
 
 
 def with_drops(task: Task) -> Task:
     """The same where every attention that stays may also drop tokens, down to any number that the table has."""
-    errors, costs, counts, drops, int8 = [], [], [], [], []
+    errors, costs, counts, drops, forms = [], [], [], [], []
     for at, (level, error, cost, count) in enumerate(
         zip(task.levels, task.errors, task.costs, task.counts, strict=True)
     ):
@@ -174,9 +186,9 @@ def with_drops(task: Task) -> Task:
         costs.append(cost[kept])
         counts.append(tuple(count[i] for i in kept))
         drops.append(tuple(drop for _, drop in pairs))
-        if task.int8:
-            int8.append(tuple(task.int8[at][i] for i in kept))
-    return replace(task, errors=errors, costs=costs, counts=counts, drops=drops, int8=int8)
+        if task.forms:
+            forms.append(tuple(task.forms[at][i] for i in kept))
+    return replace(task, errors=errors, costs=costs, counts=counts, drops=drops, forms=forms)
 
 
 def options(

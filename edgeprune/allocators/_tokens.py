@@ -21,8 +21,7 @@ def tokens(task: Task, judge: Judge) -> Tokens | None:
     """What the solver must know of the drops; None where there are none. `judge` measures stitched models of the task."""
     if not task.drops:
         return None
-    int8 = task.int8 or [(False,) * len(counts) for counts in task.counts]
-    kinds = [list(zip(counts, own, strict=True)) for counts, own in zip(task.counts, int8, strict=True)]
+    kinds = [list(zip(counts, own, strict=True)) for counts, own in zip(task.counts, task.every_form, strict=True)]
     plain = [tuple(map(own.index, own)) for own in kinds]  # options without drops come first
     table = task.table
     shares = [table.attn_share if level.kind == "attn" else table.mlp_share for level in task.levels]

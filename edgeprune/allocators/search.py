@@ -2,7 +2,7 @@
 
 KL(dense || pruned) on calibration images, of stitched and then of re-fitted models (`edgeprune.search`, which has the
 papers). Where tokens may go, too, the knapsack has their number as a second state, and the error of every drop is
-measured, as is that of int8 in every sub-block. Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
+measured, as is that of int8 and of lower ranks, sub-block by sub-block. Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
 The first choice has all of that time, later ones, for budgets nearby, a quarter of it and what was found before.
 The last quarter of the calibration images only judges re-fitted models.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from edgeprune import vit
-from edgeprune.allocators import Choose, Task, _precision, _tokens, knapsack
+from edgeprune.allocators import Choose, Task, _forms, _tokens, knapsack
 from edgeprune.compat import VisionTransformer
 from edgeprune.search import Space, improve
 from edgeprune.stitch import Choice, Database, Judge, RefitJudge, most_images
@@ -29,17 +29,17 @@ PLANS = 40  # re-fitted plans that the search should have time for; it looks at 
 PROBED = 8  # images that tell how long one takes
 
 
-DIMS = ("heads", "mlp", "depth", "tokens", "precision")
+DIMS = ("heads", "mlp", "depth", "tokens", "qk", "precision")
 
 
 def prepare(task: Task) -> Choose:
-    if task.seconds <= 0 and not task.drops and not task.int8:
+    if task.seconds <= 0 and not task.drops and not task.forms:
         return knapsack.prepare(task)
-    if task.int8:
-        task = _precision.ranged(task)
+    if task.forms:
+        task = _forms.observed(task)
     judging = judges(task)
-    if task.int8:
-        task = _precision.weighed(task, probe(task, judging[0], len(task.levels)))
+    if task.forms:
+        task = _forms.weighed(task, probe(task, judging[0], _forms.count(task)))
     tokens = _tokens.tokens(task, probe(task, judging[0], task.sizes.blocks * (len(task.table.patches) - 1)))
     known: list[Choice] = []
 
@@ -66,7 +66,15 @@ def judges(task: Task) -> tuple[Judge, RefitJudge]:
     The more a model costs, the fewer images each plan is judged on.
     """
     database = Database(
-        task.model, task.levels, task.counts, task.found.moments, task.patches, task.reducer, task.int8, task.ranges
+        task.model,
+        task.levels,
+        task.counts,
+        task.found.moments,
+        task.patches,
+        task.reducer,
+        task.forms,
+        task.ranges,
+        task.found.inputs,
     )
     images = task.found.images
     fit = images - max(1, images // 4)

@@ -21,7 +21,8 @@ from edgeprune.types import FloatArray, LatencyTable, Measurement, Prices, Shape
 
 MOST_BLOCKS = 512
 TOKENS = {"patches", "attn_share", "mlp_share", "reduce_ms"}  # fields that a table without tokens may leave out
-INT8 = ("attn_int8_ms", "mlp_int8_ms")  # and those of a stage without int8
+INT8 = ("attn_int8_ms", "mlp_int8_ms")
+FORMS = {*INT8, "ranks", "rank_share"}  # and those of a stage without int8 or lower ranks
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Measured:
     mlp: Mapping[int, Measurement]
     attn_int8: Mapping[int, Measurement] = field(default_factory=dict)  # with int8 layers; some, all heads among them
     mlp_int8: Mapping[int, Measurement] = field(default_factory=dict)
+    ranks: Mapping[int, Measurement] = field(default_factory=dict)  # by rank of all heads, lower than `head_dim`
+    head_dim: int = 0
 
 
 def build_table(
@@ -67,7 +70,12 @@ def build_table(
     priced = tuple(
         _stage(own, dense_ms, f" in stage {i}" if len(stages) > 1 else "", repaired) for i, own in enumerate(stages)
     )
-    parts = [m for own in stages for kind in (own.attn, own.mlp, own.attn_int8, own.mlp_int8) for m in kind.values()]
+    parts = [
+        m
+        for own in stages
+        for kind in (own.attn, own.mlp, own.attn_int8, own.mlp_int8, own.ranks)
+        for m in kind.values()
+    ]
     prices = LatencyTable(
         runtime=runtime,
         precision=precision,
@@ -105,6 +113,8 @@ def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> P
         own.blocks, np.interp(every, counts, attn_ms), widths, mlp_ms,
         _int8(own.attn_int8, own.attn[0], every, own.blocks, dense_ms),
         _int8(own.mlp_int8, own.mlp[0], widths, own.blocks, dense_ms),
+        (*sorted(own.ranks), own.head_dim) if own.ranks else (),
+        isotonic(np.clip([*((own.ranks[r].ratio - own.attn[0].ratio) / (1 - own.attn[0].ratio) for r in sorted(own.ranks)), 1.0], 0.0, 1.0)),
     )  # fmt: skip
 
 
@@ -274,12 +284,16 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
 def _read_stage(document: Mapping[str, Any]) -> Prices:
     """Raises TypeError or ValueError for values that no table has."""
     fields = set(Prices.__dataclass_fields__)
-    if not isinstance(document, Mapping) or set(document) not in (fields, fields - set(INT8)):
+    if not isinstance(document, Mapping) or (fields ^ set(document)) - FORMS:
         raise ValueError(f"a stage must have {', '.join(Prices.__dataclass_fields__)}")
     names = [name for name in ("attn_ms", "mlp_ms", *INT8) if len(document.get(name, ())) or name not in INT8]
+    ranks = tuple(document.get("ranks", ()))
+    share = np.array(document["rank_share"] if ranks else [1.0], dtype=np.float64)
     prices = {name: np.array(document[name], dtype=np.float64) for name in names}
     others = {name: value for name, value in document.items() if name not in INT8}
-    own = Prices(**{**others, **prices, "mlp_widths": tuple(document["mlp_widths"])})
+    own = Prices(
+        **{**others, **prices, "mlp_widths": tuple(document["mlp_widths"]), "ranks": ranks, "rank_share": share}
+    )
     if type(own.blocks) is not int or not 1 <= own.blocks <= MOST_BLOCKS:
         raise ValueError(f"blocks must be a whole number from 1 to {MOST_BLOCKS}")
     if len(own.mlp_widths) != len(own.mlp_ms):
@@ -291,6 +305,12 @@ def _read_stage(document: Mapping[str, Any]) -> Prices:
     for name, ms in prices.items():
         if ms.ndim != 1 or len(ms) < 2 or not np.isfinite(ms).all() or (np.diff(ms) < 0).any() or ms[0] != 0:
             raise ValueError(f"{name} must be finite, ascend and begin with 0")
+    if not all(type(rank) is int and rank > 0 for rank in ranks) or list(ranks) != sorted(set(ranks)):
+        raise ValueError("ranks must be whole numbers above zero, and ascend")
+    if share.shape != (max(len(ranks), 1),) or not ((share >= 0) & (share <= 1)).all() or share[-1] != 1:
+        raise ValueError("rank_share must have a share from 0 to 1 for every rank, and end with 1")
+    if (np.diff(share) < 0).any():
+        raise ValueError("rank_share must ascend")
     for name, like in zip(INT8, (own.attn_ms, own.mlp_ms)):
         if name in prices and len(prices[name]) != len(like):
             raise ValueError(f"{name} has more or fewer prices than {name.replace('_int8', '')}")

@@ -8,7 +8,7 @@ calibration images and three solutions per block.
 
 from __future__ import annotations
 
-from edgeprune import recovery
+from edgeprune import recovery, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.recoveries import Damage
 
@@ -18,6 +18,7 @@ TUNES = "weights"
 
 def recover(damage: Damage) -> VisionTransformer:
     pruned = recovery.survivors(damage.model, damage.plan, damage.found.moments)
+    recovery.lower_ranks(vit.anatomy(damage.model), pruned, damage.plan, damage.found)
     same = damage.model is damage.dense  # the units of a model that was trained since are no longer the dense model's
     plan = damage.plan if same else None
     found = damage.found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgeprune.types import int8, left
+from edgeprune.types import int8, left, rank
 
 #: Label, dense, pruned.
 Row = tuple[str, str, str]
@@ -69,7 +69,7 @@ def markdown(manifest: dict[str, Any]) -> str:
     """`report.md`: the short form."""
     request, pruned = manifest["request"], manifest["pruned"]
     shape = manifest["shape"]
-    columns = ["heads", "neurons", *(["patches"] if any(map(left, shape)) else []), *(["int8"] if any(map(int8, shape)) else [])]  # fmt: skip
+    columns = ["heads", "neurons", *(["patches"] if any(map(left, shape)) else []), *(["int8"] if any(map(int8, shape)) else []), *(["rank"] if any(map(rank, shape)) else [])]  # fmt: skip
     lines = [
         f"# {manifest['model']} on {manifest['target']} at {request['latency']}",
         "",
@@ -98,7 +98,13 @@ def markdown(manifest: dict[str, Any]) -> str:
 
 def _plan_row(block: int, row: list[int], columns: Sequence[str]) -> str:
     """Heads and neurons of a block; in a plan with such, how many patches go on from here, and which parts are int8."""
-    cells = {"heads": row[0], "neurons": row[1], "patches": left(row) or "", "int8": ", ".join(int8(row))}
+    cells = {
+        "heads": row[0],
+        "neurons": row[1],
+        "patches": left(row) or "",
+        "int8": ", ".join(int8(row)),
+        "rank": rank(row) or "",
+    }
     return f"| {block} | {' | '.join(str(cells[name]) for name in columns)} |"
 
 

@@ -351,7 +351,7 @@ def _plan_rows(
     passing = patches(plan, profile)
     return [
         (
-            i, f"{len(block['heads'])} of {heads}", f"{len(block['neurons'])} of {neurons}",
+            i, f"{len(block['heads'])} of {heads}" + (f" of rank {block['rank']}" if "rank" in block else ""), f"{len(block['neurons'])} of {neurons}",
             f"{passing[i]} of {profile['table']['patches'][-1]}" if passing else "all",
             manifest["precision"] + "".join(f", {kind} int8" for kind in block.get("int8", ())),
         )

@@ -153,6 +153,8 @@ def _staircase(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
             unit = "heads" if kind == "attention" else "neurons"
             for size, ms, fp32 in list(zip(sizes, quantised, prices))[1:]:
                 rows.append((f"{kind}{where}, int8", f"{size} {unit}", f"{ms:.4f}", f"{ms / fp32:.2f} of {table['precision']}" if fp32 else ""))  # fmt: skip
+        for number, share in list(zip(stage.get("ranks") or (), stage.get("rank_share") or ()))[:-1]:
+            rows.append((f"attention{where}, rank {number}", "all heads", f"{share * attn[-1]:.4f}", f"{share:.2f} of its price"))  # fmt: skip
     notes = []
     if any(stage.get("attn_int8_ms") for stage in table["stages"]):
         notes.append("int8 was measured at some sizes; between them its price is a line.")

@@ -31,7 +31,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     dense = baseline.load(request, read["baseline"])
     plans = shapes.random_shapes(
         request.check, dense.sizes, [own.mlp_widths for own in table.stages], (request.seed, HELD_OUT), table.patches,
-        int8=table.int8,
+        [*(["precision"] if table.int8 else []), *(["qk"] if table.ranked else [])],
     )  # fmt: skip
     with choose.clock(request.conditions, table.runtime, table.threads, console) as clock:
         clock.load("dense", read["baseline"] / "dense.onnx", COPIES, values=False)

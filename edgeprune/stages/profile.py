@@ -23,7 +23,7 @@ from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.machine import Machine, here
 from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
 from edgeprune.stages import baseline, shapes
-from edgeprune.types import FloatArray, LatencyTable, Measurement, Quiet, Shape, to_json
+from edgeprune.types import PLAIN, FloatArray, Form, LatencyTable, Measurement, Quiet, Shape, SubBlockKind, to_json
 
 TABLE_SECONDS = 60.0
 TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the quietest
@@ -54,16 +54,16 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         console.say(f"grid{'' if len(grids) == 1 else f' of stage {i}'}: 0 to {stage.heads} heads, {len(grid)} MLP widths"
                     f"{grid_words(dense.sizes, grid, request.target.neuron_step)}")  # fmt: skip
     entries = shapes.shape_models(dense.model, grids, out, console)
-    if "precision" in request.dims:
-        entries |= shapes.int8_models(dense.model, grids, out, console)
+    dims = vit.choosable(request.dims, dense.sizes)
+    entries |= shapes.form_models(dense.model, grids, dims, out, console)
     models = {entry.name: path for entry, path in entries.items()}
-    patches = shapes.patch_counts(dense.sizes) if "tokens" in vit.choosable(request.dims, dense.sizes) else ()
+    patches = shapes.patch_counts(dense.sizes) if "tokens" in dims else ()
     reducing: Shape = ()
     if len(patches) > 1:
         token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
         models |= token_models
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
-    fitting = fitting_shapes(dense.sizes, grids, request.seed, patches, int8="precision" in request.dims)
+    fitting = fitting_shapes(dense.sizes, grids, request.seed, patches, dims)
     plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
     for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
         models[name] = out / f"{name}.onnx"
@@ -85,10 +85,17 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if all(first.calm for first in firsts):
         memory.remember(out.parent, of, dense_ms)
     anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
+
+    def timed(stage: int, kind: SubBlockKind, form: Form) -> dict[int, Measurement]:
+        wanted = (stage, kind, form)
+        return {one.kept: measured[one.name] for one in entries if (one.stage, one.kind, one.form) == wanted}
+
     stages = [
-        table.Measured(stage.blocks, stage.heads, stage.neurons,
-                       *({entry.kept: measured[entry.name] for entry in entries if (entry.stage, entry.kind, entry.int8) == (i, kind, int8)}
-                 for int8 in (False, True) for kind in vit.KINDS))
+        table.Measured(
+            stage.blocks, stage.heads, stage.neurons, timed(i, "attn", PLAIN), timed(i, "mlp", PLAIN),
+            timed(i, "attn", Form(int8=True)), timed(i, "mlp", Form(int8=True)),
+            {one.form.rank: measured[one.name] for one in entries if one.stage == i and one.form.rank}, stage.head_dim,
+        )
         for i, stage in enumerate(dense.sizes.stages)
     ]  # fmt: skip
     built = table.build_table(
@@ -143,11 +150,10 @@ def fitting_shapes(
     grids: tuple[tuple[int, ...], ...],
     seed: int,
     patches: tuple[int, ...] = (),
-    *,
-    int8: bool = False,
+    dims: Sequence[str] = (),
 ) -> list[Shape]:
     """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
-    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches, int8=int8) if sizes.blocks > 1 else []
+    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches, dims) if sizes.blocks > 1 else []
 
 
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
@@ -221,6 +227,10 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
     if "precision" in request.dims and not recorded.int8:
         console.warn(
             "it was recorded without int8, so the plan has none; record it again with --dims that have precision"
+        )
+    if "qk" in vit.choosable(request.dims, sizes) and not recorded.ranked:
+        console.warn(
+            "it was recorded without ranks of heads, so the plan lowers none; record it again with --dims that have qk"
         )
     if "tokens" in request.dims and not recorded.patches:
         console.warn(
@@ -358,10 +368,16 @@ def tell(
             f"{built.mlp_share[half]:.0%} of that; dropping the others {built.reduce_ms * 1e3:.0f} µs, once"
         )
     for i, own in enumerate(built.stages):
+        where = f" in stage {i}" if len(built.stages) > 1 else ""
         if len(own.attn_int8_ms):
             shares = [own.int8(kind)[-1] / own.of(kind)[1][-1] for kind in vit.KINDS]
-            console.say(f"with int8 layers, attention costs {shares[0]:.0%} and the MLP {shares[1]:.0%} of that"
-                        + (f" in stage {i}" if len(built.stages) > 1 else "") + ("" if min(shares) < 1 else ": int8 does not pay here"))  # fmt: skip
+            console.say(f"with int8 layers, attention costs {shares[0]:.0%} and the MLP {shares[1]:.0%} of that{where}"
+                        + ("" if min(shares) < 1 else ": int8 does not pay here"))  # fmt: skip
+        if len(own.ranks) > 1:
+            lower = ", ".join(
+                f"{share:.0%} with {rank}" for rank, share in zip(own.ranks[:-1], own.rank_share, strict=False)
+            )
+            console.say(f"heads of fewer dimensions than {own.ranks[-1]} make attention cost {lower}{where}")
     if uncapped := worker["dense"].get("uncapped"):
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in uncapped.items())
         console.warn(

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from edgeprune import allocators, polish, quantisation, recoveries, tasks, vit, weightfile
+from edgeprune import allocators, lowrank, polish, quantisation, recoveries, recovery, structure, tasks, vit, weightfile
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
@@ -26,7 +28,7 @@ from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
 from edgeprune.recoveries import Damage
 from edgeprune.shelf import Shelf
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
-from edgeprune.types import LatencyTable, Plan, Quiet, Shape, int8, left, to_json
+from edgeprune.types import LatencyTable, Plan, Quiet, Shape, int8, left, rank, to_json
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
@@ -57,6 +59,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         shelf = Shelf(request.shelf_bytes, out)
         found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size, shelf)
         model, bounds = baseline.parent(dense, read)
+        dims = vit.choosable(request.dims, dense.sizes)
+        if "qk" in dims and table.ranked:
+            with console.busy("what attentions read"):
+                found = replace(found, inputs=lowrank.inputs(model, found.batches))
         seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
         task = allocators.task(
             found,
@@ -67,7 +73,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             seconds,
             request.seed,
             console,
-            vit.choosable(request.dims, dense.sizes),
+            dims,
             request.reducer,
         )
         choose = allocators.get(request.allocator).prepare(task)
@@ -91,7 +97,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             plan = plans(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
         damage = Damage(dense.model, model, plan, found, request.seed, console)
-        pruned = recoveries.get(request.recovery).recover(damage)
+        pruned = recovery.lower_ranks(dense.sizes, recoveries.get(request.recovery).recover(damage), plan, found)
         if request.polish:
             with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
                 polished = polish.polish(
@@ -105,7 +111,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
     kept = plan.shape
     console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
-                f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}")  # fmt: skip
+                f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}{ranks_kept(kept)}")  # fmt: skip
     console.detail(" ".join(map(in_words, kept)))
     weightfile.write(pruned, out / "pruned.safetensors")
     write_plan(PlannedModel.of(request.card, dense.sizes.num_classes, plan, predicted, limit), out / "plan.json")
@@ -118,10 +124,19 @@ def tokens_kept(shape: Shape) -> str:
     return f"; {', '.join(drops)}" if drops else ""
 
 
+def ranks_kept(shape: Shape) -> str:
+    """Ranks of heads where the plan lowers some, in words; "" where it does not."""
+    lower = Counter(filter(None, map(rank, shape)))
+    return (
+        f"; heads of rank {', '.join(f'{n} in {count} blocks' for n, count in sorted(lower.items()))}" if lower else ""
+    )
+
+
 def in_words(row: tuple[int, ...]) -> str:
-    """A row of a shape: `3h/512n/98p/int8:mlp`."""
-    patches, kinds = left(row), "+".join(int8(row))
-    return f"{row[0]}h/{row[1]}n{f'/{patches}p' if patches else ''}{f'/int8:{kinds}' if kinds else ''}"
+    """A row of a shape: `3h/512n/98p/int8:mlp/rank16`."""
+    patches, kinds, lower = left(row), "+".join(int8(row)), rank(row)
+    parts = [f"{row[0]}h/{row[1]}n", f"{patches}p" if patches else "", f"int8:{kinds}" if kinds else "", f"rank{lower}" if lower else ""]  # fmt: skip
+    return "/".join(filter(None, parts))
 
 
 def quantise(
@@ -231,7 +246,7 @@ def measure(
     """The plan's latency in ms at the gated quantile, its interval, and whether the machine was calm; relative to `dense`."""
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         exported, path = Path(folder) / "exported.onnx", Path(folder) / "candidate.onnx"
-        model = quantisation.mark(vit.slice_model(dense.model, plan), plan)
+        model = structure.of(dense.model, plan)
         quantisation.pretend(model)
         export.to_onnx(model, dense.sizes.image, exported)
         simplify.simplify(exported, path, model)

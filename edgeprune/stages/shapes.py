@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgeprune import quantisation, reducers, vit
+from edgeprune import lowrank, quantisation, reducers, structure, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.stages import export, simplify
-from edgeprune.types import INT8, Shape, SubBlockKind, left
+from edgeprune.types import INT8, PLAIN, Form, Shape, SubBlockKind, left
 
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages; those between are interpolated
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
@@ -43,12 +43,13 @@ class Entry:
     stage: int
     kind: SubBlockKind
     kept: int
-    int8: bool = False
+    form: Form = PLAIN
 
     @property
     def name(self) -> str:
         where = f"stage{self.stage}." if self.stage else ""
-        return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}{'.int8' if self.int8 else ''}"
+        form = ".int8" if self.form.int8 else f".rank{self.form.rank}" if self.form.rank else ""
+        return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}{form}"
 
 
 def head_counts(sizes: vit.Anatomy, stage: int) -> tuple[int, ...]:
@@ -82,24 +83,28 @@ def shape_models(
     return paths
 
 
-def int8_models(
-    model: VisionTransformer, grids: Sequence[tuple[int, ...]], folder: Path, console: Console
+def form_models(
+    model: VisionTransformer, grids: Sequence[tuple[int, ...]], dims: Sequence[str], folder: Path, console: Console
 ) -> dict[Entry, Path]:
-    """ONNX files of full-depth models that have int8 layers in every sub-block of one kind in one stage, all else dense.
+    """ONNX files of full-depth models in which every sub-block of one kind in one stage has a form, all else is dense.
 
-    Of a few sizes per kind: prices of int8 sub-blocks lie on lines.
+    int8 of a few sizes per kind, as its prices lie on lines; lower ranks of all heads.
     """
     sizes = vit.anatomy(model)
-    entries = []
+    entries: list[Entry] = []
     for i, (grid, stage) in enumerate(zip(grids, sizes.stages, strict=True)):
-        entries += [Entry(i, "attn", n, True) for n in _spread(range(1, stage.heads + 1))]
-        entries += [Entry(i, "mlp", n, True) for n in _spread(grid[1:])]
+        if "precision" in dims:
+            entries += [Entry(i, "attn", n, Form(int8=True)) for n in _spread(range(1, stage.heads + 1))]
+            entries += [Entry(i, "mlp", n, Form(int8=True)) for n in _spread(grid[1:])]
+        if "qk" in dims:
+            entries += [Entry(i, "attn", stage.heads, Form(rank=r)) for r in lowrank.ranks(stage.head_dim)[:-1]]
     paths = {entry: folder / f"{entry.name}.onnx" for entry in entries}
-    with console.progress("int8 models", len(paths), "exports") as advance:
+    with console.progress("int8 and lower ranks", len(paths), "exports") as advance:
         for entry, path in paths.items():
-            stage, bit = sizes.stages[entry.stage], INT8[entry.kind]
+            stage, form = sizes.stages[entry.stage], entry.form
             units = (entry.kept, stage.neurons) if entry.kind == "attn" else (stage.heads, entry.kept)
-            export_shape(model, with_stage(sizes, entry.stage, (*units, 0, bit)), sizes, path)
+            row = (*units, 0, INT8[entry.kind] if form.int8 else 0, form.rank or 0)
+            export_shape(model, with_stage(sizes, entry.stage, row), sizes, path)
             advance(1, "")
     return paths
 
@@ -241,13 +246,12 @@ def random_shapes(
     grids: Sequence[Sequence[int]],
     seed: Sequence[int],
     patches: Sequence[int] = (),
-    *,
-    int8: bool = False,
+    dims: Sequence[str] = (),
 ) -> list[Shape]:
     """`count` plans, from nearly dense to nearly empty: every block has heads and a width of its own, one of its stage's.
 
-    With numbers of patches, ascending, every other plan drops tokens at one or two blocks; with `int8`, every other pair
-    of plans has about half of its sub-blocks int8.
+    With numbers of patches, ascending, every other plan drops tokens at one or two blocks; of every other pair
+    of plans about half of the sub-blocks are int8 and most heads of lower rank, where `dims` have precision and qk.
     """
     heads = [stage.heads for stage in sizes.by_block]
     widths = [grid for grid, stage in zip(grids, sizes.stages, strict=True) for _ in range(stage.blocks)]
@@ -267,24 +271,29 @@ def random_shapes(
             left = np.sort(rng.choice(np.asarray(patches[:-1]), drops, replace=False))[::-1]
             for i, kept in zip(where.tolist(), left.tolist(), strict=True):
                 rows[i] = (*rows[i], kept)
-        if int8 and len(plans) // 2 % 2:
-            rows = [_some_int8(row, rng) for row in rows]
+        if len(plans) // 2 % 2:
+            rows = [_some_forms(row, stage, rng, dims) for row, stage in zip(rows, sizes.by_block, strict=True)]
         plans.append(tuple(rows))
     return plans
 
 
-def _some_int8(row: tuple[int, ...], rng: np.random.Generator) -> tuple[int, ...]:
-    """The same row of a shape with each sub-block that it keeps int8 or not, by a coin."""
-    bits = sum(INT8[kind] for kind, units in zip(vit.KINDS, row, strict=False) if units and rng.random() < 0.5)
-    return (*row[:2], left(row) or 0, bits) if bits else row
+def _some_forms(
+    row: tuple[int, ...], stage: vit.Stage, rng: np.random.Generator, dims: Sequence[str]
+) -> tuple[int, ...]:
+    """The same row of a shape with each sub-block that it keeps int8 or not, by a coin, and its heads of any rank."""
+    bits = rank = 0
+    if "precision" in dims:
+        bits = sum(INT8[kind] for kind, units in zip(vit.KINDS, row, strict=False) if units and rng.random() < 0.5)
+    if "qk" in dims and row[0]:
+        rank = int(rng.choice([0, *lowrank.ranks(stage.head_dim)[:-1]]))
+    return vit.plan_of_shape(((*row[:2], left(row) or 0, bits, rank),)).shape[0]
 
 
 def export_shape(
     model: VisionTransformer, shape: Shape, sizes: vit.Anatomy, path: Path, reducer: str = reducers.DEFAULT
 ) -> None:
     """Write a simplified ONNX of `model` cut to `shape`, whose tokens, if any, go by the reducer."""
-    exported, plan = path.with_suffix(".exported"), vit.plan_of_shape(shape, reducer)
-    made = quantisation.mark(vit.slice_model(model, plan), plan)
+    exported, made = path.with_suffix(".exported"), structure.of(model, vit.plan_of_shape(shape, reducer))
     quantisation.pretend(made)
     export.to_onnx(made, sizes.image, exported)
     simplify.simplify(exported, path, made)
