@@ -403,7 +403,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.Result, Path]
     """A build by a profile of this device in which int8 costs next to nothing, which this small model would not show."""
     folder = tmp_path_factory.mktemp("int8")
     space: Workspace = small.workspace(tmp_path_factory.getbasetemp())
-    dims = "heads,mlp,depth,precision"
+    dims = "heads,mlp,depth,qk,precision"
     with small.quick():
         document = api.table(
             str(space.card), target=str(space.target), cache_dir=folder / "cache", runtime="onnxruntime", dims=dims
@@ -412,6 +412,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.Result, Path]
         for name in ("attn", "mlp"):
             assert len(stage[f"{name}_int8_ms"]) == len(stage[f"{name}_ms"])
             stage[f"{name}_int8_ms"] = [0.3 * ms for ms in stage[f"{name}_ms"]]
+        assert stage["ranks"] == [8, 16]
+        stage["rank_share"] = [0.5, 1.0]
     document["device"]["cpu"] = "a board"
     (folder / "profile.json").write_text(json.dumps(document))
     result = space.build(
