@@ -173,13 +173,13 @@ def compare(model: VisionTransformer, path: Path, images: Tensor, served: NDArra
     )
     want = wanted.numpy()
     errors = np.abs(got - want).max(-1) / max(float(np.abs(want).max()), 1e-9)
-    ties = errors > MAX_ERROR
+    most = MAX_INT8_ERROR if any(not layer.exact for layer in quantisation.layers(model).values()) else MAX_ERROR
+    ties = errors > most
     if not any(isinstance(block, vit.ReducingBlock) for block in model.blocks) or ties.mean() > MAX_TIES:
         ties[:] = False
     error = float(errors[~ties].max())
     task = tasks.of(model)
     agreement = float((tasks.top1(torch.from_numpy(got), task) == tasks.top1(wanted, task)).float().mean())
-    most = MAX_INT8_ERROR if any(not layer.exact for layer in quantisation.layers(model).values()) else MAX_ERROR
     if not error <= most:
         raise EdgepruneError(f"the ONNX differs from torch by {error:.1e} of the greatest logit (at most {most:.0e})")
     return {"max_error": error, "agreement": agreement, "images": len(images), "opset": OPSET, "ties": int(ties.sum())}
