@@ -25,19 +25,19 @@ from edgeprune.errors import UsageError
 #: By name, what of the request is changed.
 VARIANTS: dict[str, dict[str, Any]] = {
     "widths": {"dims": config.WIDTHS},
+    "widths, tokens": {"dims": (*config.WIDTHS, "tokens")},
+    "widths, ranks": {"dims": (*config.WIDTHS, "qk")},
     "joint": {"dims": config.DIMS},
     "joint, evit": {"dims": config.DIMS, "reducer": "evit"},
     "joint, zero-tprune": {"dims": config.DIMS, "reducer": "zero-tprune"},
     "joint, tome": {"dims": config.DIMS, "reducer": "tome"},
-    "widths, ranks": {"dims": (*config.WIDTHS, "qk")},
-    "joint, ranks": {"dims": (*config.DIMS, "qk")},
     "widths, int8": {"dims": (*config.WIDTHS, "precision")},
     "all": {"dims": config.EVERY_DIM},
     "tokens alone": {"dims": ("tokens",)},
     "int8 alone": {"dims": ("precision",)},
-    "no depth": {"dims": ("heads", "mlp", "tokens")},
-    "no heads": {"dims": ("mlp", "depth", "tokens")},
-    "no mlp": {"dims": ("heads", "depth", "tokens")},
+    "no depth": {"dims": ("heads", "mlp", "tokens", "qk")},
+    "no heads": {"dims": ("mlp", "depth", "tokens", "qk")},
+    "no mlp": {"dims": ("heads", "depth", "tokens", "qk")},
 }
 QUICK = "widths;joint;all"
 

@@ -109,25 +109,11 @@ def request(
     parts: Any = {kind: name or getattr(known, kind) for kind, name in given.items()}
     dims = dims or (known.dims if parts["allocator"] == known.allocator else "")
     chosen = dims_of(dims, parts["allocator"])
-    if gradual and "tokens" in chosen:
-        if "tokens" in dims:
-            raise UsageError(
-                "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
-            )
-        chosen = tuple(dim for dim in chosen if dim != "tokens")
-    if forms := [dim for dim in ("qk", "precision") if dim in chosen]:
-        if gradual:
-            raise UsageError(
-                f"--gradual prunes a model on, in dense shape and float; leave {' and '.join(forms)} out of --dims"
-            )
-        modules.check("recovery", parts["recovery"])
-        if "".join(modules.constant("recovery", parts["recovery"], "TUNES")) == "adapters":
-            raise UsageError(
-                f"the recovery '{parts['recovery']}' tunes adapters of the dense weights; "
-                f"leave {' and '.join(forms)} out of --dims, or take another --recovery"
-            )
-        if "precision" in chosen and (precision or "fp32") != "fp32":
-            raise UsageError(f"int8 layers stand beside fp32 ones, not {precision}; leave precision out of --dims")
+    impossible = not_with(parts["recovery"], gradual=gradual, precision=precision)
+    for dim in chosen:
+        if dim in impossible and dims:
+            raise UsageError(f"{impossible[dim]}; leave {dim} out of --dims")
+    chosen = tuple(dim for dim in chosen if dim not in impossible)
     if quantile and quantile not in QUANTILES:
         raise unknown("quantile", quantile, QUANTILES)
     if accuracy_on not in ("build", "device"):
@@ -145,6 +131,21 @@ def request(
         max_memory=config.parse_size(max_memory, "max-memory") if max_memory else None,
     )  # fmt: skip
     return made, latencies
+
+
+def not_with(recovery: str, *, gradual: bool, precision: str) -> dict[str, str]:
+    """What a plan cannot choose beside these, and why. Raises UsageError for an unknown recovery."""
+    modules.check("recovery", recovery)
+    found: dict[str, str] = {}
+    if "".join(modules.constant("recovery", recovery, "TUNES")) == "adapters":
+        reason = f"the recovery '{recovery}' tunes adapters of the dense weights"
+        found |= {"qk": reason, "precision": reason}
+    if (precision or "fp32") != "fp32":
+        found["precision"] = f"int8 layers stand beside fp32 ones, not {precision}"
+    if gradual:
+        reason = "--gradual prunes a model on from where it is, with all its tokens, in dense shape and float"
+        found |= {"tokens": reason, "qk": reason, "precision": reason}
+    return found
 
 
 def dims_of(text: str, allocator: str) -> tuple[str, ...]:

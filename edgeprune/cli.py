@@ -184,7 +184,7 @@ CI = _options(
     click.option("--github", is_flag=True, help="In GitHub Actions: annotate gates that did not pass, and write the step summary."),
 )  # fmt: skip
 DIMS = click.option("--dims", default="", metavar="NAMES",
-                    help="What a plan may choose, and a profile has prices of: heads, mlp (neurons), depth (whole sub-blocks), tokens, qk (ranks of heads), precision (int8); comma-separated (default: all that the allocator knows but qk and precision).")  # fmt: skip
+                    help="What a plan may choose, and a profile has prices of: heads, mlp (neurons), depth (whole sub-blocks), tokens, qk (ranks of heads), precision (int8); comma-separated (default: all that the allocator knows but precision).")  # fmt: skip
 DEVICE = click.option("--device", default="", metavar="DEVICE",
                       help="Measure there instead of here: a name from `edgeprune device list`, or ssh://[user@]host[:port].")  # fmt: skip
 ACCURACY_ON = click.option("--accuracy-on", type=click.Choice(["build", "device"]), default="build", show_default=True,

@@ -31,8 +31,8 @@ WIDTHS = ("heads", "mlp", "depth")  # what every allocator chooses
 IR_PRECISIONS = ("fp32", "fp16")
 MOST_BATCH = 1024  # images of one inference
 CLASSIFY, FEATURES = TASKS = ("classify", "features")  # what a model is for: to name classes, or to embed
-DIMS = (*WIDTHS, "tokens")  # what a plan has less of unless it is told otherwise
-EVERY_DIM = (*DIMS, "qk", "precision")  # what it can have less of
+DIMS = (*WIDTHS, "tokens", "qk")  # what a plan has less of unless it is told otherwise
+EVERY_DIM = (*DIMS, "precision")  # what it can have less of
 
 #: What becomes a part of a folder's name, and is read on terminals.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+@, -]{0,99}")

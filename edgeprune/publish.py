@@ -15,7 +15,7 @@ from edgeprune import artifact, cache, checks, intake, methods, neighbours, prov
 from edgeprune.config import Request
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
-from edgeprune.latency import parcel
+from edgeprune.latency import parcel, table
 from edgeprune.report import changes, page
 from edgeprune.types import Check
 
@@ -177,7 +177,7 @@ def make_manifest(
         "allocator": request.allocator,
         "schedule": request.schedule,
         "recovery": request.recovery,
-        "dims": [dim for dim in request.dims if dim != "tokens" or profile["table"].get("patches")],
+        "dims": list(table.table_from_json(profile["table"]).priced(request.dims)),
         "reducer": request.reducer,
         "dense": facts["dense"],
         "pruned": {

@@ -222,6 +222,11 @@ class LatencyTable:
         """Whether attentions of lower rank were measured."""
         return any(len(own.ranks) > 1 for own in self.stages)
 
+    def priced(self, dims: Sequence[str]) -> tuple[str, ...]:
+        """Of what a plan may choose, what this table has prices of."""
+        without = {"tokens": len(self.patches) < 2, "qk": not self.ranked, "precision": not self.int8}
+        return tuple(dim for dim in dims if not without.get(dim))
+
     @property
     def dense(self) -> Shape:
         return tuple((len(own.attn_ms) - 1, own.mlp_widths[-1]) for own in self.by_block)

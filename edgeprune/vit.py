@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from edgeprune import anatomies, families, modules, reducers
 from edgeprune.anatomies import MergingBlock, PositionalAttention, WindowAttention
 from edgeprune.compat import GluMlp, VisionTransformer, timm
-from edgeprune.config import DIMS, WIDTHS
+from edgeprune.config import WIDTHS
 from edgeprune.errors import UsageError, first_line, unknown
 from edgeprune.reducers import Reduction, Seen
 from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind, int8, left, rank
@@ -605,16 +605,21 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def choosable(dims: tuple[str, ...], sizes: Anatomy) -> tuple[str, ...]:
-    """Of what a plan shall choose, what it can: without tokens where all of them stay, without ranks where heads are whole.
+def impossible(sizes: Anatomy) -> dict[str, str]:
+    """What a plan of this model cannot choose, and why."""
+    found = {"tokens": ALL_TOKENS_STAY} if sizes.positional else {}
+    return found if sizes.bilinear else {**found, "qk": WHOLE_HEADS}
 
-    Raises UsageError where these were asked for by name, which is whenever not everything is chosen.
+
+def choosable(dims: tuple[str, ...], sizes: Anatomy) -> tuple[str, ...]:
+    """Of what a plan shall choose, what it can.
+
+    Raises UsageError where what cannot be was asked for by name, which is whenever not all widths are chosen.
     """
-    cannot = {"tokens": ALL_TOKENS_STAY} if sizes.positional else {}
-    cannot |= {} if sizes.bilinear else {"qk": WHOLE_HEADS}
+    cannot = impossible(sizes)
     possible = tuple(name for name in dims if name not in cannot)
     for name in dims:
-        if name in cannot and dims != DIMS:
+        if name in cannot and not set(WIDTHS) <= set(dims):
             raise UsageError(
                 f"{cannot[name]}; choose --dims {','.join(possible or WIDTHS)}, without a method that needs {name}"
             )

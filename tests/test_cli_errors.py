@@ -110,7 +110,9 @@ def test_two_ways_to_go_gradually(space: Workspace) -> None:
 def test_a_gradual_family_keeps_its_tokens(space: Workspace) -> None:
     command = ["build", space.card, "--target", space.target, "--latency", "2x", "--gradual", "--dims", "mlp,tokens"]
     check(
-        command, USAGE, "--gradual prunes a model on from where it is, with all its tokens; leave tokens out of --dims"
+        command,
+        USAGE,
+        "--gradual prunes a model on from where it is, with all its tokens, in dense shape and float; leave tokens out of --dims",
     )
     made, _ = api.request(str(space.card), target=str(space.target), latency="2x", gradual=True)
     assert made.dims == config.WIDTHS

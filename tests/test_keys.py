@@ -45,7 +45,7 @@ def keys(request: Request) -> Mapping[str, str]:
         ({"seed": 1}, {"baseline", "profile", "sparsify", "calibrate", "prune", "finetune", "roofline", "inspect"}),
         ({"reducer": "tome"}, {"profile", "prune", "finetune", "export", "simplify"}),
         ({"dims": "heads,mlp,depth"}, {"profile", "sparsify", "prune", "finetune", "export", "simplify"}),
-        ({"dims": "heads,mlp,tokens"}, {"sparsify", "prune"}),
+        ({"dims": "heads,mlp,tokens"}, {"profile", "sparsify", "prune"}),
         ({"criterion": "ziplm"}, {"sparsify", "calibrate"}),
         # it knows widths only, so that tokens need not be measured either
         ({"allocator": "knapsack"}, {"profile", "sparsify", "prune", "finetune", "export", "simplify"}),

@@ -379,7 +379,7 @@ def test_tuning_knows_of_the_rounding(tiny_vit: Any, precision: str) -> None:
     [
         (
             {"dims": "mlp,precision", "gradual": True},
-            "--gradual prunes a model on, in dense shape and float; leave precision",
+            "in dense shape and float; leave precision out",
         ),
         ({"dims": "mlp,precision", "recovery": "lora"}, "the recovery 'lora' tunes adapters"),
         ({"dims": "mlp,precision", "precision": "bf16", "target": "cpu-amx"}, "int8 layers stand beside fp32 ones"),

@@ -143,9 +143,9 @@ def task(
     made = Task(
         found.levels, errors, costs, counts, table, model, teacher, found, seconds, seed, console, dims, reducer
     )
-    int8, ranks = "precision" in dims and table.int8, "qk" in dims and table.ranked
-    made = with_forms(made, int8=int8, ranks=ranks) if int8 or ranks else made
-    return with_drops(made) if "tokens" in dims and len(table.patches) > 1 else made
+    priced = table.priced(dims)
+    made = with_forms(made, int8="precision" in priced, ranks="qk" in priced)
+    return with_drops(made) if "tokens" in priced else made
 
 
 def with_forms(task: Task, *, int8: bool, ranks: bool) -> Task:

@@ -46,8 +46,10 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     model = load_source(request.card, request.weights, console)
     dense = with_data(model, request)
     sizes = dense.sizes
-    if vit.choosable(request.dims, sizes) != request.dims:
-        console.say(f"{vit.ALL_TOKENS_STAY}: heads, neurons and sub-blocks may go")
+    possible = vit.choosable(request.dims, sizes)
+    for name, reason in vit.impossible(sizes).items():
+        if name in request.dims:
+            console.say(f"{reason}: a plan chooses {', '.join(possible)}")
     if request.card.task == CLASSIFY:
         check_classes(dense.splits, sizes.num_classes)
     if request.selects:
