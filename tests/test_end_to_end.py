@@ -152,7 +152,8 @@ def test_the_manifest_agrees_with_itself_and_its_files(artifacts: list[Path], wh
     assert pruned["latency_ms"]["p50"] == pytest.approx(pruned["ratio"] * anchor_ms)
     assert pruned["latency_ci_ms"][0] <= pruned["latency_ms"]["p50"] <= pruned["latency_ci_ms"][1]
     assert document["dense"]["latency_ms"]["p50"] == pytest.approx(profile["anchor"]["p50"])
-    assert document["shape"] == plan["shape"] == [[len(b["heads"]), len(b["neurons"])] for b in plan["blocks"]]
+    kept = [[len(block["heads"]), len(block["neurons"])] for block in plan["blocks"]]
+    assert document["shape"] == plan["shape"] and [row[:2] for row in plan["shape"]] == kept
     assert pruned["predicted_ms"] == plan["predicted_ms"] <= document["request"]["latency_ms"]
     assert (document["runtime"], document["threads"], document["entry"]) == ("onnxruntime", 1, "model.onnx")
     assert document["data"]["evaluation"] == document["accuracy"]["images"] == 599
@@ -203,7 +204,7 @@ def test_the_loaded_model_has_the_plans_sizes(artifacts: list[Path]) -> None:
     document = manifest(artifacts[0])
     model: Any = edgeprune.load(artifacts[0])
     assert sum(p.numel() for p in model.parameters()) == document["pruned"]["params"]
-    for block, (heads, neurons) in zip(model.blocks, document["shape"], strict=True):
+    for block, (heads, neurons, *_) in zip(model.blocks, document["shape"], strict=True):
         assert getattr(block.attn, "num_heads", 0) == heads
         assert (block.mlp.fc1.out_features if hasattr(block.mlp, "fc1") else 0) == neurons
 
