@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import parts
 import pytest
 import torch
 
-from edgeprune import adapters, allocators, criteria, polish, recoveries, vit
+from edgeprune import adapters, allocators, criteria, polish, quantisation, recoveries, structure, vit
+from edgeprune.stages import export, shapes, simplify
 from edgeprune.types import BlockPlan, Plan
 
 SWIN = "swin_tiny_patch4_window7_224"
@@ -84,3 +87,23 @@ def test_adapters_are_saved_and_come_back(model: Any, tmp_path: Any, make_images
         want = tuned(make_images(2))
         again = adapters.rebuild(model, PLAN, tmp_path / "adapters.safetensors")
         torch.testing.assert_close(again(make_images(2)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_in_a_hierarchy(tmp_path: Path) -> None:
+    """Stage by stage: models of the table, and a whole graph in which every sub-block is int8."""
+    model, images = hierarchy(), parts.images(16)
+    found = shapes.form_models(model, [(0, 24), (0, 24)], ("precision",), tmp_path, parts.SILENT)
+    assert {entry.stage for entry in found} == {0, 1} and all(entry.form.int8 for entry in found)
+    plan = vit.plan_of_shape(((3, 24, 0, 3),) * 3)
+    made = structure.of(model, plan)
+    pixels = torch.cat([x for x, _ in images.batches(8)])
+    quantisation.calibrate(made, [pixels])
+    export.to_onnx(made, (3, 32, 32), tmp_path / "exported.onnx")
+    simplify.simplify(tmp_path / "exported.onnx", tmp_path / "model.onnx", made)
+    with torch.no_grad():
+        want = made(pixels).numpy()
+        with quantisation.exactly(made):
+            rounding = np.abs(made(pixels).numpy() - want).mean()
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    got = np.concatenate([session.run(None, {"pixels": x[None].numpy()})[0] for x in pixels])
+    assert np.abs(got - want).mean() < 0.5 * rounding

@@ -152,7 +152,8 @@ def test_the_graph_equals_torch_in_both_runtimes(
         with quantisation.exactly(model):
             exact = model(images).numpy()
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    openvino = pytest.importorskip("openvino")
+    import openvino  # not above: a test elsewhere needs it not yet loaded
+
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for run in (lambda x: session.run(None, {"pixels": x})[0], lambda x: compiled({0: x})[0]):
         found = np.concatenate([run(x[None].numpy()) for x in images])
