@@ -123,7 +123,8 @@ def test_the_budget_ends_it_but_never_before_nine_rounds(clock: Clock, tmp_path:
     clock.load("a", model(tmp_path, "sleep 1"))
     clock.load("b", model(tmp_path, "sleep 1.5"))
     assert len(clock.measure(["b"], "a", budget_s=0.0)["b"].samples_ms) == 9
-    assert len(clock.measure(["b"], "a", ci=0.0, max_rounds=30)["b"].samples_ms) == 30
+    # Which rounds were disturbed is judged anew each round, so that one more may make two more count.
+    assert 30 <= len(clock.measure(["b"], "a", ci=0.0, max_rounds=30)["b"].samples_ms) <= 35
 
 
 def test_a_small_model_is_timed_once_it_is_back_in_the_cache(clock: Clock, tmp_path: Path) -> None:
