@@ -271,7 +271,8 @@ def _shapes(request: Request, sizes: Anatomy) -> float:
     grids = vit.grids(sizes, request.target.neuron_step)
     tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims and not sizes.positional else 0
     forms = 2 * shapes.INT8_SIZES * len(sizes.stages) if "precision" in request.dims else 0
-    forms += sum(len(lowrank.ranks(stage.head_dim)) for stage in sizes.stages) if "qk" in request.dims else 0
+    if "qk" in request.dims and sizes.bilinear:
+        forms += sum(len(lowrank.ranks(stage.head_dim)) - 1 for stage in sizes.stages)
     if len(sizes.stages) > 1:  # all but one stage of each are dense
         heads = sum(len(shapes.head_counts(sizes, i)) for i in range(len(sizes.stages)))
         return heads + sum(map(len, grids)) + forms + profile.FITTING_PLANS / 2

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,8 +172,8 @@ def dense_ranges(model: VisionTransformer, batches: Iterable[Tensor]) -> Ranges:
 # ONNX ---------------------------------------------------------------------------------------
 
 
-def insert(path: Path, model: nn.Module) -> None:
-    """Make the int8 layers of `model` int8 in its ONNX file, in place; a file of a model without any is left alone.
+def insert(proto: Any, model: nn.Module) -> None:
+    """Make the int8 layers of `model` int8 in its ONNX `ModelProto`, in place; that of a model without any is left alone.
 
     Layers are found by their weights. Raises EdgepruneError for one that is not there.
     """
@@ -184,7 +183,6 @@ def insert(path: Path, model: nn.Module) -> None:
     wanted = layers(model)
     if not wanted:
         return
-    proto = onnx.load(path)
     graph = proto.graph
     weights = {
         tensor.name: numpy_helper.to_array(tensor)
@@ -228,8 +226,6 @@ def insert(path: Path, model: nn.Module) -> None:
     kept = [type(node).FromString(node.SerializeToString()) for node in ordered]
     del graph.node[:]
     graph.node.extend(kept)
-    onnx.checker.check_model(proto)
-    onnx.save(proto, path)
 
 
 def _product(

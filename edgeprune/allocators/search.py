@@ -2,7 +2,8 @@
 
 KL(dense || pruned) on calibration images, of stitched and then of re-fitted models (`edgeprune.search`, which has the
 papers). Where tokens may go, too, the knapsack has their number as a second state, and the error of every drop is
-measured, as is that of int8 and of lower ranks, sub-block by sub-block. Needs activations, no labels. Cost: `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
+measured, as is that of int8 and of lower ranks, sub-block by sub-block. Needs activations, no labels. Cost:
+`--search-seconds`, 60 by default; with 0 it is the knapsack alone.
 The first choice has all of that time, later ones, for budgets nearby, a quarter of it and what was found before.
 The last quarter of the calibration images only judges re-fitted models.
 """

@@ -1,6 +1,6 @@
 """Export: the tuned model as ONNX, with the batch and the input that are asked for, checked against torch on calibration images.
 
-Writes `exported.onnx` and `export.json` (greatest difference, top-1 agreement).
+Writes `exported.onnx`. What the manifest says of the comparison is of the simplified graph, in the stage after.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     with quantisation.exactly(model):  # int8 comes after onnxsim, which would fold it away
         facts = compare(model, path, *check_images(dense, CHECK_IMAGES))
     console.say(f"ONNX opset {OPSET}; {words(facts)}")
-    (out / "export.json").write_text(json.dumps(facts))
 
 
 def deployable(request: Request, read: Mapping[str, Path]) -> tuple[baseline.Dense, VisionTransformer]:

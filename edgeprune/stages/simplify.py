@@ -41,12 +41,12 @@ def simplify(source: Path, target: Path, model: nn.Module | None = None) -> tupl
     [source_input] = exported.graph.input
     shape = [size.dim_value or 2 for size in source_input.type.tensor_type.shape.dim]  # of the images it is compared on
     simplified, _ = onnxsim.simplify(exported, test_input_shapes={source_input.name: shape})
+    if model is not None:
+        quantisation.insert(simplified, model)
     onnx.checker.check_model(simplified)
     onnx.helper.set_model_props(simplified, {one.key: one.value for one in exported.metadata_props})
     onnx.save(simplified, target)
-    if model is not None:
-        quantisation.insert(target, model)
-    return _operators(exported), _operators(onnx.load(target))
+    return _operators(exported), _operators(simplified)
 
 
 def _operators(model: onnx.ModelProto) -> Counter[str]:
