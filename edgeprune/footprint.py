@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from edgeprune import images, lowrank, schedules, stitch, vit
+from edgeprune import images, schedules, stitch, vit
 from edgeprune.allocators import search
 from edgeprune.config import CalibrationSpec, DataSpec, Recipe, Request
 from edgeprune.console import Console
@@ -270,9 +270,13 @@ def _shapes(request: Request, sizes: Anatomy) -> float:
     """The models that the latency table is measured on, in dense ones."""
     grids = vit.grids(sizes, request.target.neuron_step)
     tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims and not sizes.positional else 0
-    forms = 2 * shapes.INT8_SIZES * len(sizes.stages) if "precision" in request.dims else 0
-    if "qk" in request.dims and sizes.bilinear:
-        forms += sum(len(lowrank.ranks(stage.head_dim)) - 1 for stage in sizes.stages)
+    dims = vit.choosable(request.dims, sizes)
+    forms = shapes.INT8_SIZES * len(sizes.stages) if "precision" in dims else 0  # of MLPs
+    for stage in sizes.stages:
+        every = shapes.forms(dims, stage.head_dim)
+        forms += sum(shapes.RANK_SIZES if form.rank else shapes.INT8_SIZES for form in every)
+    if tokens:
+        forms += (1 + len(shapes.FORM_TOKENS)) * (("qk" in dims) + 2 * ("precision" in dims))
     if len(sizes.stages) > 1:  # all but one stage of each are dense
         heads = sum(len(shapes.head_counts(sizes, i)) for i in range(len(sizes.stages)))
         return heads + sum(map(len, grids)) + forms + profile.FITTING_PLANS / 2

@@ -61,7 +61,7 @@ class Tokens:
     An option of a sub-block may take the tokens from any level above down to one of its own.
     """
 
-    shares: Sequence[FloatArray]  # per sub-block `[levels]`: of its costs with so many tokens; the last is 1
+    shares: Sequence[FloatArray]  # per sub-block `[levels, options]`: of its costs with so many tokens; the last are 1
     drops: Sequence[Sequence[int]]  # per sub-block `[options]`: the level that is left, -1 = as many as came in
     errors: Sequence[FloatArray]  # per sub-block `[levels]`: of dropping to that level there; the last is 0
     plain: Sequence[Sequence[int]]  # per sub-block `[options]`: the option with the same units that drops nothing

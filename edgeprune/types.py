@@ -50,6 +50,19 @@ class Form:
     int8: bool = False
     rank: int | None = None  # of its heads; None: the dimensions that they have
 
+    def __str__(self) -> str:
+        """Its name: `plain`, `int8`, `rank16` or `int8.rank16`."""
+        return ".".join([*(["int8"] if self.int8 else []), *([f"rank{self.rank}"] if self.rank else [])]) or "plain"
+
+    @classmethod
+    def named(cls, name: str) -> Form:
+        """The form of this name. Raises ValueError where there is none."""
+        ranks = [part[4:] for part in name.split(".") if part.startswith("rank")]
+        found = cls("int8" in name.split("."), int(ranks[0]) if ranks else None)
+        if str(found) != name or (found.rank or 1) < 1:
+            raise ValueError(f"{name!r} is no form of a sub-block")
+        return found
+
 
 PLAIN = Form()
 
@@ -161,26 +174,30 @@ class Prices:
     attn_ms: FloatArray  # [heads + 1], attn_ms[h]: one attention sub-block with h heads
     mlp_widths: tuple[int, ...]  # ascending, from 0 to the dense width
     mlp_ms: FloatArray  # [len(mlp_widths)]
-    attn_int8_ms: FloatArray = field(default_factory=lambda: np.empty(0))  # as `attn_ms`, int8; empty = not measured
-    mlp_int8_ms: FloatArray = field(default_factory=lambda: np.empty(0))
-    ranks: tuple[int, ...] = ()  # that heads may have, ascending to what they have; () = not measured
-    rank_share: FloatArray = field(
-        default_factory=lambda: np.ones(1)
-    )  # [len(ranks)] of an attention's price, the last 1
+    attn_forms: Mapping[Form, FloatArray] = field(default_factory=dict)  # as `attn_ms`, of other forms than plain
+    mlp_forms: Mapping[Form, FloatArray] = field(default_factory=dict)
 
     def of(self, kind: SubBlockKind) -> tuple[tuple[int, ...], FloatArray]:
         """How many units a sub-block may keep, ascending, and the milliseconds of each."""
         return (tuple(range(len(self.attn_ms))), self.attn_ms) if kind == "attn" else (self.mlp_widths, self.mlp_ms)
 
-    def int8(self, kind: SubBlockKind) -> FloatArray:
-        """The milliseconds of each with int8 layers; empty = not measured."""
-        return self.attn_int8_ms if kind == "attn" else self.mlp_int8_ms
+    def forms(self, kind: SubBlockKind) -> Mapping[Form, FloatArray]:
+        """The milliseconds of each in every other form that was measured."""
+        return self.attn_forms if kind == "attn" else self.mlp_forms
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """That heads may have, ascending, lower than what they have; () = not measured."""
+        return tuple(sorted({form.rank for form in self.attn_forms if form.rank}))
 
     def ms(self, kind: SubBlockKind, units: int, form: Form) -> float:
-        """The price of a sub-block that keeps so many units. Raises ValueError for a number that was not measured."""
+        """The price of a sub-block that keeps so many units. Raises ValueError for what was not measured."""
         every, prices = self.of(kind)
-        share = 1.0 if form.rank is None else float(self.rank_share[self.ranks.index(form.rank)])
-        return share * float((self.int8(kind) if form.int8 else prices)[every.index(units)])
+        if form != PLAIN:
+            if form not in self.forms(kind):
+                raise ValueError(f"{kind} in the form {form} was not measured")
+            prices = self.forms(kind)[form]
+        return float(prices[every.index(units)])
 
 
 @dataclass(frozen=True)
@@ -205,6 +222,8 @@ class LatencyTable:
     patches: tuple[int, ...] = ()  # ascending to all there are; () = tokens were not measured
     attn_share: FloatArray = field(default_factory=lambda: np.ones(1))  # [len(patches)] of attn_ms, the last 1
     mlp_share: FloatArray = field(default_factory=lambda: np.ones(1))  # [len(patches)] of mlp_ms, the last 1
+    attn_form_share: Mapping[Form, FloatArray] = field(default_factory=dict)  # as `attn_share`, of other forms
+    mlp_form_share: Mapping[Form, FloatArray] = field(default_factory=dict)
     reduce_ms: float = 0.0
 
     @property
@@ -215,12 +234,19 @@ class LatencyTable:
     @property
     def int8(self) -> bool:
         """Whether int8 sub-blocks were measured."""
-        return all(len(own.attn_int8_ms) for own in self.stages)
+        return all(form in own.forms(kind) for own in self.stages for form in [Form(int8=True)] for kind in INT8)
 
     @property
     def ranked(self) -> bool:
         """Whether attentions of lower rank were measured."""
-        return any(len(own.ranks) > 1 for own in self.stages)
+        return any(own.ranks for own in self.stages)
+
+    def share(self, kind: SubBlockKind, form: Form = PLAIN) -> FloatArray:
+        """`[len(patches)]`: of the price of such a sub-block, with so many patches."""
+        plain, others = (
+            (self.attn_share, self.attn_form_share) if kind == "attn" else (self.mlp_share, self.mlp_form_share)
+        )
+        return others.get(form, plain)
 
     def priced(self, dims: Sequence[str]) -> tuple[str, ...]:
         """Of what a plan may choose, what this table has prices of."""
@@ -240,11 +266,13 @@ class LatencyTable:
         total, level = self.base_ms, -1
         for row, own in zip(shape, self.by_block):  # Python 3.9 on devices has no strict=
             quantised, patches = int8(row), left(row)
-            total += own.ms("attn", row[0], Form("attn" in quantised, rank(row))) * self.attn_share[level]
+            form = Form("attn" in quantised, rank(row))
+            total += own.ms("attn", row[0], form) * self.share("attn", form)[level]
             if patches is not None:
                 level = self.patches.index(patches)
                 total += self.reduce_ms
-            total += own.ms("mlp", row[1], Form("mlp" in quantised)) * self.mlp_share[level]
+            form = Form("mlp" in quantised)
+            total += own.ms("mlp", row[1], form) * self.share("mlp", form)[level]
         return float(total)
 
 

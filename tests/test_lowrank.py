@@ -22,10 +22,12 @@ from edgeprune.errors import UsageError
 from edgeprune.latency import table as tables
 from edgeprune.recoveries import Damage
 from edgeprune.stages import export, shapes, simplify
-from edgeprune.types import LatencyTable, Measurement, rank
+from edgeprune.types import Form, LatencyTable, Measurement, rank
 
 #: The tests' table, in which heads of 8 of their 16 dimensions cost 0.6 of the price of attention.
-TABLE = replace(parts.TABLE, stages=(replace(parts.TABLE.stages[0], ranks=(8, 16), rank_share=np.array([0.6, 1.0])),))
+RANK8 = Form(rank=8)
+PRICES = parts.TABLE.stages[0]
+TABLE = replace(parts.TABLE, stages=(replace(PRICES, attn_forms={RANK8: 0.6 * PRICES.attn_ms}),))
 SHAPE = ((2, 16, 0, 0, 8), (3, 24), (1, 24, 0, 0, 12))
 
 
@@ -240,39 +242,75 @@ def measured(ms: float) -> Measurement:
     return Measurement("x", samples, np.full(12, 12.0), ms / 12, (ms / 12,) * 2, np.stack([samples, samples]), np.zeros((2, 12)))  # fmt: skip
 
 
-def made(ranks: dict[int, Measurement]) -> LatencyTable:
+def made(forms: dict[Form, dict[int, Measurement]], **more: Any) -> LatencyTable:
+    """4 blocks, 3 heads, 64 neurons, 12 ms; attention takes 4 of them, MLPs 6."""
     attn, mlp = {0: measured(8.0), 1: measured(9.0), 2: measured(10.5)}, {0: measured(6.0)}
-    stage = tables.Measured(4, 3, 64, attn, mlp, ranks=ranks, head_dim=16)
-    return tables.build_table([stage], measured(2.5), {}, dense_ms=12.0, runtime="null", precision="fp32", threads=1)
+    stage = tables.Measured(4, 3, 64, attn, mlp, attn_forms=forms, head_dim=16)
+    return tables.build_table(
+        [stage], measured(2.5), {}, dense_ms=12.0, runtime="null", precision="fp32", threads=1, **more
+    )  # fmt: skip
 
 
-def test_a_rank_costs_a_share_of_its_attention() -> None:
-    table = made({8: measured(10.0), 4: measured(9.0)})
-    assert table.stages[0].ranks == (4, 8, 16) and table.ranked and not made({}).ranked
-    np.testing.assert_allclose(table.stages[0].rank_share, [0.25, 0.5, 1])
+FORMS = {RANK8: {1: measured(8.8), 3: measured(10.0)}, Form(rank=4): {1: measured(8.6), 3: measured(9.0)}}
+
+
+def test_an_attention_of_lower_rank_has_prices_of_its_own() -> None:
+    table = made(FORMS)
+    assert table.stages[0].ranks == (4, 8) and table.ranked and not made({}).ranked
+    np.testing.assert_allclose(table.stages[0].attn_forms[RANK8], [0, 0.2, 0.35, 0.5], atol=1e-12)
     assert table.predict_ms(((3, 64, 0, 0, 8), *((3, 64),) * 3)) == pytest.approx(11.5)
-    assert table.predict_ms(((2, 64, 0, 0, 4), *((3, 64),) * 3)) == pytest.approx(12 - 1 + 0.25 * 2.5 / 4)
+    assert table.predict_ms(((2, 64, 0, 0, 4), *((3, 64),) * 3)) == pytest.approx(12 - 1 + 0.2)
     again = tables.table_from_json(json.loads(json.dumps(tables.table_to_json(table))))
-    assert again.stages[0].ranks == (4, 8, 16) and again.predict_ms(((3, 64, 0, 0, 8),) * 4) == pytest.approx(10.0)
+    assert again.stages[0].ranks == (4, 8) and again.predict_ms(((3, 64, 0, 0, 8),) * 4) == pytest.approx(10.0)
+    with pytest.raises(ValueError, match=r"attn in the form rank12 was not measured"):
+        table.predict_ms(((3, 64, 0, 0, 12), *((3, 64),) * 3))
+
+
+def test_forms_have_token_shares_of_their_own() -> None:
+    """Attention alone takes 3.5 ms more than nothing, of rank 4 1.4; with half of the patches a half, and 0.3."""
+    int8 = Form(int8=True)
+    fewer = {8: (measured(2.5 + 1.75), measured(5.0)), 12: (measured(2.5 + 2.8), measured(6.0))}
+    formed = {("attn", Form(rank=4)): {8: measured(2.5 + 0.42), 16: measured(2.5 + 1.4)},
+              ("attn", int8): {8: measured(2.5 + 1.25), 16: measured(2.5 + 2.0)}}  # fmt: skip
+    forms = {**FORMS, int8: {3: measured(10.0)}, Form(True, 8): {3: measured(9.5)}}
+    table = made(forms, fewer=fewer, fewer_forms=formed, patches=16)
+    np.testing.assert_allclose(table.share("attn"), [0.5, 0.8, 1])
+    np.testing.assert_allclose(table.share("attn", Form(rank=4)), [0.5 * 0.6, 0.8 * 0.8, 1])
+    np.testing.assert_allclose(table.share("attn", int8), [0.5 * 1.25, 0.8 * 1.125, 1])
+    factor = 1 - 0.4 * (16 - 8) / (16 - 4)
+    np.testing.assert_allclose(table.share("attn", RANK8)[0], 0.5 * factor)
+    np.testing.assert_allclose(table.share("attn", Form(True, 8))[0], 0.5 * 1.25 * factor)
+    again = tables.table_from_json(json.loads(json.dumps(tables.table_to_json(table))))
+    np.testing.assert_allclose(again.share("attn", RANK8), table.share("attn", RANK8))
 
 
 def test_a_table_without_ranks_is_read_as_before() -> None:
     document = tables.table_to_json(made({}))
-    del document["stages"][0]["ranks"], document["stages"][0]["rank_share"]
+    del document["stages"][0]["attn_forms"]
     assert not tables.table_from_json(document).ranked
 
 
-@pytest.mark.parametrize("change", [{"ranks": [8, 4, 16]}, {"rank_share": [0.2, 0.5]}, {"rank_share": [0.9, 0.5, 1]}, {"ranks": [4, 8.5, 16]}, {"rank_share": [0.2, 0.5, 0.9]}])  # fmt: skip
+@pytest.mark.parametrize("change", [{"rank8": [0, 1, 0.5, 2]}, {"rank8": [0.5, 1]}, {"rank0": [0, 1, 1, 2]}, {"rank8.5": [0, 1, 1, 2]}, {"rank8": 2.0}])  # fmt: skip
 def test_damaged_ranks_are_refused(change: dict[str, Any]) -> None:
-    document = tables.table_to_json(made({8: measured(10.0), 4: measured(9.0)}))
-    document["stages"][0] |= change
+    document = tables.table_to_json(made(FORMS))
+    document["stages"][0]["attn_forms"] |= change
     with pytest.raises(UsageError, match="damaged"):
         tables.table_from_json(document)
 
 
 def test_models_of_lower_rank_are_measured(tiny_vit: Any, tmp_path: Path) -> None:
     found = shapes.form_models(tiny_vit, [(0, 24)], ("qk",), tmp_path, parts.SILENT)
-    assert [entry.name for entry in found] == ["heads3.rank8"]
+    assert [entry.name for entry in found] == ["heads1.rank8", "heads3.rank8"]
+    both = shapes.forms(("qk", "precision"), 64)
+    assert [*map(str, both)] == [
+        "rank16",
+        "rank32",
+        "rank48",
+        "int8",
+        "int8.rank16",
+        "int8.rank32",
+        "int8.rank48",
+    ] and [Form.named(str(form)) for form in both] == both
     some = shapes.random_shapes(20, vit.anatomy(tiny_vit), [(0, 8, 24)], (0,), (7, 16), ("qk",))
     assert 4 <= sum(any(map(rank, shape)) for shape in some) <= 10
 

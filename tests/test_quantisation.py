@@ -40,11 +40,11 @@ def with_int8(share: float, extra: float = 0.0) -> LatencyTable:
     """The tests' table, where int8 costs so much of fp32 and something more, whatever is kept."""
     (own,) = parts.TABLE.stages
     prices = [np.where(ms > 0, share * ms + extra, 0) for ms in (own.attn_ms, own.mlp_ms)]
-    return replace(parts.TABLE, stages=(replace(own, attn_int8_ms=prices[0], mlp_int8_ms=prices[1]),))
+    return replace(parts.TABLE, stages=(replace(own, attn_forms={INT8: prices[0]}, mlp_forms={INT8: prices[1]}),))
 
 
-TABLE = with_int8(0.5)
 INT8 = Form(int8=True)
+TABLE = with_int8(0.5)
 
 
 def quantised(model: Any, shape: Any, images: torch.Tensor | None = None) -> Any:
@@ -227,7 +227,7 @@ def task_of(model: Any, table: LatencyTable, dims: tuple[str, ...] = (*config.WI
 def test_what_stays_may_be_int8_where_that_is_cheaper(tiny_vit: Any) -> None:
     task = task_of(tiny_vit, TABLE)
     assert task.counts[0] == (0, 1, 2, 3, 1, 2, 3) and task.forms[0] == (PLAIN,) * 4 + (INT8,) * 3
-    assert task.costs[0][4:].tolist() == TABLE.stages[0].attn_int8_ms[1:].tolist()
+    assert task.costs[0][4:].tolist() == TABLE.stages[0].attn_forms[INT8][1:].tolist()
     assert task_of(tiny_vit, with_int8(1.2)).forms == [], "where it does not pay it is no option"
     some = task_of(tiny_vit, with_int8(0.5, 0.3))
     assert some.forms[0] == (PLAIN,) * 4 + (INT8,) * 2, "one head alone is not worth rounding its inputs"
@@ -312,12 +312,12 @@ def made(**more: Any) -> LatencyTable:
 
 def test_prices_of_int8_lie_on_lines_between_what_was_measured() -> None:
     table = made(
-        attn_int8={2: measured(9.0), 3: measured(9.8)},
-        mlp_int8={16: measured(6.8), 32: measured(7.6), 64: measured(9.2)},
+        attn_forms={INT8: {2: measured(9.0), 3: measured(9.8)}},
+        mlp_forms={INT8: {16: measured(6.8), 32: measured(7.6), 64: measured(9.2)}},
     )
     (own,) = table.stages
-    np.testing.assert_allclose(own.attn_int8_ms, [0, 0.05, 0.25, 0.45], atol=1e-12)
-    np.testing.assert_allclose(own.mlp_int8_ms, [0, 0.2, 0.4, 0.8], atol=1e-12)
+    np.testing.assert_allclose(own.attn_forms[INT8], [0, 0.05, 0.25, 0.45], atol=1e-12)
+    np.testing.assert_allclose(own.mlp_forms[INT8], [0, 0.2, 0.4, 0.8], atol=1e-12)
     assert table.int8 and not made().int8
     shape = ((3, 64, 0, 3), (2, 32, 0, 1), (3, 64), (3, 64))
     want = 12.0 - (1.0 - 0.45) - (1.5 - 0.8) - (1.0 - 0.25) - (1.5 - 1.0)
@@ -329,13 +329,16 @@ def test_prices_of_int8_lie_on_lines_between_what_was_measured() -> None:
 def test_a_table_without_int8_is_read_as_before() -> None:
     document = tables.table_to_json(made())
     for stage in document["stages"]:
-        del stage["attn_int8_ms"], stage["mlp_int8_ms"]
+        del stage["attn_forms"], stage["mlp_forms"]
     assert not tables.table_from_json(document).int8
 
 
-@pytest.mark.parametrize("change", [{"attn_int8_ms": [0, 1]}, {"mlp_int8_ms": [0, 2, 1, 3]}, {"mlp_int8_ms": "fast"}, {"attn_int8_ms": [0, 1, 2, float("nan")]}])  # fmt: skip
+@pytest.mark.parametrize("change", [
+    {"attn_forms": {"int8": [0, 1]}}, {"mlp_forms": {"int8": [0, 2, 1, 3]}}, {"mlp_forms": "fast"}, {"mlp_forms": {"int8": 3}},
+    {"attn_forms": {"int8": [0, 1, 2, float("nan")]}}, {"attn_forms": {"plain": [0, 1, 2, 3]}}, {"attn_forms": {"int4": [0, 1, 2, 3]}},
+])  # fmt: skip
 def test_damaged_prices_are_refused(change: dict[str, Any]) -> None:
-    document = tables.table_to_json(made(attn_int8={3: measured(9.8)}, mlp_int8={64: measured(9.2)}))
+    document = tables.table_to_json(made(attn_forms={INT8: {3: measured(9.8)}}, mlp_forms={INT8: {64: measured(9.2)}}))
     document["stages"][0] |= change
     with pytest.raises(UsageError, match="damaged"):
         tables.table_from_json(document)
@@ -411,10 +414,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.Result, Path]
         )
     for stage in document["table"]["stages"]:
         for name in ("attn", "mlp"):
-            assert len(stage[f"{name}_int8_ms"]) == len(stage[f"{name}_ms"])
-            stage[f"{name}_int8_ms"] = [0.3 * ms for ms in stage[f"{name}_ms"]]
-        assert stage["ranks"] == [8, 16]
-        stage["rank_share"] = [0.5, 1.0]
+            assert len(stage[f"{name}_forms"]["int8"]) == len(stage[f"{name}_ms"])
+            stage[f"{name}_forms"]["int8"] = [0.3 * ms for ms in stage[f"{name}_ms"]]
+        assert set(stage["attn_forms"]) == {"int8", "rank8", "int8.rank8"}
+        for name, share in (("rank8", 0.5), ("int8.rank8", 0.15)):
+            stage["attn_forms"][name] = [share * ms for ms in stage["attn_ms"]]
     document["device"]["cpu"] = "a board"
     (folder / "profile.json").write_text(json.dumps(document))
     result = space.build(

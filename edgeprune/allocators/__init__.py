@@ -73,8 +73,15 @@ class Task:
     @property
     def least_ms(self) -> float:
         """About the lowest cost of any choice: every option at its cheapest, with the fewest tokens where some may go."""
-        shares = (self.table.attn_share[0], self.table.mlp_share[0]) if self.drops else (1.0, 1.0)
-        return float(sum(cost.min() * shares[i % 2] for i, cost in enumerate(self.costs)))
+        if not self.drops:
+            return float(sum(cost.min() for cost in self.costs))
+        return float(sum((cost * own[0]).min() for cost, own in zip(self.costs, self.token_shares, strict=True)))
+
+    @property
+    def token_shares(self) -> list[FloatArray]:
+        """Per sub-block `[levels, options]`: of its costs with so many tokens."""
+        pairs = zip(self.levels, self.every_form, strict=True)
+        return [np.stack([self.table.share(level.kind, form) for form in own], axis=1) for level, own in pairs]
 
     def nearest(self, kept: Sequence[float]) -> Choice:
         """The options that keep about so many units of every sub-block."""
@@ -156,10 +163,9 @@ def with_forms(task: Task, *, int8: bool, ranks: bool) -> Task:
     errors, costs, counts, forms = [], [], [], []
     for level, error, cost, count in zip(task.levels, task.errors, task.costs, task.counts, strict=True):
         prices = task.table.by_block[level.block]
-        lower = [None, *(prices.ranks[:-1] if ranks and level.kind == "attn" else ())]
         pairs = [(i, PLAIN) for i in range(len(count))]
-        for form in (Form(eight, rank) for rank in lower for eight in (False, True)[: 1 + int8]):
-            if form != PLAIN:
+        for form in sorted(prices.forms(level.kind), key=lambda form: (form.rank or 0, form.int8)):
+            if (int8 or not form.int8) and (ranks or not form.rank):
                 pairs += [(i, form) for i, n in enumerate(count) if n and prices.ms(level.kind, n, form) < cost[i]]
         kept = [i for i, _ in pairs]
         errors.append(error[kept])

@@ -23,9 +23,7 @@ def tokens(task: Task, judge: Judge) -> Tokens | None:
         return None
     kinds = [list(zip(counts, own, strict=True)) for counts, own in zip(task.counts, task.every_form, strict=True)]
     plain = [tuple(map(own.index, own)) for own in kinds]  # options without drops come first
-    table = task.table
-    shares = [table.attn_share if level.kind == "attn" else table.mlp_share for level in task.levels]
-    return Tokens(shares, task.drops, drop_errors(task, judge), plain, table.reduce_ms)
+    return Tokens(task.token_shares, task.drops, drop_errors(task, judge), plain, task.table.reduce_ms)
 
 
 def drop_errors(task: Task, judge: Judge) -> list[FloatArray]:

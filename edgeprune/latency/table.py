@@ -17,12 +17,24 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from edgeprune import errors
-from edgeprune.types import FloatArray, LatencyTable, Measurement, Prices, Shape, left, to_json
+from edgeprune.types import (
+    PLAIN,
+    FloatArray,
+    Form,
+    LatencyTable,
+    Measurement,
+    Prices,
+    Shape,
+    SubBlockKind,
+    left,
+    to_json,
+)
 
 MOST_BLOCKS = 512
-TOKENS = {"patches", "attn_share", "mlp_share", "reduce_ms"}  # fields that a table without tokens may leave out
-INT8 = ("attn_int8_ms", "mlp_int8_ms")
-FORMS = {*INT8, "ranks", "rank_share"}  # and those of a stage without int8 or lower ranks
+SHARES = ("attn_share", "mlp_share")
+FORM_SHARES = ("attn_form_share", "mlp_form_share")
+TOKENS = {"patches", *SHARES, *FORM_SHARES, "reduce_ms"}  # fields that a table without tokens may leave out
+FORMS = ("attn_forms", "mlp_forms")  # and those of a stage without int8 or lower ranks
 
 
 @dataclass(frozen=True)
@@ -38,9 +50,10 @@ class Measured:
     neurons: int
     attn: Mapping[int, Measurement]
     mlp: Mapping[int, Measurement]
-    attn_int8: Mapping[int, Measurement] = field(default_factory=dict)  # with int8 layers; some, all heads among them
-    mlp_int8: Mapping[int, Measurement] = field(default_factory=dict)
-    ranks: Mapping[int, Measurement] = field(default_factory=dict)  # by rank of all heads, lower than `head_dim`
+    attn_forms: Mapping[Form, Mapping[int, Measurement]] = field(
+        default_factory=dict
+    )  # some sizes, the dense among them
+    mlp_forms: Mapping[Form, Mapping[int, Measurement]] = field(default_factory=dict)
     head_dim: int = 0
 
 
@@ -54,6 +67,7 @@ def build_table(
     precision: str,
     threads: int,
     fewer: Mapping[int, tuple[Measurement, Measurement]] | None = None,
+    fewer_forms: Mapping[tuple[SubBlockKind, Form], Mapping[int, Measurement]] | None = None,
     reducing: tuple[Shape, Measurement] | None = None,
     patches: int = 0,
 ) -> LatencyTable:
@@ -62,7 +76,8 @@ def build_table(
     empty: every sub-block removed. plans: by shape, some whose blocks differ; {} = sums of prices are taken as they are.
     The anchor of every measurement is the dense model; it need not be among them: its ratio is 1.
     dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
-    fewer: by patch tokens, fewer than the `patches` of the model: all attention and no MLP, and the other way round.
+    fewer: by patch tokens, fewer than the `patches` of the model: all attention and no MLP, and the other way round;
+    fewer_forms: the same where these have int8 layers or their lowest rank, by some numbers, `patches` among them.
     reducing: a shape that drops tokens in every block, from which the price of dropping is taken.
     Raises UsageError when an entry is missing.
     """
@@ -73,7 +88,7 @@ def build_table(
     parts = [
         m
         for own in stages
-        for kind in (own.attn, own.mlp, own.attn_int8, own.mlp_int8, own.ranks)
+        for kind in (own.attn, own.mlp, *own.attn_forms.values(), *own.mlp_forms.values())
         for m in kind.values()
     ]
     prices = LatencyTable(
@@ -89,6 +104,7 @@ def build_table(
     )
     if fewer:
         prices = _with_tokens(prices, fewer, stages[0].attn[0], stages[0].mlp[0], empty, patches)
+        prices = _with_form_shares(prices, fewer_forms or {}, empty, stages[0].head_dim)
     if fewer and reducing:
         shape, measurement = reducing
         extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(left(row) is not None for row in shape)
@@ -109,21 +125,17 @@ def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> P
             f"heads {counts} or MLP widths {widths}{where} exceed the dense {own.heads} and {own.neurons}"
         )
     every = tuple(range(own.heads + 1))
-    return Prices(
-        own.blocks, np.interp(every, counts, attn_ms), widths, mlp_ms,
-        _int8(own.attn_int8, own.attn[0], every, own.blocks, dense_ms),
-        _int8(own.mlp_int8, own.mlp[0], widths, own.blocks, dense_ms),
-        (*sorted(own.ranks), own.head_dim) if own.ranks else (),
-        isotonic(np.clip([*((own.ranks[r].ratio - own.attn[0].ratio) / (1 - own.attn[0].ratio) for r in sorted(own.ranks)), 1.0], 0.0, 1.0)),
-    )  # fmt: skip
+    attn_forms = {
+        form: _form_ms(some, own.attn[0], every, own.blocks, dense_ms) for form, some in own.attn_forms.items()
+    }
+    mlp_forms = {form: _form_ms(some, own.mlp[0], widths, own.blocks, dense_ms) for form, some in own.mlp_forms.items()}
+    return Prices(own.blocks, np.interp(every, counts, attn_ms), widths, mlp_ms, attn_forms, mlp_forms)
 
 
-def _int8(
+def _form_ms(
     measured: Mapping[int, Measurement], none: Measurement, sizes: Sequence[int], blocks: int, dense_ms: float
 ) -> FloatArray:
-    """Milliseconds of one int8 sub-block of each size, from those of some; none: without the sub-block."""
-    if not measured:
-        return np.empty(0)
+    """Milliseconds of one sub-block of a form, of each size, from those of some; none: without the sub-block."""
     counts = sorted(measured)
     ms = isotonic([0.0, *(max((measured[n].ratio - none.ratio) * dense_ms / blocks, 0.0) for n in counts)])
     # Rounding inputs costs the same at every size: the line between the two smallest goes on below them, not to zero.
@@ -154,6 +166,41 @@ def _with_tokens(
     return replace(prices, patches=(*counts, patches), attn_share=shares(0, no_mlp), mlp_share=shares(1, no_attn))
 
 
+def _with_form_shares(
+    prices: LatencyTable,
+    fewer: Mapping[tuple[SubBlockKind, Form], Mapping[int, Measurement]],
+    empty: Measurement,
+    head_dim: int,
+) -> LatencyTable:
+    """The same with the shares of other forms.
+
+    Few are measured, at few numbers of patches: what they say is by how much the share of a form is above or below the
+    plain one. That of ranks is taken to go along a line to the lowest, and int8 with a rank to have both factors.
+    """
+    factors: dict[tuple[SubBlockKind, Form], FloatArray] = {}
+    for (kind, form), own in fewer.items():
+        counts, whole = sorted(own), own[prices.patches[-1]].ratio - empty.ratio
+        plain = np.interp(counts, prices.patches, prices.share(kind))
+        found = [(own[count].ratio - empty.ratio) / whole for count in counts]
+        factors[kind, form] = np.interp(prices.patches, counts, found / np.maximum(plain, 1e-9))
+    lowest = min((form.rank for _, form in factors if form.rank), default=0)
+
+    def share(kind: SubBlockKind, form: Form) -> FloatArray:
+        factor = factors.get((kind, Form(int8=True)), 1.0) if form.int8 else 1.0
+        if form.rank and lowest:
+            way = (head_dim - form.rank) / (head_dim - lowest)
+            factor = factor * (1 + way * (factors[kind, Form(rank=lowest)] - 1))
+        found: FloatArray = np.append((prices.share(kind) * factor)[:-1], 1.0)
+        return isotonic(np.clip(found, 0.0, 1.0))
+
+    own = prices.stages[0]
+    return replace(
+        prices,
+        attn_form_share={form: share("attn", form) for form in own.attn_forms},
+        mlp_form_share={form: share("mlp", form) for form in own.mlp_forms},
+    )
+
+
 def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
     """The table scaled and shifted so that its predictions of `plans` (milliseconds by shape) err least, relatively.
 
@@ -174,7 +221,8 @@ def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
         base_ms=shift + scale * prices.base_ms,
         stages=tuple(
             replace(own, attn_ms=scale * own.attn_ms, mlp_ms=scale * own.mlp_ms,
-                    attn_int8_ms=scale * own.attn_int8_ms, mlp_int8_ms=scale * own.mlp_int8_ms) for own in prices.stages
+                    attn_forms={form: scale * ms for form, ms in own.attn_forms.items()},
+                    mlp_forms={form: scale * ms for form, ms in own.mlp_forms.items()}) for own in prices.stages
         ),
         reduce_ms=scale * prices.reduce_ms,
         fit={
@@ -225,7 +273,10 @@ def _check_tokens(table: LatencyTable) -> None:
         raise ValueError("numbers of patches must be whole and above zero")
     if list(table.patches) != sorted(set(table.patches)):
         raise ValueError("numbers of patches must ascend")
-    for name, shares in (("attn_share", table.attn_share), ("mlp_share", table.mlp_share)):
+    named = {"attn_share": table.attn_share, "mlp_share": table.mlp_share}
+    for name in FORM_SHARES:
+        named |= {f"{name} of {form}": shares for form, shares in getattr(table, name).items()}
+    for name, shares in named.items():
         if shares.shape != (len(table.patches),) or not ((shares >= 0) & (shares <= 1)).all() or shares[-1] != 1:
             raise ValueError(f"{name} must have a share from 0 to 1 for every number of patches, and end with 1")
         if (np.diff(shares) < 0).any():
@@ -259,13 +310,12 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
             **document,
             "stages": tuple(_read_stage(own) for own in document["stages"]),
             "repaired": tuple(document["repaired"]),
-            **{
-                key: np.array(document[key], dtype=np.float64) for key in ("attn_share", "mlp_share") if key in document
-            },
+            **{key: np.array(document[key], dtype=np.float64) for key in SHARES if key in document},
+            **{key: _read_forms(document.get(key, {})) for key in FORM_SHARES},
             "patches": tuple(document.get("patches", ())),
         }
     )
-    if table.patches or len(table.attn_share) != 1 or len(table.mlp_share) != 1:
+    if table.patches or any(len(own) != 1 for own in (table.attn_share, table.mlp_share)) or table.attn_form_share:
         _check_tokens(table)
     if not table.stages:
         raise ValueError("it has no stages")
@@ -284,15 +334,15 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
 def _read_stage(document: Mapping[str, Any]) -> Prices:
     """Raises TypeError or ValueError for values that no table has."""
     fields = set(Prices.__dataclass_fields__)
-    if not isinstance(document, Mapping) or (fields ^ set(document)) - FORMS:
+    if not isinstance(document, Mapping) or (fields ^ set(document)) - set(FORMS):
         raise ValueError(f"a stage must have {', '.join(Prices.__dataclass_fields__)}")
-    names = [name for name in ("attn_ms", "mlp_ms", *INT8) if len(document.get(name, ())) or name not in INT8]
-    ranks = tuple(document.get("ranks", ()))
-    share = np.array(document["rank_share"] if ranks else [1.0], dtype=np.float64)
-    prices = {name: np.array(document[name], dtype=np.float64) for name in names}
-    others = {name: value for name, value in document.items() if name not in INT8}
     own = Prices(
-        **{**others, **prices, "mlp_widths": tuple(document["mlp_widths"]), "ranks": ranks, "rank_share": share}
+        **{
+            **document,
+            **{name: np.array(document[name], dtype=np.float64) for name in ("attn_ms", "mlp_ms")},
+            **{name: _read_forms(document.get(name, {})) for name in FORMS},
+            "mlp_widths": tuple(document["mlp_widths"]),
+        }
     )
     if type(own.blocks) is not int or not 1 <= own.blocks <= MOST_BLOCKS:
         raise ValueError(f"blocks must be a whole number from 1 to {MOST_BLOCKS}")
@@ -302,16 +352,22 @@ def _read_stage(document: Mapping[str, Any]) -> Prices:
         raise ValueError("the MLP widths must be whole numbers from 0")
     if list(own.mlp_widths) != sorted(set(own.mlp_widths)):
         raise ValueError("the MLP widths must ascend")
-    for name, ms in prices.items():
+    named = {"attn_ms": own.attn_ms, "mlp_ms": own.mlp_ms}
+    for name, like in zip(FORMS, (own.attn_ms, own.mlp_ms)):
+        named |= {f"{name} of {form}": ms for form, ms in getattr(own, name).items()}
+        if any(len(ms) != len(like) for ms in getattr(own, name).values()):
+            raise ValueError(f"{name} have more or fewer prices than {name.replace('_forms', '_ms')}")
+    for name, ms in named.items():
         if ms.ndim != 1 or len(ms) < 2 or not np.isfinite(ms).all() or (np.diff(ms) < 0).any() or ms[0] != 0:
             raise ValueError(f"{name} must be finite, ascend and begin with 0")
-    if not all(type(rank) is int and rank > 0 for rank in ranks) or list(ranks) != sorted(set(ranks)):
-        raise ValueError("ranks must be whole numbers above zero, and ascend")
-    if share.shape != (max(len(ranks), 1),) or not ((share >= 0) & (share <= 1)).all() or share[-1] != 1:
-        raise ValueError("rank_share must have a share from 0 to 1 for every rank, and end with 1")
-    if (np.diff(share) < 0).any():
-        raise ValueError("rank_share must ascend")
-    for name, like in zip(INT8, (own.attn_ms, own.mlp_ms)):
-        if name in prices and len(prices[name]) != len(like):
-            raise ValueError(f"{name} has more or fewer prices than {name.replace('_int8', '')}")
     return own
+
+
+def _read_forms(document: Any) -> dict[Form, FloatArray]:
+    """By form, what is written by the forms' names. Raises TypeError or ValueError."""
+    if not isinstance(document, Mapping):
+        raise ValueError("forms must be a table")
+    found = {Form.named(name): np.array(values, dtype=np.float64) for name, values in document.items()}
+    if PLAIN in found:
+        raise ValueError("forms must be others than plain")
+    return found

@@ -149,18 +149,20 @@ def _staircase(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
             step = f"{8e3 * (ms - mlp[i - 1]) / (width - widths[i - 1]):.2f} µs per 8 neurons" if i else ""
             rows.append((f"MLP{where}", f"{width} neurons", f"{ms:.4f}", step))
         for kind, prices, sizes in (("attention", attn, range(len(attn))), ("MLP", mlp, widths)):
-            quantised = stage.get("attn_int8_ms" if kind == "attention" else "mlp_int8_ms") or []
             unit = "heads" if kind == "attention" else "neurons"
-            for size, ms, fp32 in list(zip(sizes, quantised, prices))[1:]:
-                rows.append((f"{kind}{where}, int8", f"{size} {unit}", f"{ms:.4f}", f"{ms / fp32:.2f} of {table['precision']}" if fp32 else ""))  # fmt: skip
-        for number, share in list(zip(stage.get("ranks") or (), stage.get("rank_share") or ()))[:-1]:
-            rows.append((f"attention{where}, rank {number}", "all heads", f"{share * attn[-1]:.4f}", f"{share:.2f} of its price"))  # fmt: skip
+            for form, every in (stage.get("attn_forms" if kind == "attention" else "mlp_forms") or {}).items():
+                for size, ms, plain in list(zip(sizes, every, prices))[1:]:
+                    rows.append((f"{kind}{where}, {form}", f"{size} {unit}", f"{ms:.4f}", f"{ms / plain:.2f} of the plain one" if plain else ""))  # fmt: skip
     notes = []
-    if any(stage.get("attn_int8_ms") for stage in table["stages"]):
-        notes.append("int8 was measured at some sizes; between them its price is a line.")
+    if any(stage.get("attn_forms") for stage in table["stages"]):
+        notes.append("int8 and lower ranks were measured at some sizes; between them a price is on a line.")
     if table.get("patches"):  # an older table has none
         for count, attn, mlp in zip(table["patches"], table["attn_share"], table["mlp_share"], strict=True):
             rows.append(("tokens", f"{count} patches", "", f"attention {attn:.1%}, MLP {mlp:.1%} of its price"))
+        for kind, key in (("attention", "attn_form_share"), ("MLP", "mlp_form_share")):
+            for form, shares in (table.get(key) or {}).items():
+                told = ", ".join(f"{share:.1%} with {count}" for count, share in zip(table["patches"], shares))
+                rows.append(("tokens", f"{kind}, {form}", "", told))
         notes.append(f"Dropping tokens takes {1e3 * table['reduce_ms']:.1f} µs where it happens.")
     off_grid = (survey or {}).get("off_grid") or []
     if len(off_grid) > 1:

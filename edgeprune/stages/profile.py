@@ -59,9 +59,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     models = {entry.name: path for entry, path in entries.items()}
     patches = shapes.patch_counts(dense.sizes) if "tokens" in dims else ()
     reducing: Shape = ()
+    formed: dict[tuple[SubBlockKind, Form], dict[int, Path]] = {}
     if len(patches) > 1:
         token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
         models |= token_models
+        formed = shapes.token_form_models(dense.model, dims, out, console)
+        models |= {path.stem: path for own in formed.values() for path in own.values()}
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
     fitting = fitting_shapes(dense.sizes, grids, request.seed, patches, dims)
     plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
@@ -86,22 +89,24 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         memory.remember(out.parent, of, dense_ms)
     anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
 
-    def timed(stage: int, kind: SubBlockKind, form: Form) -> dict[int, Measurement]:
-        wanted = (stage, kind, form)
-        return {one.kept: measured[one.name] for one in entries if (one.stage, one.kind, one.form) == wanted}
+    def timed(stage: int, kind: SubBlockKind) -> dict[Form, dict[int, Measurement]]:
+        """Of a kind of sub-block in a stage, by form and size."""
+        found: dict[Form, dict[int, Measurement]] = {}
+        for one in entries:
+            if (one.stage, one.kind) == (stage, kind):
+                found.setdefault(one.form, {})[one.kept] = measured[one.name]
+        return found
 
-    stages = [
-        table.Measured(
-            stage.blocks, stage.heads, stage.neurons, timed(i, "attn", PLAIN), timed(i, "mlp", PLAIN),
-            timed(i, "attn", Form(int8=True)), timed(i, "mlp", Form(int8=True)),
-            {one.form.rank: measured[one.name] for one in entries if one.stage == i and one.form.rank}, stage.head_dim,
-        )
-        for i, stage in enumerate(dense.sizes.stages)
-    ]  # fmt: skip
+    stages = []
+    for i, stage in enumerate(dense.sizes.stages):
+        attn, mlp = timed(i, "attn"), timed(i, "mlp")
+        plain = attn.pop(PLAIN), mlp.pop(PLAIN)
+        stages.append(table.Measured(stage.blocks, stage.heads, stage.neurons, *plain, attn, mlp, stage.head_dim))
     built = table.build_table(
         stages, measured["empty"], {shape: measured[name] for name, shape in plans.items()},
         dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads,
         fewer={count: (measured[f"tokens{count}.attn"], measured[f"tokens{count}.mlp"]) for count in patches[:-1]},
+        fewer_forms={at: {count: measured[path.stem] for count, path in own.items()} for at, own in formed.items()},
         reducing=(reducing, measured["reducing"]) if reducing else None, patches=dense.sizes.patches,
     )  # fmt: skip
     tell(built, measured, worker, request, dense.sizes, console)
@@ -369,15 +374,15 @@ def tell(
         )
     for i, own in enumerate(built.stages):
         where = f" in stage {i}" if len(built.stages) > 1 else ""
-        if len(own.attn_int8_ms):
-            shares = [own.int8(kind)[-1] / own.of(kind)[1][-1] for kind in vit.KINDS]
+        if built.int8:
+            shares = [own.forms(kind)[Form(int8=True)][-1] / own.of(kind)[1][-1] for kind in vit.KINDS]
             console.say(f"with int8 layers, attention costs {shares[0]:.0%} and the MLP {shares[1]:.0%} of that{where}"
                         + ("" if min(shares) < 1 else ": int8 does not pay here"))  # fmt: skip
-        if len(own.ranks) > 1:
-            lower = ", ".join(
-                f"{share:.0%} with {rank}" for rank, share in zip(own.ranks[:-1], own.rank_share, strict=False)
+        if own.ranks:
+            lower = [f"{own.attn_forms[Form(rank=r)][-1] / own.attn_ms[-1]:.0%} with {r}" for r in own.ranks]
+            console.say(
+                f"heads of rank {sizes.stages[i].head_dim} cost less with a lower one: attention {', '.join(lower)}{where}"
             )
-            console.say(f"heads of fewer dimensions than {own.ranks[-1]} make attention cost {lower}{where}")
     if uncapped := worker["dense"].get("uncapped"):
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in uncapped.items())
         console.warn(

@@ -29,6 +29,8 @@ MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several sta
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
 INT8_SIZES = 3  # of each kind of sub-block that are measured in int8, at most
+RANK_SIZES = 2  # numbers of heads that are measured with each lower rank, at most
+FORM_TOKENS = (1, 3)  # which of the lower numbers of patches are measured with int8 and the lowest rank
 REMOVED = 0.1  # share of sub-blocks that a random plan leaves out entirely
 
 
@@ -48,7 +50,7 @@ class Entry:
     @property
     def name(self) -> str:
         where = f"stage{self.stage}." if self.stage else ""
-        form = ".int8" if self.form.int8 else f".rank{self.form.rank}" if self.form.rank else ""
+        form = "" if self.form == PLAIN else f".{self.form}"
         return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}{form}"
 
 
@@ -88,30 +90,41 @@ def form_models(
 ) -> dict[Entry, Path]:
     """ONNX files of full-depth models in which every sub-block of one kind in one stage has a form, all else is dense.
 
-    int8 of a few sizes per kind, as its prices lie on lines; lower ranks of all heads.
+    Of a few sizes per kind, as their prices lie on lines.
     """
     sizes = vit.anatomy(model)
     entries: list[Entry] = []
     for i, (grid, stage) in enumerate(zip(grids, sizes.stages, strict=True)):
+        heads = range(1, stage.heads + 1)
+        for form in forms(dims, stage.head_dim):
+            entries += [Entry(i, "attn", n, form) for n in _spread(heads, RANK_SIZES if form.rank else INT8_SIZES)]
         if "precision" in dims:
-            entries += [Entry(i, "attn", n, Form(int8=True)) for n in _spread(range(1, stage.heads + 1))]
-            entries += [Entry(i, "mlp", n, Form(int8=True)) for n in _spread(grid[1:])]
-        if "qk" in dims:
-            entries += [Entry(i, "attn", stage.heads, Form(rank=r)) for r in lowrank.ranks(stage.head_dim)[:-1]]
+            entries += [Entry(i, "mlp", n, Form(int8=True)) for n in _spread(grid[1:], INT8_SIZES)]
     paths = {entry: folder / f"{entry.name}.onnx" for entry in entries}
     with console.progress("int8 and lower ranks", len(paths), "exports") as advance:
         for entry, path in paths.items():
             stage, form = sizes.stages[entry.stage], entry.form
             units = (entry.kept, stage.neurons) if entry.kind == "attn" else (stage.heads, entry.kept)
-            row = (*units, 0, INT8[entry.kind] if form.int8 else 0, form.rank or 0)
-            export_shape(model, with_stage(sizes, entry.stage, row), sizes, path)
+            export_shape(model, with_stage(sizes, entry.stage, _formed(*units, entry.kind, form)), sizes, path)
             advance(1, "")
     return paths
 
 
-def _spread(every: Sequence[int]) -> list[int]:
-    """Of sizes, ascending: one of the smaller, the middle and the last."""
-    return sorted({every[round(share * (len(every) - 1))] for share in np.linspace(0.2, 1.0, INT8_SIZES)})
+def forms(dims: Sequence[str], head_dim: int) -> list[Form]:
+    """All but the plain one that an attention with heads of so many dimensions may have, where `dims` may be chosen."""
+    lower = [None, *(lowrank.ranks(head_dim)[:-1] if "qk" in dims else ())]
+    every = [Form(eight, rank) for eight in (False, True)[: 1 + ("precision" in dims)] for rank in lower]
+    return [form for form in every if form != PLAIN]
+
+
+def _formed(heads: int, neurons: int, kind: SubBlockKind, form: Form) -> tuple[int, ...]:
+    """A row of a shape whose sub-blocks of one kind have this form."""
+    return (heads, neurons, 0, INT8[kind] if form.int8 else 0, form.rank or 0)
+
+
+def _spread(every: Sequence[int], most: int) -> list[int]:
+    """Of sizes, ascending: at most so many, from one of the smaller to the last."""
+    return sorted({every[round(share * (len(every) - 1))] for share in np.linspace(0.2, 1.0, most)})
 
 
 def head_models(model: VisionTransformer, stage: int, counts: Sequence[int], folder: Path) -> dict[int, Path]:
@@ -238,6 +251,35 @@ def token_models(
                 advance(1, "")
     marked.unlink(missing_ok=True)
     return paths, reducing
+
+
+def token_form_models(
+    model: VisionTransformer, dims: Sequence[str], folder: Path, console: Console
+) -> dict[tuple[SubBlockKind, Form], dict[int, Path]]:
+    """ONNX files with some numbers of patches from the start, all of them last, `tokens<patches>.<kind>.<form>`: every
+    sub-block of the kind int8, or every head of the lowest rank, and none of the other kind.
+    """
+    sizes = vit.anatomy(model)
+    stage = sizes.only
+    *fewer, _ = patch_counts(sizes)
+    wanted: list[tuple[SubBlockKind, Form]] = []
+    if "qk" in dims:
+        wanted += [("attn", Form(rank=rank)) for rank in lowrank.ranks(stage.head_dim)[:1] if rank < stage.head_dim]
+    if "precision" in dims:
+        wanted += [("attn", Form(int8=True)), ("mlp", Form(int8=True))]
+    counts = [*(fewer[i] for i in FORM_TOKENS if i < len(fewer)), sizes.patches]
+    paths: dict[tuple[SubBlockKind, Form], dict[int, Path]] = {}
+    short: Any = copy.deepcopy(model)
+    with console.progress("token models of forms", len(wanted) * len(counts), "exports") as advance:
+        for kind, form in wanted if len(counts) > 1 else ():
+            units = (stage.heads, 0) if kind == "attn" else (0, stage.neurons)
+            for patches in counts:
+                path = folder / f"tokens{patches}.{kind}.{form}.onnx"
+                short.patch_drop = FirstTokens(sizes.prefix + patches)
+                export_shape(short, (_formed(*units, kind, form),) * sizes.blocks, sizes, path)
+                paths.setdefault((kind, form), {})[patches] = path
+                advance(1, "")
+    return paths
 
 
 def random_shapes(
