@@ -19,7 +19,7 @@ import numpy as np
 from accuracy import HERE, read, unpacked
 from numpy.typing import NDArray
 
-OURS = "edgeprune"
+OURS = ("edgeprune", "edgeprune-widths")  # the first of these that has rows is compared with the others
 BEST = "torch-pruning, best"  # of all its variants, chosen after the fact at every speed-up: a favour
 
 Row = dict[str, Any]
@@ -102,6 +102,11 @@ def with_best(cells: Cells) -> Cells:
     return kept
 
 
+def ours(cells: Cells) -> str:
+    """Which of the methods is ours; "" where none is."""
+    return next((name for name in OURS if any(at[0] == name for at in cells)), "")
+
+
 # Tables -------------------------------------------------------------------------------------
 
 
@@ -118,10 +123,10 @@ def section(cells: Cells, steps: int, plot: str) -> str:
         f"code {labels}, weights {some['weights'][:8]}.",
         table(shown, cell),
     ]
-    if any(at[0] == OURS for at in shown):
+    if own := ours(shown):
         parts += [
             "Points that edgeprune is ahead, on the same images and seeds:",
-            table({at: rows for at, rows in shown.items() if at[0] != OURS}, lambda rows: lead(rows, cells)),
+            table({at: rows for at, rows in shown.items() if at[0] != own}, lambda rows: lead(rows, cells)),
         ]
     if any(at[0] == BEST for at in shown):
         parts += [
@@ -155,10 +160,10 @@ def cell(rows: list[Row]) -> str:
 
 
 def lead(rows: list[Row], cells: Cells) -> str:
-    ours = cells.get((OURS, rows[0]["speed_up"]), [])
-    if not ours or not judged(rows) or not judged(ours):
+    own = cells.get((ours(cells), rows[0]["speed_up"]), [])
+    if not own or not judged(rows) or not judged(own):
         return ""
-    found = against(rows, ours)
+    found = against(rows, own)
     missed = " (slower)" if any(row["status"] == "unreachable" for row in rows) else ""
     return f"{found[0]:+.2f} ± {found[1]:.2f}{missed}" if found else ""
 
@@ -190,7 +195,7 @@ def draw(cells: Cells, title: str, path: Path) -> None:
                 points.append((float(np.mean([row["measured_speed_up"] for row in rows])), *accuracy(rows)))
         if points:
             x, y, half = zip(*sorted(points), strict=True)
-            width = 2.5 if method == OURS else 1.2
+            width = 2.5 if method == ours(cells) else 1.2
             axes.errorbar(x, y, half, label=method, marker="o", markersize=3, capsize=2, linewidth=width)
     axes.axhline(next(iter(cells.values()))[0]["dense_accuracy"], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="measured speed-up over dense", ylabel="top-1 (%)", title=title)

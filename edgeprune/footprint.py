@@ -283,8 +283,8 @@ def _shapes(request: Request, sizes: Anatomy) -> float:
     attn, mlp = 4 * sizes.only.width, sizes.only.width + rows(sizes, sizes.only)
     share = attn / (attn + mlp)
     return (
-        sizes.only.heads * (1 - share / 2)
-        + len(grids[0]) * (share + (1 - share) / 2)
+        len(shapes.head_counts(sizes, 0)) * (1 - share / 2)
+        + len(shapes.measured_widths(sizes, grids[0])) * (share + (1 - share) / 2)
         + tokens
         + forms
         + profile.FITTING_PLANS / 2

@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
@@ -166,6 +168,17 @@ def test_shape_models_are_one_per_shape_but_the_dense_one(shapes: dict[str, Path
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"{name}.onnx" for name in shapes)
 
 
+def test_fewer_sizes_of_a_large_model_are_measured(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, grid = vit.anatomy(dense), tuple(range(0, 2049, 128))
+    many = replace(sizes, stages=(replace(sizes.only, heads=12),))
+    assert (
+        stage_shapes.head_counts(many, 0) == tuple(range(12)) and stage_shapes.measured_widths(many, grid) == grid[:-1]
+    )
+    monkeypatch.setattr(stage_shapes, "LARGE_MACS", 0)
+    assert stage_shapes.head_counts(many, 0) == (0, 2, 4, 6, 8, 10)
+    assert stage_shapes.measured_widths(many, grid) == tuple(range(0, 2048, 256))
+
+
 @pytest.mark.parametrize("width", [16, 40])
 def test_a_cut_model_is_like_one_exported_at_that_width(
     shapes: dict[str, Path], dense: Any, tmp_path: Path, width: int
@@ -225,6 +238,30 @@ def test_models_with_fewer_heads_are_cut_from_one(
                 assert operators(cut) == operators(direct) and weight_shapes(cut) == weight_shapes(direct)
 
 
+@pytest.mark.parametrize("precision", [False, True])
+def test_models_of_lower_rank_are_cut_from_one(
+    precision: bool, make_vit: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """They have the graph of a direct export."""
+    model, exported = make_vit(depth=2, embed_dim=96), []
+    sizes = vit.anatomy(model)
+    real = stage_shapes.export_shape
+    monkeypatch.setattr(stage_shapes, "export_shape", lambda *args: (exported.append(args[-1]), real(*args)))
+    assert sizes.only.head_dim == 32 and stage_shapes.rank_marker(sizes, 0, 3) == 31
+    dims = ("qk", "precision") if precision else ("qk",)
+    found = stage_shapes.form_models(model, [(0, sizes.only.neurons)], dims, tmp_path, SILENT)
+    ranked = [entry for entry in found if entry.form.rank]
+    assert len(ranked) == 6 * (1 + precision) and sum(path.stem == "marked" for path in exported) == 2 * (1 + precision)
+    for entry in (entry for entry in ranked if entry.form.rank == 8):
+        row = (entry.kept, sizes.only.neurons, 0, 1 if entry.form.int8 else 0, entry.form.rank)
+        real(model, (row,) * 2, sizes, tmp_path / "direct.onnx")
+        direct, cut = onnx.load(tmp_path / "direct.onnx"), onnx.load(found[entry])
+        onnx.checker.check_model(cut, full_check=True)
+        assert operators(cut) == operators(direct) and weight_shapes(cut) == weight_shapes(direct)
+        session = onnxruntime.InferenceSession(str(found[entry]), providers=["CPUExecutionProvider"])
+        assert np.isfinite(session.run(None, {"pixels": np.ones((1, *sizes.image), np.float32)})[0]).all()
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_models_with_fewer_tokens_are_cut_from_one(
     size: int, make_vit: Callable[..., Any], tmp_path: Path, make_images: Callable[..., Any]
@@ -233,11 +270,11 @@ def test_models_with_fewer_tokens_are_cut_from_one(
     sizes = vit.anatomy(model)
     found, _ = stage_shapes.token_models(model, "cls", tmp_path, SILENT)
     counts = stage_shapes.patch_counts(sizes)[:-1]
-    assert set(found) == {"reducing", *(f"tokens{n}.{kind}" for n in counts for kind in vit.KINDS)}
+    assert set(found) == {"reducing", *(f"tokens{n}.{kind}" for n in counts for kind in ("attn", "whole"))}
     for patches in counts:
         short = copy.deepcopy(model)
         short.patch_drop = stage_shapes.FirstTokens(1 + patches)
-        for kind, row in (("attn", (3, 0)), ("mlp", (0, 24))):
+        for kind, row in (("attn", (3, 0)), ("whole", (3, 24))):
             path = found[f"tokens{patches}.{kind}"]
             onnx.checker.check_model(onnx.load(path), full_check=True)
             small = vit.slice_model(short, vit.plan_of_shape((row,) * 2))

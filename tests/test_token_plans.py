@@ -307,12 +307,15 @@ def made(**more: Any) -> LatencyTable:
 
 
 def test_shares_are_what_fewer_tokens_cost_of_all() -> None:
-    fewer = {8: (measured(3.2), measured(3.6)), 12: (measured(4.6), measured(5.25))}
+    fewer = {8: (measured(3.2), measured(4.0)), 12: (measured(4.6), measured(7.4))}
     shape = ((3, 64, 12),) * 4
     own = made(fewer=fewer, reducing=(shape, measured(10.0)), patches=16)
     assert own.patches == (8, 12, 16)
     np.testing.assert_allclose(own.attn_share, [0.7 / 3.5, 2.1 / 3.5, 1])
-    np.testing.assert_allclose(own.mlp_share, [1.1 / 5.5, 2.75 / 5.5, 1])
+    # dense 12 = 2 of what stays, 4 of attention, 6 of MLPs; of attention 0.8 and 2.4 are left
+    np.testing.assert_allclose(own.mlp_share, [1.2 / 6, 3.0 / 6, 1])
+    whole = made(fewer={8: fewer[8], 12: fewer[12]}, patches=16)
+    assert whole.base_ms + 0.2 * 4 + 0.2 * 6 == pytest.approx(4.0), "as it was measured"
     assert own.predict_ms(shape) == pytest.approx(10.0), "the price of dropping makes up the difference"
     base, attn, mlp = own.base_ms, own.stages[0].attn_ms[-1], own.stages[0].mlp_ms[-1]
     want = base + attn + mlp + attn + own.reduce_ms + 0.5 * mlp + 2 * (0.6 * attn + 0.5 * mlp)
@@ -332,7 +335,7 @@ def test_a_table_without_tokens_is_read_as_before() -> None:
 
 @pytest.mark.parametrize("change", [{"patches": [8, 8]}, {"patches": [8, 16, 24]}, {"attn_share": [0.5, 0.9]}, {"mlp_share": [2.0, 1.0]}, {"reduce_ms": -1.0}])  # fmt: skip
 def test_damaged_token_prices_are_refused(change: dict[str, Any]) -> None:
-    own = made(fewer={8: (measured(3.2), measured(3.6))}, reducing=(((3, 64, 8),) * 4, measured(9.0)), patches=16)
+    own = made(fewer={8: (measured(3.2), measured(4.0))}, reducing=(((3, 64, 8),) * 4, measured(9.0)), patches=16)
     with pytest.raises(UsageError, match="damaged"):
         tables.table_from_json({**tables.table_to_json(own), **change})
 

@@ -27,8 +27,9 @@ from edgeprune.data import Batch, Splits
 from edgeprune.errors import unknown
 from edgeprune.types import BlockPlan, LatencyTable, Plan, SubBlockKind
 
-#: (heads, head_dim, neurons) of every block; 0 heads or neurons = the sub-block is gone. All that latency depends on.
-Shape = tuple[tuple[int, int, int], ...]
+#: (heads, head_dim, neurons) of every block; 0 heads or neurons = the sub-block is gone; a fourth number where tokens
+#: go: the patches that stay. All that latency depends on.
+Shape = tuple[tuple[int, ...], ...]
 #: A sub-block: block index and kind.
 SubBlock = tuple[int, SubBlockKind]
 
@@ -148,6 +149,7 @@ def shape_of(model: Any) -> Shape:
             getattr(block.attn, "num_heads", 0),
             getattr(block.attn, "head_dim", 0),
             block.mlp.fc1.out_features if hasattr(block.mlp, "fc1") else 0,
+            *([block.patches] if isinstance(block, vit.ReducingBlock) else []),
         )
         for block in model.blocks
     )

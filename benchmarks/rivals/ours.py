@@ -16,13 +16,14 @@ from rivals import TOLERANCE, Task
 
 
 class Edgeprune:
-    def __init__(self, criterion: str = "") -> None:
-        self.criterion = criterion  # "" = the product's default
+    """criterion: "" = the product's default; dims: what its plans may choose."""
+
+    def __init__(self, criterion: str = "", dims: tuple[str, ...] = config.DIMS) -> None:
+        self.criterion, self.dims = criterion, dims
 
     def prepare(self, task: Task) -> None:
         self.task = task
-        # widths alone: a row's plan is (heads, head_dim, neurons) per block; tokens are for dims.py
-        self.request = replace(task.request, dims=config.WIDTHS, criterion=self.criterion or task.request.criterion)
+        self.request = replace(task.request, dims=self.dims, criterion=self.criterion or task.request.criterion)
         done = pipeline.run_stages(self.upto("calibrate"), self.request, task.cache)
         self.seconds = done["calibrate"].seconds  # of the run that made it, if it was kept from an earlier one
 
@@ -38,4 +39,7 @@ class Edgeprune:
         return stages[: [stage.name for stage in stages].index(last) + 1]
 
 
-METHODS = {"edgeprune": Edgeprune} | {f"edgeprune-{name}": partial(Edgeprune, name) for name in criteria.names()}
+METHODS = {
+    "edgeprune": Edgeprune,
+    "edgeprune-widths": partial(Edgeprune, dims=config.WIDTHS),  # what all others choose, too
+} | {f"edgeprune-{name}": partial(Edgeprune, name) for name in criteria.names()}

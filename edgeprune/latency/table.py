@@ -42,7 +42,7 @@ class Measured:
     """What was measured of one stage, whose blocks all had one shape, beside the dense others; and its dense sizes.
 
     attn: by heads kept, fewer than all, 0 among them, with the dense MLP; heads between are interpolated.
-    mlp: by neurons kept, 0 and more, with all heads.
+    mlp: by neurons kept, 0 and more, with all heads; widths: those that the table shall have, () = the measured ones.
     """
 
     blocks: int
@@ -55,6 +55,7 @@ class Measured:
     )  # some sizes, the dense among them
     mlp_forms: Mapping[Form, Mapping[int, Measurement]] = field(default_factory=dict)
     head_dim: int = 0
+    widths: tuple[int, ...] = ()
 
 
 def build_table(
@@ -76,8 +77,8 @@ def build_table(
     empty: every sub-block removed. plans: by shape, some whose blocks differ; {} = sums of prices are taken as they are.
     The anchor of every measurement is the dense model; it need not be among them: its ratio is 1.
     dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
-    fewer: by patch tokens, fewer than the `patches` of the model: all attention and no MLP, and the other way round;
-    fewer_forms: the same where these have int8 layers or their lowest rank, by some numbers, `patches` among them.
+    fewer: by patch tokens, fewer than the `patches` of the model: all attention and no MLP, and the whole model;
+    fewer_forms: all attention or all MLPs alone, in int8 or of the lowest rank, by some numbers, `patches` among them.
     reducing: a shape that drops tokens in every block, from which the price of dropping is taken.
     Raises UsageError when an entry is missing.
     """
@@ -103,7 +104,7 @@ def build_table(
         repaired=tuple(repaired),
     )
     if fewer:
-        prices = _with_tokens(prices, fewer, stages[0].attn[0], stages[0].mlp[0], empty, patches)
+        prices = _with_tokens(prices, fewer, stages[0].mlp[0], empty, patches)
         prices = _with_form_shares(prices, fewer_forms or {}, empty, stages[0].head_dim)
     if fewer and reducing:
         shape, measurement = reducing
@@ -124,26 +125,30 @@ def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> P
         raise errors.UsageError(
             f"heads {counts} or MLP widths {widths}{where} exceed the dense {own.heads} and {own.neurons}"
         )
-    every = tuple(range(own.heads + 1))
-    attn_forms = {
-        form: _form_ms(some, own.attn[0], every, own.blocks, dense_ms) for form, some in own.attn_forms.items()
-    }
-    mlp_forms = {form: _form_ms(some, own.mlp[0], widths, own.blocks, dense_ms) for form, some in own.mlp_forms.items()}
-    return Prices(own.blocks, np.interp(every, counts, attn_ms), widths, mlp_ms, attn_forms, mlp_forms)
+    every, grid = tuple(range(own.heads + 1)), own.widths or widths
+    attn_ms, mlp_ms = np.interp(every, counts, attn_ms), np.interp(grid, widths, mlp_ms)
+
+    def of_form(
+        measured: Mapping[int, Measurement], none: Measurement, sizes: Sequence[int], plain: FloatArray
+    ) -> FloatArray:
+        ms = {size: max((one.ratio - none.ratio) * dense_ms / own.blocks, 0.0) for size, one in measured.items()}
+        return _on_lines(ms, sizes, plain)
+
+    attn_forms = {form: of_form(some, own.attn[0], every, attn_ms) for form, some in own.attn_forms.items()}
+    mlp_forms = {form: of_form(some, own.mlp[0], grid, mlp_ms) for form, some in own.mlp_forms.items()}
+    return Prices(own.blocks, attn_ms, grid, mlp_ms, attn_forms, mlp_forms)
 
 
-def _form_ms(
-    measured: Mapping[int, Measurement], none: Measurement, sizes: Sequence[int], blocks: int, dense_ms: float
-) -> FloatArray:
-    """Milliseconds of one sub-block of a form, of each size, from those of some; none: without the sub-block."""
+def _on_lines(measured: Mapping[int, float], sizes: Sequence[int], plain: FloatArray) -> FloatArray:
+    """Milliseconds of a sub-block of a form, of each of `sizes`, from those of some; from one, in proportion to the plain."""
     counts = sorted(measured)
-    ms = isotonic([0.0, *(max((measured[n].ratio - none.ratio) * dense_ms / blocks, 0.0) for n in counts)])
+    ms = isotonic([0.0, *(measured[n] for n in counts)])
+    if len(counts) == 1:
+        return np.asarray(ms[1] * plain / max(plain[sizes.index(counts[0])], 1e-12))
     # Rounding inputs costs the same at every size: the line between the two smallest goes on below them, not to zero.
     found = np.interp(sizes, counts, ms[1:])
-    if len(counts) > 1:
-        slope = (ms[2] - ms[1]) / (counts[1] - counts[0])
-        below = np.asarray(sizes) < counts[0]
-        found[below] = np.maximum(ms[1] + slope * (np.asarray(sizes)[below] - counts[0]), 0.0)
+    slope, below = (ms[2] - ms[1]) / (counts[1] - counts[0]), np.asarray(sizes) < counts[0]
+    found[below] = np.maximum(ms[1] + slope * (np.asarray(sizes)[below] - counts[0]), 0.0)
     found[0] = 0.0
     return isotonic(found)
 
@@ -151,19 +156,23 @@ def _form_ms(
 def _with_tokens(
     prices: LatencyTable,
     fewer: Mapping[int, tuple[Measurement, Measurement]],
-    no_attn: Measurement,
     no_mlp: Measurement,
     empty: Measurement,
     patches: int,
 ) -> LatencyTable:
-    """Shares of what a sub-block costs with all tokens, by what all attention alone, or all MLPs, cost with fewer."""
-    counts = sorted(fewer)
-
-    def shares(which: int, whole: Measurement) -> FloatArray:
-        raw = [(fewer[count][which].ratio - empty.ratio) / (whole.ratio - empty.ratio) for count in counts]
-        return isotonic(np.clip([*raw, 1.0], 0.0, 1.0))
-
-    return replace(prices, patches=(*counts, patches), attn_share=shares(0, no_mlp), mlp_share=shares(1, no_attn))
+    """Shares of what a sub-block costs with all tokens: of attention by what all of it alone costs with fewer, of MLPs so
+    that the whole model with fewer is predicted as it was measured.
+    """
+    counts, (own,) = sorted(fewer), prices.stages
+    attn, mlp = (own.blocks * ms[-1] for ms in (own.attn_ms, own.mlp_ms))
+    ratios = [(fewer[count][0].ratio - empty.ratio) / (no_mlp.ratio - empty.ratio) for count in counts]
+    attn_share = isotonic(np.clip([*ratios, 1.0], 0.0, 1.0))
+    left_ms = [fewer[count][1].ratio * prices.dense_ms - prices.base_ms for count in counts]
+    shares = [(ms - share * attn) / max(mlp, 1e-12) for ms, share in zip(left_ms, attn_share)]
+    return replace(
+        prices, patches=(*counts, patches), attn_share=attn_share,
+        mlp_share=isotonic(np.clip([*shares, 1.0], 0.0, 1.0)),
+    )  # fmt: skip
 
 
 def _with_form_shares(

@@ -101,11 +101,13 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     for i, stage in enumerate(dense.sizes.stages):
         attn, mlp = timed(i, "attn"), timed(i, "mlp")
         plain = attn.pop(PLAIN), mlp.pop(PLAIN)
-        stages.append(table.Measured(stage.blocks, stage.heads, stage.neurons, *plain, attn, mlp, stage.head_dim))
+        stages.append(
+            table.Measured(stage.blocks, stage.heads, stage.neurons, *plain, attn, mlp, stage.head_dim, grids[i])
+        )
     built = table.build_table(
         stages, measured["empty"], {shape: measured[name] for name, shape in plans.items()},
         dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads,
-        fewer={count: (measured[f"tokens{count}.attn"], measured[f"tokens{count}.mlp"]) for count in patches[:-1]},
+        fewer={count: (measured[f"tokens{count}.attn"], measured[f"tokens{count}.whole"]) for count in patches[:-1]},
         fewer_forms={at: {count: measured[path.stem] for count, path in own.items()} for at, own in formed.items()},
         reducing=(reducing, measured["reducing"]) if reducing else None, patches=dense.sizes.patches,
     )  # fmt: skip

@@ -25,7 +25,9 @@ from edgeprune.console import Console
 from edgeprune.stages import export, simplify
 from edgeprune.types import INT8, PLAIN, Form, Shape, SubBlockKind, left
 
-MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages; those between are interpolated
+MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages, and of a large model;
+MAX_LARGE_WIDTHS = 8  # MLP widths that are measured of a large model; those between are interpolated
+LARGE_MACS = 8e9  # a model of so many multiply-adds takes seconds to export and to load, and hides no step of a kernel
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
 INT8_SIZES = 3  # of each kind of sub-block that are measured in int8, at most
@@ -54,11 +56,21 @@ class Entry:
         return f"{where}{'heads' if self.kind == 'attn' else 'neurons'}{self.kept}{form}"
 
 
+def is_large(sizes: vit.Anatomy) -> bool:
+    return vit.macs(sizes, sizes.shape) >= LARGE_MACS
+
+
 def head_counts(sizes: vit.Anatomy, stage: int) -> tuple[int, ...]:
-    """The numbers of heads, fewer than all, that are measured: every one, or about `MAX_STAGE_HEADS` in each of several stages."""
+    """The numbers of heads, fewer than all, that are measured: every one, or about `MAX_STAGE_HEADS`."""
     heads = sizes.stages[stage].heads
-    step = 1 if len(sizes.stages) == 1 else -(-heads // MAX_STAGE_HEADS)
+    step = -(-heads // MAX_STAGE_HEADS) if len(sizes.stages) > 1 or is_large(sizes) else 1
     return tuple(range(0, heads, step))
+
+
+def measured_widths(sizes: vit.Anatomy, grid: Sequence[int]) -> tuple[int, ...]:
+    """The MLP widths of a stage's grid, less than the dense one, that are measured: all, or about `MAX_LARGE_WIDTHS`."""
+    step = -(-(len(grid) - 1) // MAX_LARGE_WIDTHS) if is_large(sizes) else 1
+    return tuple(grid[:-1:step])
 
 
 def with_stage(sizes: vit.Anatomy, stage: int, row: tuple[int, ...]) -> Shape:
@@ -79,7 +91,7 @@ def shape_models(
             for heads, path in head_models(model, i, counts[i], folder).items():
                 paths[Entry(i, "attn", heads)] = path
             advance(len(counts[i]), "")
-            for width, path in width_models(model, i, grid[:-1], folder).items():
+            for width, path in width_models(model, i, measured_widths(sizes, grid), folder).items():
                 paths[Entry(i, "mlp", width)] = path
             advance(1, "")
     return paths
@@ -100,14 +112,63 @@ def form_models(
             entries += [Entry(i, "attn", n, form) for n in _spread(heads, RANK_SIZES if form.rank else INT8_SIZES)]
         if "precision" in dims:
             entries += [Entry(i, "mlp", n, Form(int8=True)) for n in _spread(grid[1:], INT8_SIZES)]
-    paths = {entry: folder / f"{entry.name}.onnx" for entry in entries}
-    with console.progress("int8 and lower ranks", len(paths), "exports") as advance:
+    alike: dict[Any, list[Entry]] = {}  # those that differ in nothing but the rank
+    for one in entries:
+        alike.setdefault((one.stage, one.kind, one.kept, one.form.int8, one.form.rank is None), []).append(one)
+    paths: dict[Entry, Path] = {}
+    with console.progress("int8 and lower ranks", len(entries), "models") as advance:
+        for group in alike.values():
+            paths |= _of_forms(model, group, folder)
+            advance(len(group), "")
+    return {entry: paths[entry] for entry in entries}
+
+
+def _of_forms(model: VisionTransformer, group: Sequence[Entry], folder: Path) -> dict[Entry, Path]:
+    """ONNX files of entries that differ in nothing but the rank, cut from one export where that has a marker."""
+    sizes, first = vit.anatomy(model), group[0]
+    stage = sizes.stages[first.stage]
+    paths = {entry: folder / f"{entry.name}.onnx" for entry in group}
+
+    def made(form: Form, path: Path) -> None:
+        units = (first.kept, stage.neurons) if first.kind == "attn" else (stage.heads, first.kept)
+        export_shape(model, with_stage(sizes, first.stage, _formed(*units, first.kind, form)), sizes, path)
+
+    marker = rank_marker(sizes, first.stage, first.kept, export.how(model).intake.frame or ()) if group[1:] else 0
+    if not marker:
         for entry, path in paths.items():
-            stage, form = sizes.stages[entry.stage], entry.form
-            units = (entry.kept, stage.neurons) if entry.kind == "attn" else (stage.heads, entry.kept)
-            export_shape(model, with_stage(sizes, entry.stage, _formed(*units, entry.kind, form)), sizes, path)
-            advance(1, "")
+            made(entry.form, path)
+        return paths
+    marked = folder / "marked.onnx"
+    made(Form(first.form.int8, marker), marked)
+    for entry, path in paths.items():
+        assert entry.form.rank is not None
+        onnx.save(cut(onnx.load(marked), kept_ranks(first.kept, marker, entry.form.rank), values=True), path)
+    marked.unlink()
     return paths
+
+
+def rank_marker(sizes: vit.Anatomy, stage: int, heads: int, others: Sequence[int] = ()) -> int:
+    """The greatest rank below all dimensions of a head that is no other size in the graph, as what follows from it with
+    so many heads; 0 where there is none above the ranks that are offered.
+    """
+    own = sizes.stages[stage]
+    taken = {*range(FEWEST_MARKED), *_other_sizes(sizes, others)}
+    taken |= {n for s in sizes.stages for n in (s.neurons, *head_sizes(s, s.heads))}
+    taken |= {heads, -(-own.tokens // own.attended) * heads}
+    highest = lowrank.ranks(own.head_dim)[:-1][-1:]
+    for rank in range(own.head_dim - 1, max(highest, default=own.head_dim), -1):
+        if not taken & {rank, heads * rank, 3 * heads * rank}:
+            return rank
+    return 0
+
+
+def kept_ranks(heads: int, marker: int, rank: int) -> Kept:
+    """What of a model whose heads have `marker` dimensions is one whose heads have the first `rank`."""
+    found = {}
+    for outer in (1, heads, 3 * heads):
+        every = np.arange(outer * marker).reshape(outer, marker)
+        found[outer * marker] = every[:, :rank].flatten()
+    return found
 
 
 def forms(dims: Sequence[str], head_dim: int) -> list[Form]:
@@ -221,7 +282,7 @@ class FirstTokens(nn.Module):
 def token_models(
     model: VisionTransformer, reducer: str, folder: Path, console: Console
 ) -> tuple[dict[str, Path], Shape]:
-    """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.mlp` without attention,
+    """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.whole` with all there is,
     and `reducing`, whose shape, also returned, drops tokens in every block by the reducer.
     """
     sizes = vit.anatomy(model)
@@ -237,7 +298,7 @@ def token_models(
     short: Any = copy.deepcopy(model)
     marked = folder / "marked.onnx"
     with console.progress("token models", 2 * len(fewer), "models") as advance:
-        for kind, row in (("attn", (stage.heads, 0)), ("mlp", (0, stage.neurons))):
+        for kind, row in (("attn", (stage.heads, 0)), ("whole", (stage.heads, stage.neurons))):
             if sizes.prefix + fewer[0] <= marker:
                 short.patch_drop = FirstTokens(marker)
                 export_shape(short, (row,) * sizes.blocks, sizes, marked)

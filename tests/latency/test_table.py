@@ -72,6 +72,16 @@ def test_heads_between_those_measured_are_interpolated() -> None:
     np.testing.assert_allclose(table({0: 8.0, 2: 10.0}, MLP).stages[0].attn_ms, [0, 0.25, 0.5, 1.0])
 
 
+def test_widths_between_those_measured_are_interpolated() -> None:
+    parts = ({0: measured(8.0)}, {0: measured(6.0), 32: measured(10.0)})
+    made = build_table(
+        [Measured(4, 3, 64, *parts, widths=(0, 16, 32, 48, 64))], measured(EMPTY), {}, dense_ms=12.0, runtime="null",
+        precision="fp32", threads=1,
+    )  # fmt: skip
+    assert made.stages[0].mlp_widths == (0, 16, 32, 48, 64)
+    np.testing.assert_allclose(made.stages[0].mlp_ms, [0, 0.5, 1.0, 1.25, 1.5])
+
+
 def test_every_stage_has_prices_of_its_own() -> None:
     """Two stages, of 1 and 3 blocks: each is priced by models in which the other is dense."""
     first = Measured(1, 2, 16, {0: measured(11.0), 1: measured(11.4)}, {0: measured(10.0)})
