@@ -202,11 +202,11 @@ def _with_form_shares(
         found: FloatArray = np.append((prices.share(kind) * factor)[:-1], 1.0)
         return isotonic(np.clip(found, 0.0, 1.0))
 
-    own = prices.stages[0]
+    (stage,) = prices.stages
     return replace(
         prices,
-        attn_form_share={form: share("attn", form) for form in own.attn_forms},
-        mlp_form_share={form: share("mlp", form) for form in own.mlp_forms},
+        attn_form_share={form: share("attn", form) for form in stage.attn_forms},
+        mlp_form_share={form: share("mlp", form) for form in stage.mlp_forms},
     )
 
 
