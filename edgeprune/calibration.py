@@ -34,7 +34,7 @@ class Calibration:
     weights: dict[SubBlock, list[Tensor]] | None
     labelled: Callable[[], Iterator[Batch]]  # the same images with their labels
     shelf: Shelf = MEMORY  # where what is known of each image waits
-    #: (mean, covariance) of what attentions read, by block, once asked for.
+    #: (mean, covariance) of what attentions read, by block; empty where their ranks cannot be lowered.
     inputs: Mapping[int, LayerMoments] = field(default_factory=dict)
 
     @property

@@ -9,7 +9,8 @@ dimensions instead of `head_dim`, plain in every other respect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -51,26 +52,23 @@ def _resize(attn: Any, rank: int) -> None:
     attn.head_dim, attn.attn_dim, attn.scale = rank, heads * rank, rank**-0.5
 
 
-@torch.no_grad()
-def inputs(model: VisionTransformer, batches: Iterable[Tensor]) -> dict[int, MeanCovariance]:
-    """Mean and covariance, float64, of what every attention reads of images `[n, channels, height, width]`, by block."""
+@contextlib.contextmanager
+def watched(model: VisionTransformer) -> Iterator[dict[int, Moments]]:
+    """Moments, by block, of what every attention reads while the model runs in this context."""
     found: dict[int, Moments] = {}
     hooks = []
     for i, block in enumerate(model.blocks):
-        layer = vit.first_layer(vit.sub_block(block, "attn"), "attn")
-        found[i] = Moments(layer.in_features)
+        found[i] = Moments()
 
         def watch(_: nn.Module, x: tuple[Tensor, ...], own: Moments = found[i]) -> None:
-            own.add(x[0], torch.ones(x[0].shape[:-1]))
+            own.add(x[0])
 
-        hooks.append(layer.register_forward_pre_hook(watch))
+        hooks.append(vit.first_layer(vit.sub_block(block, "attn"), "attn").register_forward_pre_hook(watch))
     try:
-        for images in batches:
-            model(images)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return {i: (own.mean, own.covariance) for i, own in found.items()}
 
 
 @torch.no_grad()

@@ -33,7 +33,10 @@ SHAPE = ((2, 16, 0, 0, 8), (3, 24), (1, 24, 0, 0, 12))
 
 def calibrated(model: Any, images: int = 24) -> Calibration:
     found = parts.calibration(model, "fisher", parts.images(images, seed=1))
-    return replace(found, inputs=lowrank.inputs(model, found.batches))
+    with lowrank.watched(model) as attentions, torch.no_grad():
+        for images in found.batches:
+            model(images)
+    return replace(found, inputs={i: (own.mean, own.covariance) for i, own in attentions.items()})
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Calibrate: what the model's layers see, and how much each of its units matters.
 
-Writes `moments.safetensors` (mean and damped covariance of the inputs of every `proj` and `fc2`),
+Writes `moments.safetensors` (mean and damped covariance of the inputs of every `proj` and `fc2`, and of what attentions
+read, where their ranks may be lowered),
 `tokens.safetensors` (how much each token of each calibration image counts there; empty for a criterion that does
 not know the loss) and `levels.npz` (order of removal and error of every level). None depends on the latency
 asked for, unless models are pruned one from the other: then the model is the one that is pruned further.
@@ -8,6 +9,7 @@ asked for, unless models are pruned one from the other: then the model is the on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from edgeprune import criteria, obs, vit
+from edgeprune import criteria, lowrank, obs, vit
 from edgeprune.allocators import pq
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
@@ -40,7 +42,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         return images.batches(size)
 
     criterion = criteria.get(request.criterion)
-    evidence, found = gather(request, model, dense.sizes, batches, len(images), console)
+    with lowrank.watched(model) if dense.sizes.bilinear else contextlib.nullcontext({}) as attentions:
+        evidence, found = gather(request, model, dense.sizes, batches, len(images), console)
     refuse_not_finite(found)
     levels = criteria.score(criterion, evidence)
     for level in levels:
@@ -60,6 +63,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     for (block, kind), own in found.moments.items():
         tensors[f"{block}.{kind}.mean"] = own.mean
         tensors[f"{block}.{kind}.hessian"] = obs.damped(own.covariance)
+    for block, own in attentions.items():
+        tensors[f"{block}.inputs.mean"], tensors[f"{block}.inputs.covariance"] = own.mean, own.covariance
     save_file(tensors, out / "moments.safetensors")
     weights = {f"{block}.{kind}": torch.cat(parts).half() for (block, kind), parts in found.weights.items()}
     save_file(weights, out / "tokens.safetensors")
@@ -116,4 +121,6 @@ def read(folder: Path, dense: baseline.Dense, batch_size: int, shelf: Shelf = ME
     lengths = [len(batch) for batch in batches]
     weights = {(i, kind): list(tokens[f"{i}.{kind}"].float().split(lengths)) for i, kind in places} if tokens else None
     labelled = functools.partial(dense.splits.calibration.batches, batch_size)
-    return Calibration(levels, moments, batches, weights, labelled, shelf)
+    blocks = range(dense.sizes.blocks) if dense.sizes.bilinear else ()
+    inputs = {i: (tensors[f"{i}.inputs.mean"], tensors[f"{i}.inputs.covariance"]) for i in blocks}
+    return Calibration(levels, moments, batches, weights, labelled, shelf, inputs)

@@ -10,12 +10,11 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from edgeprune import allocators, lowrank, polish, quantisation, recoveries, recovery, structure, tasks, vit, weightfile
+from edgeprune import allocators, polish, quantisation, recoveries, recovery, structure, tasks, vit, weightfile
 from edgeprune.artifact import PlannedModel, write_plan
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
@@ -60,9 +59,6 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size, shelf)
         model, bounds = baseline.parent(dense, read)
         dims = vit.choosable(request.dims, dense.sizes)
-        if "qk" in dims and table.ranked:
-            with console.busy("what attentions read"):
-                found = replace(found, inputs=lowrank.inputs(model, found.batches))
         seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
         task = allocators.task(
             found,
