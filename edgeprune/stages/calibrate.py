@@ -42,7 +42,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         return images.batches(size)
 
     criterion = criteria.get(request.criterion)
-    with lowrank.watched(model) if dense.sizes.bilinear else contextlib.nullcontext({}) as attentions:
+    nothing: contextlib.AbstractContextManager[dict[int, obs.Moments]] = contextlib.nullcontext({})
+    with lowrank.watched(model) if dense.sizes.bilinear else nothing as attentions:
         evidence, found = gather(request, model, dense.sizes, batches, len(images), console)
     refuse_not_finite(found)
     levels = criteria.score(criterion, evidence)
