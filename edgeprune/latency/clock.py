@@ -163,6 +163,7 @@ class Clock:
         settle: bool = False,
         every_round: bool = False,
         patience: float = PATIENCE,
+        fewest: int | None = None,
         on_round: Callable[[int, float], None] | None = None,
     ) -> dict[str, Measurement]:
         """Time loaded models turn by turn with the loaded `anchor`; see `race`."""
@@ -178,6 +179,7 @@ class Clock:
             settle=settle,
             every_round=every_round,
             patience=patience,
+            fewest=fewest,
             seed=self.seed,
             on_round=on_round,
         )
@@ -289,14 +291,15 @@ def race(
     settle: bool = False,
     every_round: bool = False,
     patience: float = PATIENCE,
+    fewest: int | None = None,
     seed: int = 0,
     on_round: Callable[[int, float], None] | None = None,
 ) -> list[Measurement]:
     """Time loaded models, of one clock or several, turn by turn; `entries[anchor]` is the anchor.
 
     Rounds go on until the half-width of every 95 % interval is at most `ci` of its ratio (0.01 = ± 1 %),
-    after `min_rounds` at least, or until `max_rounds` or `budget_s` (warming up included) is over; 9
-    rounds are always run. `on_round(rounds, seconds)` is called after each round.
+    after `min_rounds` at least, or until `max_rounds` or `budget_s` (warming up included) is over; `fewest`
+    rounds (None = 9) are always run. `on_round(rounds, seconds)` is called after each round.
     Runs whose threads had to wait for a CPU do not count. With `quiet`, the anchor on the quiet device, only
     rounds as calm as that do, and a machine that is disturbed is given up to `patience` times the budget to
     calm down. With `settle` the same holds for the quietest stretch of this measurement, if it is quieter; all
@@ -317,9 +320,10 @@ def race(
         counting, ran = (None, None) if settle else (quiet, copies)
         return statistics.summarise(names, samples, anchor, seed, counting, waits, ran)
 
-    next_look = max(min_rounds, FEWEST_ROUNDS)
+    fewest = FEWEST_ROUNDS if fewest is None else fewest
+    next_look = max(min_rounds, fewest)
     calm = 0
-    while calm < max(max_rounds, FEWEST_ROUNDS):
+    while calm < max(max_rounds, fewest):
         turn = samples.shape[1]
         row, waited = np.empty(len(entries)), np.zeros(len(entries))
         used = np.array([_copy(entry, i == anchor, turn) for i, entry in enumerate(entries)])
@@ -340,7 +344,7 @@ def race(
         calm = statistics.calm_count(samples, waits, anchor, quiet, settle=settle)
         waiting = calm < min_rounds and (quiet is not None or settle)
         patience_s = budget_s * (patience if waiting else 1)
-        if turn + 1 >= FEWEST_ROUNDS and seconds >= patience_s:
+        if turn + 1 >= fewest and seconds >= patience_s:
             break
         if calm >= next_look:
             measured = summarised()

@@ -24,6 +24,7 @@ from edgeprune.tuning.judge import Judge, divide
 from edgeprune.tuning.loop import History, fit
 from edgeprune.types import to_json
 
+UNTUNED = 64  # images that tell how far a model that is not tuned is from the dense one
 NEGLIGIBLE = 1e-3  # nats, or of `tasks.scale`; AdamW's first steps alone move a model further than that
 
 
@@ -37,6 +38,8 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         recipe = schedules.share(recipe, 1 - schedules.SHARE)
     shutil.copyfile(read["prune"] / "plan.json", out / "plan.json")
     check, _ = divide(dense.splits.train)
+    if sum(recipe.epochs) <= 0:
+        check = check.take(UNTUNED)
     adapted = recoveries.get(request.recovery).TUNES == "adapters"
     if adapted:
         adapters.attach(student, seed=request.seed)

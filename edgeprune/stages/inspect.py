@@ -30,10 +30,10 @@ from edgeprune.neighbours import Predictor
 from edgeprune.stages import baseline, export, profile, validate
 
 SEVERITY = 3
-#: How long both models run on corrupted images; it decides how many, a chunk at least.
+#: How long both models run on corrupted images, about; it decides how many, the first few at least.
 ROBUSTNESS_SECONDS = 20.0
 ROBUSTNESS_IMAGES = 256  # at most
-CHUNK = 16
+FIRST, CHUNK = 4, 64  # images of the first chunk, which tells how long one takes, and at most of the others
 GEOMETRY_IMAGES = 64
 EXAMPLES = 12  # flipped images shown, of each kind
 POWERED = 8  # images that run over and over while memory and energy are measured, or a whole batch
@@ -128,10 +128,9 @@ def robustness(
     seen: list[NDArray[np.int64]] = []
     start = told = time.monotonic()
     with console.progress("corruptions", ROBUSTNESS_SECONDS, "s") as advance:
-        for at in range(0, len(drawn), CHUNK):
-            if chunks and time.monotonic() - start > ROBUSTNESS_SECONDS:
-                break
-            mine = np.sort(drawn[at : at + CHUNK])
+        at, size = 0, FIRST
+        while at < len(drawn) and size > 0:
+            mine = np.sort(drawn[at : at + size])
             pixels, labels = _drawn(parts, said, mine)
             images = pixels if pixels.dtype == np.uint8 else _unnormalised(pixels, mean, std)
             raw = pixels.dtype == np.uint8
@@ -144,9 +143,11 @@ def robustness(
                 )
             )
             seen.append(mine)
+            at += len(mine)
             now = time.monotonic()
-            advance(now - told, f"{sum(map(len, seen))} images")
+            advance(now - told, f"{at} images")
             told = now
+            size = min(int((start + ROBUSTNESS_SECONDS - now) * at / max(now - start, 1e-9)), CHUNK)
     right = np.concatenate(chunks, axis=-1)
     clean = inspection.joined(list(said.values())).right[:, np.concatenate(seen)]
     # An image counts once in the whole: its kinds are no independent draws.

@@ -28,6 +28,7 @@ from edgeprune.types import PLAIN, FloatArray, Form, LatencyTable, Measurement, 
 TABLE_SECONDS = 60.0
 TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the quietest
 MIN_ROUNDS = 60
+FEWEST = 20  # rounds, whatever they take: with nine, prices of a BEiT-B had intervals of up to ± 40 % on a busy machine
 FITTING_PLANS = 8
 TABLE_BYTES = 6 << 30
 SCHEMA = "edgeprune.profile/1"
@@ -300,7 +301,8 @@ def measure(
             with console.timing("latency table", seconds) as on_round:
                 found.append(clock.measure(
                     list(group), "dense", ci=0.007, min_rounds=MIN_ROUNDS, budget_s=seconds,
-                    quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, on_round=on_round,
+                    quiet=Quiet(known.ms) if known else None, settle=True, patience=TABLE_PATIENCE, fewest=FEWEST,
+                    on_round=on_round,
                 ))  # fmt: skip
             for name in group:
                 clock.unload(name)
