@@ -47,7 +47,8 @@ def test_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in clock.METHODS:
         estimates = raw["estimates"][method]
         assert len(estimates) == 2 and all(e["ratio"] > 0 and e["ms"] > 0 for e in estimates)
-        assert [len(samples) for e in estimates for samples in e["samples_ms"]] == [10] * 4
+        # a round that something disturbed is timed once more where only calm ones count
+        assert all(10 <= len(samples) <= 30 for e in estimates for samples in e["samples_ms"])
 
 
 def test_clock_refuses_what_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
