@@ -54,10 +54,10 @@ def _resize(attn: Any, rank: int) -> None:
 
 @contextlib.contextmanager
 def watched(model: VisionTransformer) -> Iterator[dict[int, Moments]]:
-    """Moments, by block, of what every attention reads while the model runs in this context."""
+    """Moments, by block, of what every attention reads while the model runs in this context; none where ranks stay."""
     found: dict[int, Moments] = {}
     hooks = []
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.blocks if vit.anatomy(model).bilinear else ()):
         found[i] = Moments()
 
         def watch(_: nn.Module, x: tuple[Tensor, ...], own: Moments = found[i]) -> None:

@@ -234,7 +234,7 @@ class LatencyTable:
     @property
     def int8(self) -> bool:
         """Whether int8 sub-blocks were measured."""
-        return all(form in own.forms(kind) for own in self.stages for form in [Form(int8=True)] for kind in INT8)
+        return all(Form(int8=True) in own.forms(kind) for own in self.stages for kind in INT8)
 
     @property
     def ranked(self) -> bool:
@@ -242,7 +242,7 @@ class LatencyTable:
         return any(own.ranks for own in self.stages)
 
     def share(self, kind: SubBlockKind, form: Form = PLAIN) -> FloatArray:
-        """`[len(patches)]`: of the price of such a sub-block, with so many patches."""
+        """`[len(patches)]`: of the price of such a sub-block, with so many patches; the plain one's where it has none."""
         plain, others = (
             (self.attn_share, self.attn_form_share) if kind == "attn" else (self.mlp_share, self.mlp_form_share)
         )

@@ -281,6 +281,32 @@ def test_models_with_fewer_tokens_are_cut_from_one(
             assert export.compare(small, path, make_images(2, size=size))
 
 
+def test_models_of_a_form_with_fewer_tokens_are_cut_from_one(
+    make_vit: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """They have the graph of a direct export."""
+    model, exported = make_vit(img_size=64, depth=2, embed_dim=96), []
+    sizes = vit.anatomy(model)
+    real = stage_shapes.export_shape
+    monkeypatch.setattr(stage_shapes, "export_shape", lambda *args: (exported.append(args[-1]), real(*args)))
+    found = stage_shapes.token_form_models(model, ("qk", "precision"), tmp_path, SILENT)
+    assert [f"{kind}.{form}" for kind, form in found] == ["attn.rank8", "attn.int8", "mlp.int8"]
+    every = stage_shapes.patch_counts(sizes)
+    assert all(list(own) == [every[1], every[3], sizes.patches] for own in found.values())
+    assert len(exported) == 6, "a marker and the whole of each"
+    for (kind, form), own in found.items():
+        short = copy.deepcopy(model)
+        short.patch_drop = stage_shapes.FirstTokens(1 + every[1])
+        units = (3, 0) if kind == "attn" else (0, sizes.only.neurons)
+        row = (*units, 0, (1 if kind == "attn" else 2) if form.int8 else 0, form.rank or 0)
+        real(short, (row,) * 2, sizes, tmp_path / "direct.onnx")
+        direct, cut = onnx.load(tmp_path / "direct.onnx"), onnx.load(own[every[1]])
+        onnx.checker.check_model(cut, full_check=True)
+        assert operators(cut) == operators(direct) and weight_shapes(cut) == weight_shapes(direct)
+        session = onnxruntime.InferenceSession(str(own[every[1]]), providers=["CPUExecutionProvider"])
+        assert np.isfinite(session.run(None, {"pixels": np.ones((1, *sizes.image), np.float32)})[0]).all()
+
+
 def test_a_marker_that_is_also_a_value_is_refused() -> None:
     graph = onnx.GraphProto(initializer=[numpy_helper.from_array(np.array([1, 89], dtype=np.int64), "shape")])
     with pytest.raises(ValueError, match=r"'shape' holds a marker of \[89\]"):

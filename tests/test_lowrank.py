@@ -24,9 +24,9 @@ from edgeprune.recoveries import Damage
 from edgeprune.stages import export, shapes, simplify
 from edgeprune.types import Form, LatencyTable, Measurement, rank
 
-#: The tests' table, in which heads of 8 of their 16 dimensions cost 0.6 of the price of attention.
 RANK8 = Form(rank=8)
 PRICES = parts.TABLE.stages[0]
+#: The tests' table, in which heads of 8 of their 16 dimensions cost 0.6 of the price of attention.
 TABLE = replace(parts.TABLE, stages=(replace(PRICES, attn_forms={RANK8: 0.6 * PRICES.attn_ms}),))
 SHAPE = ((2, 16, 0, 0, 8), (3, 24), (1, 24, 0, 0, 12))
 
@@ -34,8 +34,8 @@ SHAPE = ((2, 16, 0, 0, 8), (3, 24), (1, 24, 0, 0, 12))
 def calibrated(model: Any, images: int = 24) -> Calibration:
     found = parts.calibration(model, "fisher", parts.images(images, seed=1))
     with lowrank.watched(model) as attentions, torch.no_grad():
-        for images in found.batches:
-            model(images)
+        for batch in found.batches:
+            model(batch)
     return replace(found, inputs={i: (own.mean, own.covariance) for i, own in attentions.items()})
 
 

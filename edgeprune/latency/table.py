@@ -324,7 +324,11 @@ def _read(document: Mapping[str, Any]) -> LatencyTable:
             "patches": tuple(document.get("patches", ())),
         }
     )
-    if table.patches or any(len(own) != 1 for own in (table.attn_share, table.mlp_share)) or table.attn_form_share:
+    if (
+        table.patches
+        or any(getattr(table, key) for key in FORM_SHARES)
+        or any(len(getattr(table, key)) != 1 for key in SHARES)
+    ):
         _check_tokens(table)
     if not table.stages:
         raise ValueError("it has no stages")

@@ -9,7 +9,6 @@ asked for, unless models are pruned one from the other: then the model is the on
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,8 +41,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         return images.batches(size)
 
     criterion = criteria.get(request.criterion)
-    nothing: contextlib.AbstractContextManager[dict[int, obs.Moments]] = contextlib.nullcontext({})
-    with lowrank.watched(model) if dense.sizes.bilinear else nothing as attentions:
+    with lowrank.watched(model) as attentions:
         evidence, found = gather(request, model, dense.sizes, batches, len(images), console)
     refuse_not_finite(found)
     levels = criteria.score(criterion, evidence)

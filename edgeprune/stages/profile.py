@@ -384,9 +384,8 @@ def tell(
                         + ("" if min(shares) < 1 else ": int8 does not pay here"))  # fmt: skip
         if own.ranks:
             lower = [f"{own.attn_forms[Form(rank=r)][-1] / own.attn_ms[-1]:.0%} with {r}" for r in own.ranks]
-            console.say(
-                f"heads of rank {sizes.stages[i].head_dim} cost less with a lower one: attention {', '.join(lower)}{where}"
-            )
+            dims = sizes.stages[i].head_dim
+            console.say(f"heads of fewer dimensions than {dims} make attention cost {', '.join(lower)}{where}")
     if uncapped := worker["dense"].get("uncapped"):
         kernels = ", ".join(f"{count} {kernel}" for kernel, count in uncapped.items())
         console.warn(

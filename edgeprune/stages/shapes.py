@@ -25,9 +25,9 @@ from edgeprune.console import Console
 from edgeprune.stages import export, simplify
 from edgeprune.types import INT8, PLAIN, Form, Shape, SubBlockKind, left
 
-MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages, and of a large model;
-MAX_LARGE_WIDTHS = 8  # MLP widths that are measured of a large model; those between are interpolated
-LARGE_MACS = 8e9  # a model of so many multiply-adds takes seconds to export and to load, and hides no step of a kernel
+MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages or of a large model, about
+MAX_LARGE_WIDTHS = 8  # MLP widths that are measured of a large model, about; sizes between are interpolated
+LARGE_MACS = 8e9  # multiply-adds from which a model is large: each of its shapes takes seconds to make, load and time
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
 INT8_SIZES = 3  # of each kind of sub-block that are measured in int8, at most
@@ -57,6 +57,7 @@ class Entry:
 
 
 def is_large(sizes: vit.Anatomy) -> bool:
+    """Whether fewer sizes are measured, as each takes long."""
     return vit.macs(sizes, sizes.shape) >= LARGE_MACS
 
 
@@ -291,26 +292,11 @@ def token_models(
     reducing: Shape = ((stage.heads, stage.neurons, fewer[-1] if fewer else sizes.patches),) * stage.blocks
     paths = {"reducing": folder / "reducing.onnx"}
     export_shape(model, reducing, sizes, paths["reducing"], reducer)
-    if not fewer:
-        return paths, reducing
-    taken = {stage.neurons, *head_sizes(stage, stage.heads), *_other_sizes(sizes, export.how(model).intake.frame or ())}
-    marker = next((n for n in range(stage.tokens - 1, FEWEST_MARKED, -1) if n not in taken), 0)
-    short: Any = copy.deepcopy(model)
-    marked = folder / "marked.onnx"
+    short = copy.deepcopy(model)
     with console.progress("token models", 2 * len(fewer), "models") as advance:
-        for kind, row in (("attn", (stage.heads, 0)), ("whole", (stage.heads, stage.neurons))):
-            if sizes.prefix + fewer[0] <= marker:
-                short.patch_drop = FirstTokens(marker)
-                export_shape(short, (row,) * sizes.blocks, sizes, marked)
-            for patches in fewer:
-                path = paths[f"tokens{patches}.{kind}"] = folder / f"tokens{patches}.{kind}.onnx"
-                if (count := sizes.prefix + patches) <= marker:
-                    onnx.save(cut(onnx.load(marked), {marker: np.arange(count)}, values=True), path)
-                else:
-                    short.patch_drop = FirstTokens(count)
-                    export_shape(short, (row,) * sizes.blocks, sizes, path)
-                advance(1, "")
-    marked.unlink(missing_ok=True)
+        for name, row in (("attn", (stage.heads, 0)), ("whole", (stage.heads, stage.neurons))):
+            paths |= {path.stem: path for path in _with_patches(short, row, fewer, name, folder).values()}
+            advance(len(fewer), "")
     return paths, reducing
 
 
@@ -330,16 +316,39 @@ def token_form_models(
         wanted += [("attn", Form(int8=True)), ("mlp", Form(int8=True))]
     counts = [*(fewer[i] for i in FORM_TOKENS if i < len(fewer)), sizes.patches]
     paths: dict[tuple[SubBlockKind, Form], dict[int, Path]] = {}
-    short: Any = copy.deepcopy(model)
-    with console.progress("token models of forms", len(wanted) * len(counts), "exports") as advance:
+    short = copy.deepcopy(model)
+    with console.progress("token models of forms", len(wanted) * len(counts), "models") as advance:
         for kind, form in wanted if len(counts) > 1 else ():
             units = (stage.heads, 0) if kind == "attn" else (0, stage.neurons)
-            for patches in counts:
-                path = folder / f"tokens{patches}.{kind}.{form}.onnx"
-                short.patch_drop = FirstTokens(sizes.prefix + patches)
-                export_shape(short, (_formed(*units, kind, form),) * sizes.blocks, sizes, path)
-                paths.setdefault((kind, form), {})[patches] = path
-                advance(1, "")
+            paths[kind, form] = _with_patches(short, _formed(*units, kind, form), counts, f"{kind}.{form}", folder)
+            advance(len(counts), "")
+    return paths
+
+
+def _with_patches(short: Any, row: tuple[int, ...], counts: Sequence[int], name: str, folder: Path) -> dict[int, Path]:
+    """ONNX files `tokens<patches>.<name>` of models whose blocks all have this row and that have so many patches from the
+    start, by number; those below a marker are cut from one. `short`: a copy of the model, which is changed.
+    """
+    sizes = vit.anatomy(short)
+    stage = sizes.only
+    taken = {stage.neurons, *head_sizes(stage, stage.heads), *_other_sizes(sizes, export.how(short).intake.frame or ())}
+    taken |= {n * lower for lower in lowrank.ranks(stage.head_dim) for n in (1, stage.heads, 3 * stage.heads)}
+    marker = next((n for n in range(stage.tokens - 1, FEWEST_MARKED, -1) if n not in taken), 0)
+    marked = folder / "marked.onnx"
+
+    def made(tokens: int, path: Path) -> None:
+        short.patch_drop = FirstTokens(tokens)
+        export_shape(short, (row,) * sizes.blocks, sizes, path)
+
+    paths = {patches: folder / f"tokens{patches}.{name}.onnx" for patches in counts}
+    for patches, path in paths.items():
+        if (tokens := sizes.prefix + patches) > marker:
+            made(tokens, path)
+            continue
+        if not marked.exists():
+            made(marker, marked)
+        onnx.save(cut(onnx.load(marked), {marker: np.arange(tokens)}, values=True), path)
+    marked.unlink(missing_ok=True)
     return paths
 
 
