@@ -101,14 +101,21 @@ def test_latency(edited: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, m
     assert check["limit"] == ms
 
 
+@pytest.mark.parametrize(("share", "verdict"), [(1000, "pass"), (0.1, "inconclusive")])
 def test_latency_of_a_machine_that_is_never_as_quiet_as_the_profile(
-    edited: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    edited: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, verdict: str
 ) -> None:
+    """Corrected, the artifact takes a hundredth of what it did; as it is, it may still be within the limit, or not."""
+
+    def ask(document: Any) -> None:
+        limit(share * document["pruned"]["latency_ms"]["p50"])(document)
+
     def quicker(profile: Any) -> None:
         profile["anchor_ms"] = {name: ms / 100 for name, ms in profile["anchor_ms"].items()}
 
-    check = judged(tmp_path, monkeypatch, "latency p50", "inconclusive", edited(limit(1e6), quicker))
-    assert "never quiet enough" in check["reason"]
+    reason = judged(tmp_path, monkeypatch, "latency p50", verdict, edited(ask, quicker))["reason"]
+    assert "never quiet enough" in reason
+    assert ("yet even so all is within" in reason) == (verdict == "pass")
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(0.001, "pass"), (1000.0, "fail"), (None, "inconclusive")])
@@ -126,7 +133,8 @@ def test_latency_at_build(
     def measured(*arguments: Any, **options: Any) -> Any:
         found = real(*arguments, **options)
         if ratio is None:
-            return dataclasses.replace(found, calm=False)
+            slow = {name: 10 * getattr(found, name) for name in ("samples_ms", "anchor_ms", "raw_ms")}
+            return dataclasses.replace(found, calm=False, **slow)
         return dataclasses.replace(found, ratio=ratio, ratio_ci=(0.99 * ratio, 1.01 * ratio))
 
     monkeypatch.setattr(validate.checks, "measure", measured)
