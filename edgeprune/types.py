@@ -146,7 +146,7 @@ class Quiet:
 class Measurement:
     """A candidate and the anchor, timed in the same rounds in random order.
 
-    Shapes: `samples_ms` and `anchor_ms` are `[rounds that count]`, row i of both from the same round.
+    Shapes: `samples_ms` and `anchor_ms` are `[rounds that count]`, row i of both from the same part of one round.
     `ratio` is the median of per-round ratios, each as it would be on the quiet device; `ratio_ci` its 95 %
     bootstrap interval, widened by `doubt`: the correction itself. Rounds in which the machine was disturbed do not count, unless it was never calm:
     then all do and `calm` is False.
@@ -159,6 +159,7 @@ class Measurement:
     ratio_ci: tuple[float, float]
     raw_ms: FloatArray  # [2, all rounds]: candidate and anchor, in order of time
     waited_ms: FloatArray  # [2, all rounds]: how long their threads waited for a CPU meanwhile
+    level_ms: FloatArray  # [all rounds]: the anchor's running median at that time; inf = unknown
     doubt: float = 0.0  # share of the ratio
     calm: bool = True
 

@@ -503,9 +503,10 @@ def test_profile_takes_the_table_of_the_build_from_the_cache(
     for path in (tmp_path / "p.json", tmp_path / "p" / "profile.json"):
         assert json.loads(path.read_text()) == {**document, **added}
     with np.load(tmp_path / "p" / "samples.npz") as samples:
-        assert {"dense", "empty", "heads0", "neurons32", "plan0"} <= set(samples.files)
+        assert {"empty", "heads0", "neurons32", "plan0"} <= set(samples.files)
         assert {f"{name}.waited" for name in samples.files if "." not in name} <= set(samples.files)
-        assert len({len(samples[name]) for name in samples.files}) == 1
+        assert len({samples[name].shape for name in samples.files}) == 1
+        assert samples["heads0"].shape[0] == 2, "of the model and of the dense one"
     report = (tmp_path / "p" / "profile.md").read_text()
     for title in (
         "Sub-blocks",
@@ -742,10 +743,6 @@ def test_a_table_is_measured_in_groups_where_memory_is_short(
     table = found.document["table"]
     assert table["stages"][0]["mlp_ms"] == sorted(table["stages"][0]["mlp_ms"])
     assert 0 < table["empty_ms"] < table["dense_ms"]
-    [folder] = tmp_path.glob("profile-*")
-    with np.load(folder / "samples.npz") as samples:
-        anchors = [name for name in samples.files if re.fullmatch(r"dense\d*", name)]
-    assert len(anchors) == int(said[2])
 
 
 def test_gradual_prunes_the_tuned_model_further(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:

@@ -242,7 +242,8 @@ def test_plans_have_ranks_within_the_budget(tiny_vit: Any, seconds: float) -> No
 
 def measured(ms: float) -> Measurement:
     samples = np.full(12, ms)
-    return Measurement("x", samples, np.full(12, 12.0), ms / 12, (ms / 12,) * 2, np.stack([samples, samples]), np.zeros((2, 12)))  # fmt: skip
+    anchor, both = np.full(12, 12.0), np.stack([samples, samples])
+    return Measurement("x", samples, anchor, ms / 12, (ms / 12,) * 2, both, np.zeros((2, 12)), anchor)
 
 
 def made(forms: dict[Form, dict[int, Measurement]], **more: Any) -> LatencyTable:

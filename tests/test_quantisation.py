@@ -297,7 +297,8 @@ def test_a_stitched_int8_model_is_the_sliced_one(tiny_vit: Any) -> None:
 def measured(ms: float, dense_ms: float = 12.0) -> Measurement:
     samples = np.full(12, ms)
     ratio = ms / dense_ms
-    return Measurement("x", samples, np.full(12, dense_ms), ratio, (ratio, ratio), np.stack([samples, samples]), np.zeros((2, 12)))  # fmt: skip
+    anchor, both = np.full(12, dense_ms), np.stack([samples, samples])
+    return Measurement("x", samples, anchor, ratio, (ratio, ratio), both, np.zeros((2, 12)), anchor)
 
 
 def made(**more: Any) -> LatencyTable:

@@ -292,9 +292,8 @@ def test_features_of_a_reduced_student_compare_with_the_teachers_same_tokens(
 
 def measured(ms: float) -> Measurement:
     rounds = np.full(60, ms)
-    return Measurement(
-        "m", rounds, np.full(60, 12.0), ms / 12, (ms / 12, ms / 12), np.full((2, 60), ms), np.zeros((2, 60))
-    )
+    anchor, both = np.full(60, 12.0), np.full((2, 60), ms)
+    return Measurement("m", rounds, anchor, ms / 12, (ms / 12, ms / 12), both, np.zeros((2, 60)), anchor)
 
 
 def made(**more: Any) -> LatencyTable:

@@ -1,6 +1,7 @@
 """The clock: owns measuring workers, and times models turn by turn with an anchor.
 
-Every round runs all candidates and the anchor in a fresh random order. The order is drawn here and the
+Every round runs all candidates in a fresh random order, and the anchor among every few of them: what others do to a
+machine may change within a second, and a round of dozens of models takes longer. The order is drawn here and the
 time is taken in the worker, around the inference call only; a worker that waits for its turn is idle.
 """
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from edgeprune import errors
 from edgeprune.latency import device, statistics
-from edgeprune.types import Measurement, Quiet
+from edgeprune.types import FloatArray, Measurement, Quiet
 
 #: Rounds that are run even when the time budget is over: fewer say nothing.
 FEWEST_ROUNDS = 9
@@ -39,6 +40,9 @@ COPIES = 4
 PATIENCE = 4
 #: The share of the budget that warming up may take.
 WARM_SHARE = 0.2
+#: Candidates that share one run of the anchor. On a busy machine two runs next to each other are slowed alike (correlation
+#: .84), eight runs apart .64, a round of 76 models apart .36.
+BESIDE = 10
 PREDICT_CHUNK = 64
 
 
@@ -313,38 +317,26 @@ def race(
         clock._ask("warm", name=name, max_runs=WARM_RUNS, max_s=WARM_SHARE * budget_s / len(entries))
     rng = np.random.default_rng(seed)
     names = [name for _, name in entries]
-    samples, waits = np.empty((2, len(entries), 0))  # [entries, rounds], as are the copies
-    copies = np.empty((len(entries), 0), dtype=np.int64)
+    record = statistics.Record(len(entries), anchor)
 
     def summarised() -> list[Measurement]:
-        counting, ran = (None, None) if settle else (quiet, copies)
-        return statistics.summarise(names, samples, anchor, seed, counting, waits, ran)
+        return statistics.summarise(names, record.turns, seed, None if settle else quiet)
 
     fewest = FEWEST_ROUNDS if fewest is None else fewest
     next_look = max(min_rounds, fewest)
-    calm = 0
+    turn = calm = 0
     while calm < max(max_rounds, fewest):
-        turn = samples.shape[1]
-        row, waited = np.empty(len(entries)), np.zeros(len(entries))
-        used = np.array([_copy(entry, i == anchor, turn) for i, entry in enumerate(entries)])
-        order = rng.permutation(len(entries)).tolist()
-        # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
-        for _, group in itertools.groupby(order, key=lambda i: id(entries[i][0])):
-            turns = list(group)
-            answer = entries[turns[0]][0]._ask(
-                "turns", names=[names[i] for i in turns], copies=used[turns].tolist(), turn=turn
-            )
-            row[turns] = answer["ms"]
-            if not every_round:
-                waited[turns] = answer["waited_ms"]
-        samples, waits, copies = (np.column_stack(pair) for pair in ((samples, row), (waits, waited), (copies, used)))
-        seconds = time.monotonic() - began
+        found = _round(entries, _parts(rng, len(entries), anchor), anchor, turn)
+        if every_round:
+            found[1] *= 0
+        record.add(found)
+        turn, seconds = turn + 1, time.monotonic() - began
         if on_round is not None:
-            on_round(turn + 1, seconds)
-        calm = statistics.calm_count(samples, waits, anchor, quiet, settle=settle)
+            on_round(turn, seconds)
+        calm = statistics.calm_count(record.turns, quiet, settle=settle)
         waiting = calm < min_rounds and (quiet is not None or settle)
         patience_s = budget_s * (patience if waiting else 1)
-        if turn + 1 >= fewest and seconds >= patience_s:
+        if turn >= fewest and seconds >= patience_s:
             break
         if calm >= next_look:
             measured = summarised()
@@ -352,6 +344,27 @@ def race(
                 return measured
             next_look = math.ceil(calm * 1.1)  # looking costs a bootstrap per candidate
     return summarised()
+
+
+def _parts(rng: np.random.Generator, entries: int, anchor: int) -> list[list[int]]:
+    """The order of a round: the candidates at random, cut into parts of at most `BESIDE`, with the anchor somewhere in each."""
+    candidates = rng.permutation([i for i in range(entries) if i != anchor])
+    parts = np.array_split(candidates, max(1, math.ceil(len(candidates) / BESIDE)))
+    return [np.insert(part, rng.integers(len(part) + 1), anchor).astype(int).tolist() for part in parts]
+
+
+def _round(entries: Sequence[tuple[Clock, str]], parts: Sequence[Sequence[int]], anchor: int, turn: int) -> FloatArray:
+    """`[3, parts, entries]`: milliseconds of each run, those that it waited, and which copy of the model ran; NaN = none did."""
+    found = np.full((3, len(parts), len(entries)), np.nan)
+    order = [(k, i) for k, part in enumerate(parts) for i in part]
+    # Neighbours of one worker go in one request; the worker's idle time between requests is untimed.
+    for _, group in itertools.groupby(order, key=lambda at: id(entries[at[1]][0])):
+        runs = list(group)
+        which = tuple(zip(*runs, strict=True))
+        copies = [_copy(entries[i], i == anchor, turn) for _, i in runs]
+        answer = entries[runs[0][1]][0]._ask("turns", names=[entries[i][1] for _, i in runs], copies=copies, turn=turn)
+        found[0][which], found[1][which], found[2][which] = answer["ms"], answer["waited_ms"], copies
+    return found
 
 
 def _copy(entry: tuple[Clock, str], is_anchor: bool, turn: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,9 @@ MIN_SAMPLES = {"p90": 64, "p99": 662}
 #: A run is disturbed when its threads waited for a CPU for longer than this share of it, and than this.
 WAITED = 0.02
 WAITED_MS = 0.05
-#: A round is calm when the anchor's running median is at most this share above its quiet latency.
+#: A run is calm when the anchor's running median is at most this share above its quiet latency.
 CALM = 0.08
-CALM_WINDOW = 7  # rounds
+CALM_WINDOW = 7  # runs of the anchor
 #: Calm rounds below which they do not speak for themselves.
 FEWEST_CALM = 20
 #: Weight of the usual slope in `fit_slope`: it takes slow and quick stretches to outweigh it, noise does not.
@@ -41,54 +42,98 @@ def bootstrap_median_ci(values: FloatArray, seed: int = 0, resamples: int = RESA
     return float(low), float(high)
 
 
-def summarise(
-    names: Sequence[str],
-    samples_ms: FloatArray,
-    anchor: int,
+@dataclass(frozen=True)
+class Turns:
+    """Timed runs of some models, and what each is compared with.
+
+    Shapes: `ms`, `waited_ms` and `copies` are `[2, models, rounds]`: of the model, and of the anchor that ran beside it;
+    waited_ms: how long the threads of each run waited for a CPU; copies: which copy of the model ran.
+    level_ms: `[models, rounds]`, the anchor's running median at that time; see `levels`.
+    """
+
+    ms: FloatArray
+    waited_ms: FloatArray
+    level_ms: FloatArray
+    copies: NDArray[np.int64]
+
+    @property
+    def rounds(self) -> int:
+        return int(self.ms.shape[-1])
+
+
+class Record:
+    """Collects the turns of a measurement, round by round."""
+
+    def __init__(self, models: int, anchor: int) -> None:
+        self._anchor = anchor
+        self._ran = np.empty((3, 2, models, 0))  # as `Turns` has them
+        self._beside = np.empty((models, 0), dtype=np.int64)  # which run of the anchor a model is compared with
+        self._anchors = np.empty(
+            (2, 0)
+        )  # milliseconds, and those it waited, of each run of the anchor, in order of time
+
+    def add(self, ran: FloatArray) -> None:
+        """A round: `[3, parts, models]`, milliseconds, those waited, and the copy; NaN = not in this part. The anchor is in all."""
+        part = np.argmin(np.isnan(ran[0]), axis=0)  # the anchor's own row has its first run
+        pairs = np.stack([ran[:, part, np.arange(ran.shape[2])], ran[:, part, self._anchor]], axis=1)
+        self._beside = np.column_stack([self._beside, self._anchors.shape[1] + part])
+        self._ran = np.concatenate([self._ran, pairs[..., None]], axis=-1)
+        self._anchors = np.concatenate([self._anchors, ran[:2, :, self._anchor]], axis=-1)
+
+    @property
+    def turns(self) -> Turns:
+        ms, waited_ms, copies = self._ran
+        return Turns(ms, waited_ms, levels(*self._anchors)[self._beside], copies.astype(np.int64))
+
+
+def summarise(names: Sequence[str], turns: Turns, seed: int = 0, quiet: Quiet | None = None) -> list[Measurement]:
+    """One Measurement per model.
+
+    quiet: the anchor's quiet latency; only rounds as calm as that count, corrected to exactly that. None = all calm.
+    """
+    return [
+        judged(name, turns.ms[:, i], turns.waited_ms[:, i], turns.level_ms[i], turns.copies[:, i], seed, quiet)
+        for i, name in enumerate(names)
+    ]
+
+
+def judged(
+    name: str,
+    raw_ms: FloatArray,
+    waited_ms: FloatArray,
+    level_ms: FloatArray,
+    copies: NDArray[np.int64] | None = None,
     seed: int = 0,
     quiet: Quiet | None = None,
-    waited_ms: FloatArray | None = None,
-    copies: NDArray[np.int64] | None = None,
-) -> list[Measurement]:
-    """One Measurement per row of `samples_ms` `[candidates, rounds]`; row `anchor` is the anchor.
-
-    quiet: the anchor's quiet latency; only rounds as calm as that count, corrected to exactly that. None =
-    all calm. waited_ms: as `samples_ms`, how long the threads of each run waited for a CPU; None = unknown.
-    copies: as `samples_ms`, which copy of the model ran; None = there is one.
-    """
-    waited = np.zeros_like(samples_ms) if waited_ms is None else waited_ms
-    good = undisturbed(samples_ms, waited)
-    level = levels(samples_ms[anchor], good[anchor])
-    still = np.isfinite(level) if quiet is None else level <= (1 + CALM) * quiet.ms
-    rounds = samples_ms.shape[1]
-    measurements = []
-    for i, name in enumerate(names):
-        mask = good[i] & good[anchor] & still
-        calm = int(mask.sum()) >= min(FEWEST_CALM, rounds)
-        mask = mask if calm else np.ones(rounds, dtype=bool)
-        ratios, doubt = samples_ms[i, mask] / samples_ms[anchor, mask], 0.0
-        if calm and quiet is not None:
-            shifted = shift(float(np.median(ratios)), level[mask], quiet)
-            ratios = ratios / shifted
-            # One slope serves all models and causes: for this one the correction may be wrong altogether.
-            doubt = abs(float(np.median(shifted)) - 1)
-        if copies is not None:
-            doubt += math.hypot(luck(ratios, copies[i, mask]), luck(ratios, copies[anchor, mask]))
-        low, high = bootstrap_median_ci(ratios, seed)
-        measurements.append(
-            Measurement(
-                name=name,
-                samples_ms=samples_ms[i, mask],
-                anchor_ms=samples_ms[anchor, mask],
-                ratio=float(np.median(ratios)),
-                ratio_ci=(low * (1 - doubt), high * (1 + doubt)),
-                doubt=doubt,
-                raw_ms=samples_ms[[i, anchor]],
-                waited_ms=waited[[i, anchor]],
-                calm=calm,
-            )
-        )
-    return measurements
+) -> Measurement:
+    """What the runs of a model and the anchor's beside them, `[2, rounds]`, say; see `Turns`. copies: None = there is one."""
+    good = undisturbed(raw_ms, waited_ms).all(axis=0)
+    still = np.isfinite(level_ms) if quiet is None else level_ms <= (1 + CALM) * quiet.ms
+    mask, rounds = good & still, raw_ms.shape[1]
+    calm = int(mask.sum()) >= min(FEWEST_CALM, rounds)
+    mask = mask if calm else np.ones(rounds, dtype=bool)
+    (own, anchor), doubt = raw_ms[:, mask], 0.0
+    ratios = own / anchor
+    if calm and quiet is not None:
+        shifted = shift(float(np.median(ratios)), level_ms[mask], quiet)
+        ratios = ratios / shifted
+        # One slope serves all models and causes: for this one the correction may be wrong altogether.
+        doubt = abs(float(np.median(shifted)) - 1)
+    if copies is not None:
+        doubt += math.hypot(*(luck(ratios, which) for which in copies[:, mask]))
+    low, high = bootstrap_median_ci(ratios, seed)
+    return Measurement(
+        name=name,
+        samples_ms=own,
+        anchor_ms=anchor,
+        ratio=float(np.median(ratios)),
+        ratio_ci=(low * (1 - doubt), high * (1 + doubt)),
+        doubt=doubt,
+        raw_ms=raw_ms,
+        waited_ms=waited_ms,
+        level_ms=level_ms,
+        calm=calm,
+    )
 
 
 def luck(ratios: FloatArray, copies: NDArray[np.int64]) -> float:
@@ -112,15 +157,16 @@ def undisturbed(samples_ms: FloatArray, waited_ms: FloatArray) -> NDArray[np.boo
     return mask
 
 
-def levels(anchor_ms: FloatArray, good: NDArray[np.bool_]) -> FloatArray:
-    """The anchor's running median over the rounds beside each `[rounds]`; inf where it was disturbed in all of them.
+def levels(anchor_ms: FloatArray, waited_ms: FloatArray) -> FloatArray:
+    """The anchor's running median over the runs beside each `[runs]`, in order of time; inf where all were disturbed.
 
     A median over neighbours tells a slow stretch from a single slow run, and does not favour lucky anchors.
     """
     half = CALM_WINDOW // 2
+    good = undisturbed(anchor_ms, waited_ms)
     padded = np.pad(np.where(good, anchor_ms, np.nan), half, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1).copy()
-    windows[:, half] = np.nan  # a round does not vouch for itself: its own luck would choose it
+    windows[:, half] = np.nan  # a run does not vouch for itself: its own luck would choose it
     known = (~np.isnan(windows)).sum(axis=1)
     ordered = np.sort(windows, axis=1)  # NaN goes last
     at = np.arange(len(anchor_ms))
@@ -128,19 +174,17 @@ def levels(anchor_ms: FloatArray, good: NDArray[np.bool_]) -> FloatArray:
     return np.where(known > 0, middle, np.inf)
 
 
-def calm_count(
-    samples_ms: FloatArray, waited_ms: FloatArray, anchor: int, quiet: Quiet | None, *, settle: bool = False
-) -> int:
-    """How many rounds `[candidates, rounds]` count so far, for the candidate that has the fewest.
+def calm_count(turns: Turns, quiet: Quiet | None, *, settle: bool = False) -> int:
+    """How many rounds count so far, for the model that has the fewest.
 
     With `settle` they must also be as calm as their own quietest stretch.
     """
-    good = undisturbed(samples_ms, waited_ms)
-    own = [quiet_ms(samples_ms[anchor, good[anchor]])[0]] if settle and good[anchor].any() else []
+    good = undisturbed(turns.ms, turns.waited_ms)
+    anchor = turns.ms[1, 0, good[1, 0]]
+    own = [quiet_ms(anchor)[0]] if settle and len(anchor) else []
     quietest = min([*own, *([quiet.ms] if quiet else [])], default=np.inf)
-    level = levels(samples_ms[anchor], good[anchor])
-    still = np.isfinite(level) & (level <= (1 + CALM) * quietest)
-    return int((good & good[anchor] & still).sum(axis=1).min())
+    still = np.isfinite(turns.level_ms) & (turns.level_ms <= (1 + CALM) * quietest)
+    return int((good.all(axis=0) & still).sum(axis=1).min())
 
 
 def shift(ratio: float, level_ms: FloatArray, quiet: Quiet) -> FloatArray:
@@ -160,7 +204,7 @@ def fit_slope(measurements: Iterable[Measurement], quiet_ms: float) -> float:
     candidates = 0
     for one in measurements:
         good = undisturbed(one.raw_ms, one.waited_ms)
-        level = levels(one.raw_ms[1], good[1])
+        level = one.level_ms
         ratios = one.raw_ms[0] / one.raw_ms[1]
         relative = ratios / np.median(ratios) - 1
         # Beyond that a run says nothing of the state of the machine.

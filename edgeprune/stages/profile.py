@@ -21,9 +21,9 @@ from edgeprune.errors import TargetUnavailable, UsageError, unknown
 from edgeprune.latency import choose, device, devices, memory, table
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.machine import Machine, here
-from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, quiet_ms, summarise, undisturbed
+from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, judged, quiet_ms, undisturbed
 from edgeprune.stages import baseline, shapes
-from edgeprune.types import PLAIN, FloatArray, Form, LatencyTable, Measurement, Quiet, Shape, SubBlockKind, to_json
+from edgeprune.types import PLAIN, Form, LatencyTable, Measurement, Quiet, Shape, SubBlockKind, to_json
 
 TABLE_SECONDS = 60.0
 TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the quietest
@@ -137,11 +137,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }
     (out / "profile.json").write_text(json.dumps(to_json(document), indent=1))
-    samples: dict[str, Any] = {}  # the anchor's once a group: row i of a group's models and of its anchor are one round
-    for i, first in enumerate(firsts):
-        samples |= {f"dense{i or ''}": first.raw_ms[1], f"dense{i or ''}.waited": first.waited_ms[1]}
+    samples: dict[str, Any] = {}  # [2, rounds]: of the model, and of the dense one beside it
     for name, m in measured.items():
-        samples |= {name: m.raw_ms[0], f"{name}.waited": m.waited_ms[0]}
+        samples |= {name: m.raw_ms, f"{name}.waited": m.waited_ms}
     np.savez_compressed(out / "samples.npz", **samples)
 
 
@@ -341,17 +339,10 @@ def at_quiet(groups: Sequence[Group], dense_ms: float, seed: int) -> tuple[list[
     """The same measurements, counting only rounds as calm as the anchor at `dense_ms`."""
     quiet = Quiet(dense_ms, fit_slope([m for group in groups for m in group.values()], dense_ms))
 
-    def again(group: Group) -> Group:
-        names = list(group)
+    def again(m: Measurement) -> Measurement:
+        return judged(m.name, m.raw_ms, m.waited_ms, m.level_ms, seed=seed, quiet=quiet)
 
-        def stacked(which: str) -> FloatArray:
-            pairs = [getattr(group[name], which) for name in names]
-            return np.stack([*(pair[0] for pair in pairs), pairs[0][1]])
-
-        *found, _ = summarise([*names, "dense"], stacked("raw_ms"), len(names), seed, quiet, stacked("waited_ms"))
-        return dict(zip(names, found, strict=True))
-
-    return [again(group) for group in groups], quiet
+    return [{name: again(m) for name, m in group.items()} for group in groups], quiet
 
 
 def tell(

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from edgeprune import errors
-from edgeprune.latency.clock import Clock, race
+from edgeprune.latency.clock import BESIDE, Clock, race
 from edgeprune.types import Quiet
 
 NULL_RUNTIME = """
@@ -267,6 +267,34 @@ class Scripted:
 
 def scripted(clock: Scripted, **options: Any) -> Any:
     return race([(clock, "a"), (clock, "b")], 0, **{"ci": 0.001, "min_rounds": 40, "budget_s": 5, **options})[1]  # type: ignore[list-item]
+
+
+class Tiring(Scripted):
+    """Every run of a round takes longer than the one before it; the last twice as long as the first."""
+
+    def _ask(self, op: str, **request: Any) -> dict[str, Any]:
+        if op == "warm":
+            return {"runs": 1}
+        names = request["names"]
+        self.order = names
+        tired = 1 + np.arange(len(names)) / (len(names) - 1)
+        return {"ms": (np.where(np.array(names) == "a", 10.0, 5.0) * tired).tolist(), "waited_ms": [0.0] * len(names)}
+
+
+def test_among_every_few_candidates_of_a_long_round_the_anchor_runs() -> None:
+    names = [f"b{i}" for i in range(3 * BESIDE)]
+    clock = Tiring()
+    clock.facts = {name: {"copies": 1} for name in ["a", *names]}
+    entries: Any = [(clock, name) for name in ["a", *names]]
+    anchor, *found = race(entries, 0, ci=1e-9, min_rounds=40, max_rounds=40, budget_s=5)
+    assert sorted(clock.order) == sorted(["a", "a", "a", *names])
+    at = [i for i, name in enumerate(clock.order) if name == "a"]
+    assert all(k * (BESIDE + 1) <= place < (k + 1) * (BESIDE + 1) for k, place in enumerate(at))
+    assert anchor.ratio == 1
+    for one in found:
+        assert one.raw_ms.shape == (2, 40)
+        assert np.abs(one.raw_ms[0] / one.raw_ms[1] / 0.5 - 1).max() < 0.34, "a third of the round apart at most"
+        assert one.ratio == pytest.approx(0.5, rel=0.1)
 
 
 def test_rounds_that_waited_do_not_count() -> None:

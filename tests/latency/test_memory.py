@@ -63,7 +63,8 @@ def measured(level: float, rounds: int = 100) -> dict[str, Measurement]:
     """A model of ratio 0.3 on a device `level` times as slow as at its quietest, where the anchor takes 10 ms."""
     noise = 1 + 0.005 * np.random.default_rng(0).standard_normal((2, rounds))
     samples = np.array([[3 * level * (1 + 0.35 * (level - 1))], [10 * level]]) * noise
-    return {"half": statistics.summarise(["half", "dense"], samples, 1)[0]}
+    waited = np.zeros_like(samples)
+    return {"half": statistics.judged("half", samples, waited, statistics.levels(samples[1], waited[1]))}
 
 
 def test_a_first_profile_stands_on_its_own_quiet_latency() -> None:
@@ -90,6 +91,7 @@ def test_a_much_slower_device_stands_on_what_it_is_and_that_is_said(capsys: pyte
 def test_a_machine_that_is_too_busy_is_profiled_as_it_is_and_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     busy = measured(1.0)
     busy["half"].waited_ms[1, 5:] = 4.0
+    busy["half"].level_ms[8:] = np.inf
     [found], quiet, _ = profile.settle([busy], None, 0, SILENT)
     assert not found["half"].calm, "so that it is not remembered"
     assert quiet.ms == pytest.approx(10, rel=0.005)

@@ -11,12 +11,22 @@ from edgeprune.latency import statistics
 from edgeprune.types import Measurement, Quiet
 
 
+def turns(samples: Any, waited: Any = None, copies: Any = None) -> statistics.Turns:
+    """Of models `[models, rounds]`, of which the first is the anchor, once a round."""
+    beside = np.zeros(len(samples), dtype=int)
+    waited = np.zeros_like(samples) if waited is None else waited
+    copies = np.zeros(samples.shape, dtype=int) if copies is None else copies
+    level = np.broadcast_to(statistics.levels(samples[0], waited[0]), samples.shape)
+    ms, waits, which = (np.stack([own, own[beside]]) for own in (samples, waited, copies))
+    return statistics.Turns(ms, waits, level, which)
+
+
 def measurement(rounds: int = 200, drift: float = 1.0, ratio: float = 0.5) -> Measurement:
     """A candidate at `ratio` of an anchor of 10 ms, on a machine that slows down by `drift` for both."""
     rng, noise = np.random.default_rng(3), 0.05
     anchor = 10 * drift * np.exp(noise * rng.standard_normal(rounds))
     candidate = 10 * ratio * drift * np.exp(noise * rng.standard_normal(rounds))
-    return statistics.summarise(["anchor", "candidate"], np.stack([anchor, candidate]), 0)[1]
+    return statistics.summarise(["anchor", "candidate"], turns(np.stack([anchor, candidate])))[1]
 
 
 def test_the_interval_covers_the_true_median_about_95_times_in_100() -> None:
@@ -37,11 +47,11 @@ def test_drift_that_hits_candidate_and_anchor_cancels() -> None:
     wave = 1 + 0.4 * np.sin(np.arange(120) / 9)
     noise = 1 + 0.01 * np.random.default_rng(1).standard_normal(120)
     samples = np.stack([10 * wave, 7 * wave * noise])
-    assert statistics.summarise(["a", "b"], samples, 0)[1].ratio == pytest.approx(0.7, rel=0.01)
+    assert statistics.summarise(["a", "b"], turns(samples))[1].ratio == pytest.approx(0.7, rel=0.01)
 
 
 def test_the_anchor_is_one() -> None:
-    [anchor] = statistics.summarise(["a"], np.random.default_rng(0).uniform(1, 2, (1, 30)), 0)
+    [anchor] = statistics.summarise(["a"], turns(np.random.default_rng(0).uniform(1, 2, (1, 30))))
     assert (anchor.ratio, anchor.ratio_ci) == (1.0, (1.0, 1.0))
 
 
@@ -89,7 +99,7 @@ def test_runs_that_waited_for_a_cpu_do_not_count() -> None:
         at = rng.integers(0, 200)
         samples[which, at] += 8
         waited[which, at] = 8
-    candidate = statistics.summarise(["a", "b"], samples, 0, waited_ms=waited)[1]
+    candidate = statistics.summarise(["a", "b"], turns(samples, waited))[1]
     assert candidate.ratio == pytest.approx(0.3, rel=0.005)
     assert candidate.samples_ms.max() < 4
     assert candidate.raw_ms.shape == candidate.waited_ms.shape == (2, 200)
@@ -103,7 +113,7 @@ def test_a_little_housekeeping_is_no_disturbance() -> None:
 
 def test_slow_stretches_do_not_count_and_leave_no_trace() -> None:
     level = np.where(np.arange(200) < 80, 1.0, 1.3)
-    candidate = statistics.summarise(["a", "b"], two(level=level), 0, quiet=Quiet(10.0))[1]
+    candidate = statistics.summarise(["a", "b"], turns(two(level=level)), quiet=Quiet(10.0))[1]
     assert candidate.calm
     assert 70 <= len(candidate.samples_ms) <= 84
     assert candidate.ratio == pytest.approx(0.3, rel=0.005)
@@ -113,7 +123,7 @@ def test_a_slightly_slower_device_is_corrected_to_the_quiet_one() -> None:
     """All rounds 6 % slower: they count, and the shifted ratio is brought back."""
     samples = two(level=1.06)
     assert np.median(samples[1] / samples[0]) == pytest.approx(0.3 * 1.021, rel=0.003)
-    candidate = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0, slope=0.5))[1]
+    candidate = statistics.summarise(["a", "b"], turns(samples), quiet=Quiet(10.0, slope=0.5))[1]
     assert len(candidate.samples_ms) == 200
     assert candidate.ratio == pytest.approx(0.3, rel=0.003)
     assert candidate.doubt == pytest.approx(0.5 * 0.7 * 0.06, rel=0.1)
@@ -124,31 +134,31 @@ def test_a_slightly_slower_device_is_corrected_to_the_quiet_one() -> None:
 
 
 def test_a_device_that_is_never_calm_says_so_and_counts_all() -> None:
-    candidate = statistics.summarise(["a", "b"], two(level=1.3), 0, quiet=Quiet(10.0))[1]
+    candidate = statistics.summarise(["a", "b"], turns(two(level=1.3)), quiet=Quiet(10.0))[1]
     assert not candidate.calm
     assert len(candidate.samples_ms) == 200
 
 
 def test_the_anchor_stays_one_whatever_the_level() -> None:
-    anchor = statistics.summarise(["a", "b"], two(level=np.linspace(1, 1.1, 200)), 0, quiet=Quiet(10.0))[0]
+    anchor = statistics.summarise(["a", "b"], turns(two(level=np.linspace(1, 1.1, 200))), quiet=Quiet(10.0))[0]
     assert (anchor.ratio, anchor.ratio_ci) == (1.0, (1.0, 1.0))
 
 
 def test_the_level_is_unknown_where_every_round_was_disturbed() -> None:
     good = np.ones(30, dtype=bool)
     good[5:20] = False
-    level = statistics.levels(np.full(30, 10.0), good)
+    level = statistics.levels(np.full(30, 10.0), np.where(good, 0.0, 9.0))
     assert np.isinf(level[8:17]).all()
     assert (level[[0, 5, 19, 29]] == 10).all()
 
 
 def test_the_slope_is_found_when_the_level_varies_and_taken_as_usual_when_not() -> None:
     wave = 1 + 0.1 * (np.sin(np.arange(400) / 40) > 0)
-    moving = statistics.summarise(["a", "b"], two(400, level=wave), 0) * 20  # a profile has dozens of candidates
+    moving = statistics.summarise(["a", "b"], turns(two(400, level=wave))) * 20  # a profile has dozens of candidates
     assert statistics.fit_slope(moving, 10.0) == pytest.approx(0.5, abs=0.15)
     rigid = np.stack([10 * wave, 3 * wave])
-    assert statistics.fit_slope(statistics.summarise(["a", "b"], rigid, 0) * 20, 10.0) < 0.15
-    still = statistics.summarise(["a", "b"], two(400, noise=0.001), 0)
+    assert statistics.fit_slope(statistics.summarise(["a", "b"], turns(rigid)) * 20, 10.0) < 0.15
+    still = statistics.summarise(["a", "b"], turns(two(400, noise=0.001)))
     assert statistics.fit_slope(still, 10.0) == pytest.approx(Quiet(10.0).slope, abs=0.05)
 
 
@@ -156,8 +166,8 @@ def test_calm_rounds_are_counted_as_they_are_summarised() -> None:
     level = np.where(np.arange(200) < 80, 1.0, 1.3)
     samples, waited = two(level=level), np.zeros((2, 200))
     waited[0, ::4] = 5
-    found = statistics.summarise(["a", "b"], samples, 0, quiet=Quiet(10.0), waited_ms=waited)[1]
-    assert statistics.calm_count(samples, waited, 0, Quiet(10.0)) == len(found.samples_ms)
+    found = statistics.summarise(["a", "b"], turns(samples, waited), quiet=Quiet(10.0))[1]
+    assert statistics.calm_count(turns(samples, waited), Quiet(10.0)) == len(found.samples_ms)
 
 
 # Luck, and milliseconds as they are ---------------------------------------------------------
@@ -168,8 +178,8 @@ def test_copies_that_differ_widen_the_interval() -> None:
     samples, copies = two(800), np.zeros((2, 800), dtype=np.int64)
     copies[1] = np.arange(800) % 4
     samples[1] *= 1 + 0.01 * (copies[1] - 1.5)
-    alone = statistics.summarise(["a", "b"], samples, 0)[1]
-    found = statistics.summarise(["a", "b"], samples, 0, copies=copies)[1]
+    alone = statistics.summarise(["a", "b"], turns(samples))[1]
+    found = statistics.summarise(["a", "b"], turns(samples, copies=copies))[1]
     assert alone.doubt == 0
     assert found.doubt == pytest.approx(0.01 * np.std([0, 1, 2, 3], ddof=1) / 2, rel=0.2)
     assert statistics.half_width(found) > statistics.half_width(alone) + 0.9 * found.doubt
@@ -192,5 +202,5 @@ def test_here_and_now_the_samples_count_as_they_are() -> None:
 
 def test_the_slope_is_not_drawn_to_zero_by_the_noise_of_the_anchor() -> None:
     """A ratio has the anchor below the line: a round must not be compared with a level that holds itself."""
-    still = statistics.summarise(["a", "b"], two(400, noise=0.03), 0) * 20
+    still = statistics.summarise(["a", "b"], turns(two(400, noise=0.03))) * 20
     assert statistics.fit_slope(still, 10.0) > 0.25

@@ -24,6 +24,7 @@ def measured(ms: float, dense_ms: float = 12.0, rounds: int = 50) -> Measurement
         (ratio, ratio),
         np.full((2, rounds), ms),
         np.zeros((2, rounds)),
+        np.full(rounds, dense_ms),
     )
 
 
