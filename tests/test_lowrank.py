@@ -270,6 +270,29 @@ def test_an_attention_of_lower_rank_has_prices_of_its_own() -> None:
         table.predict_ms(((3, 64, 0, 0, 12), *((3, 64),) * 3))
 
 
+ROWS = ((3, 64, 0, 0, 8), (2, 64), (1, 64, 0, 0, 4), (0, 64), (3, 0), (3, 0, 0, 0, 4))
+MIXED = [tuple(ROWS[i] for i in at) for at in ((0, 1, 2, 3), (0, 0, 4, 4), (5, 1, 0, 3), (1, 1, 3, 4), (2, 5, 5, 1))]
+
+
+@pytest.mark.parametrize("surplus", [0.03, -0.03])
+def test_a_form_costs_a_surplus_where_plans_have_several(surplus: float) -> None:
+    """Of 0.2 ms more, prices 1.1 times what they were, and some for each sub-block of a form; never less for it."""
+    plain = made(FORMS)
+    formed = [sum(len(row) > 2 for row in plan) for plan in MIXED]
+    found = {plan: 0.2 + 1.1 * plain.predict_ms(plan) + surplus * n for plan, n in zip(MIXED, formed, strict=True)}
+    table = tables.fitted(plain, found)
+    assert table.stages[0].attn_forms[RANK8][0] == 0
+    held_out = (ROWS[5], ROWS[0], ROWS[1], ROWS[3])
+    if surplus > 0:
+        assert table.fit["surplus_ms"] == pytest.approx(surplus)
+        assert table.predict_ms(held_out) == pytest.approx(0.2 + 1.1 * plain.predict_ms(held_out) + 2 * surplus)
+    else:
+        assert table.fit["surplus_ms"] == 0
+        np.testing.assert_allclose(
+            table.stages[0].attn_forms[RANK8], table.fit["scale"] * plain.stages[0].attn_forms[RANK8]
+        )
+
+
 def test_forms_have_token_shares_of_their_own() -> None:
     """Attention alone takes 3.5 ms more than nothing, of rank 4 1.4; with half of the patches a half, and 0.3."""
     int8 = Form(int8=True)

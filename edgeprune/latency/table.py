@@ -213,32 +213,50 @@ def _with_form_shares(
 def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
     """The table scaled and shifted so that its predictions of `plans` (milliseconds by shape) err least, relatively.
 
-    Least squares of relative errors; with fewer than 3 plans only shifted, with none unchanged.
+    Least squares of relative errors; with fewer than 3 plans only shifted, with none unchanged. Where some plans have
+    int8 sub-blocks or lower ranks, each such sub-block also costs a surplus, zero or more: prices of forms come from models
+    of one form, and kernels of several evict each other.
     """
     if not plans:
         return prices
     summed = np.array([prices.predict_ms(shape) for shape in plans])
     found = np.array(list(plans.values()))
-    columns = np.stack([np.ones_like(summed), summed], axis=1) / found[:, None]
-    if len(plans) < 3:
-        shift, scale = float(np.mean(found - summed)), 1.0
-    else:
-        shift, scale = np.linalg.lstsq(columns, np.ones_like(found), rcond=None)[0].tolist()
-    before, after = summed / found - 1, (shift + scale * summed) / found - 1
+    dearer = _scaled(prices, 0.0, 1.0, 1.0)
+    formed = np.array([dearer.predict_ms(shape) for shape in plans]) - summed
+    shift, scale, surplus = float(np.mean(found - summed)), 1.0, 0.0
+    if len(plans) >= 3:
+        shift, scale, surplus = _least_squares([np.ones_like(summed), summed, formed], found)
+        if surplus < 0 or not formed.any():
+            (shift, scale), surplus = _least_squares([np.ones_like(summed), summed], found), 0.0
+    before, after = summed / found - 1, (shift + scale * summed + surplus * formed) / found - 1
     return replace(
-        prices,
-        base_ms=shift + scale * prices.base_ms,
-        stages=tuple(
-            replace(own, attn_ms=scale * own.attn_ms, mlp_ms=scale * own.mlp_ms,
-                    attn_forms={form: scale * ms for form, ms in own.attn_forms.items()},
-                    mlp_forms={form: scale * ms for form, ms in own.mlp_forms.items()}) for own in prices.stages
-        ),
-        reduce_ms=scale * prices.reduce_ms,
+        _scaled(prices, shift, scale, surplus),
         fit={
-            "plans": len(plans), "shift_ms": shift, "scale": scale,
+            "plans": len(plans), "shift_ms": shift, "scale": scale, "surplus_ms": surplus,
             "median_error_before": float(np.median(np.abs(before))), "median_error": float(np.median(np.abs(after))),
         },
     )  # fmt: skip
+
+
+def _least_squares(columns: Sequence[FloatArray], found: FloatArray) -> list[float]:
+    """What of each column, summed, is nearest to 1 in proportion to `found`."""
+    weights: list[float] = np.linalg.lstsq(np.stack(columns, axis=1) / found[:, None], np.ones_like(found), rcond=None)[
+        0
+    ].tolist()
+    return weights
+
+
+def _scaled(prices: LatencyTable, shift: float, scale: float, surplus: float) -> LatencyTable:
+    """All prices times `scale`, what always stays plus `shift`, each sub-block of a form plus `surplus`, all in milliseconds."""
+
+    def dearer(forms: Mapping[Form, FloatArray]) -> dict[Form, FloatArray]:
+        return {form: scale * ms + surplus * (np.arange(len(ms)) > 0) for form, ms in forms.items()}
+
+    stages = tuple(
+        replace(own, attn_ms=scale * own.attn_ms, mlp_ms=scale * own.mlp_ms,
+                attn_forms=dearer(own.attn_forms), mlp_forms=dearer(own.mlp_forms)) for own in prices.stages
+    )  # fmt: skip
+    return replace(prices, base_ms=shift + scale * prices.base_ms, stages=stages, reduce_ms=scale * prices.reduce_ms)
 
 
 def _prices(

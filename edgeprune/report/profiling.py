@@ -127,8 +127,11 @@ def _where(table: dict[str, Any], survey: dict[str, Any] | None) -> Section:
         f"{told[0].upper()}{told[1:]} ({table['samples']} rounds per entry).",
     ]
     if fit := table["fit"]:
+        surplus = (
+            f", and {1e3 * fit['surplus_ms']:.0f} µs for each sub-block of a form" if fit.get("surplus_ms") else ""
+        )
         notes.append(
-            f"Fitted on {fit['plans']} plans whose blocks all differ: prices times {fit['scale']:.3f}, plus {1e3 * fit['shift_ms']:.0f} µs; "
+            f"Fitted on {fit['plans']} plans whose blocks all differ: prices times {fit['scale']:.3f}, plus {1e3 * fit['shift_ms']:.0f} µs{surplus}; "
             f"median error {fit['median_error_before']:.1%} before, {fit['median_error']:.1%} after. Empty model: {table['empty_ms']:.3f} ms."
         )
     if table["repaired"]:
