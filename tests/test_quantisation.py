@@ -141,17 +141,26 @@ def test_the_graph_equals_torch_in_both_runtimes(
     make_vit: Callable[..., Any], tmp_path: Path, architecture: str, shape: Any, kwargs: dict[str, Any]
 ) -> None:
     dense = make_vit(architecture, **kwargs)
+    for name, parameter in dense.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
     images = torch.randn(16, 3, 32, 32)
     model = quantised(dense, shape, images)
     path = as_onnx(model, tmp_path)
     nodes = Counter(node.op_type for node in onnx.load(path).graph.node)
     count = len(quantisation.layers(model))
-    assert count == 8 and nodes["QuantizeLinear"] == count and nodes["DequantizeLinear"] == 2 * count
+    biases = sum(node.name.endswith(".biases") for node in onnx.load(path).graph.node)
+    assert count == 8 and nodes["QuantizeLinear"] == count and nodes["DequantizeLinear"] == 2 * count + biases
+    assert biases == sum(layer.bias is not None for layer in quantisation.layers(model).values())
     with torch.no_grad():
         want = model(images).numpy()
         with quantisation.exactly(model):
             exact = model(images).numpy()
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+    assert nodes["QGemm"] + nodes["MatMulIntegerToFloat"] == count, "all of them are computed in integers"
     import openvino  # not above: a test elsewhere needs it not yet loaded
 
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
