@@ -148,8 +148,8 @@ class Measurement:
 
     Shapes: `samples_ms` and `anchor_ms` are `[rounds that count]`, row i of both from the same part of one round.
     `ratio` is the median of per-round ratios, each as it would be on the quiet device; `ratio_ci` its 95 %
-    bootstrap interval, widened by `doubt`: the correction itself. Rounds in which the machine was disturbed do not count, unless it was never calm:
-    then all do and `calm` is False.
+    bootstrap interval, widened by `doubt`: the correction itself. Rounds in which the machine was disturbed do not
+    count; where it was never calm, its calmest do and `calm` is False.
     """
 
     name: str

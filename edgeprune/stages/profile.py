@@ -329,7 +329,7 @@ def settle(
     every = [measurement for group in settled for measurement in group.values()]
     if restless := [measurement for measurement in every if not measurement.calm]:
         console.warn(
-            f"this machine is busy: for {len(restless)} of {len(every)} models hardly a round was undisturbed, so all of theirs "
+            f"this machine is busy: for {len(restless)} of {len(every)} models hardly a round was undisturbed, so their calmest "
             "count, and the table is less exact than it says; profile again with --rebuild when the machine is quiet"
         )
     return settled, quiet, how

@@ -133,10 +133,22 @@ def test_a_slightly_slower_device_is_corrected_to_the_quiet_one() -> None:
     assert statistics.tight([candidate], 0.005), "more rounds would not remove the doubt"
 
 
-def test_a_device_that_is_never_calm_says_so_and_counts_all() -> None:
-    candidate = statistics.summarise(["a", "b"], turns(two(level=1.3)), quiet=Quiet(10.0))[1]
+def test_of_a_device_that_is_never_calm_the_calmest_rounds_count() -> None:
+    """It is 30 % slower than its profile, and in most rounds twice as slow, where small models lose more."""
+    level = np.where(np.arange(200) < 90, 1.3, 2.0)
+    candidate = statistics.summarise(["a", "b"], turns(two(level=level)), quiet=Quiet(10.0))[1]
     assert not candidate.calm
-    assert len(candidate.samples_ms) == 200
+    assert len(candidate.samples_ms) == 80
+    assert candidate.ratio == pytest.approx(0.3 * (1 + 0.5 * 0.7 * 0.3), rel=0.01)
+    assert candidate.raw_ms.shape == (2, 200)
+
+
+def test_where_hardly_a_round_is_undisturbed_all_count() -> None:
+    waited = np.zeros((2, 200))
+    waited[1, 7:] = 5
+    assert len(statistics.summarise(["a", "b"], turns(two(), waited), quiet=Quiet(10.0))[1].samples_ms) == 200
+    waited[1, :9] = 0
+    assert len(statistics.summarise(["a", "b"], turns(two(), waited), quiet=Quiet(10.0))[1].samples_ms) == 8
 
 
 def test_the_anchor_stays_one_whatever_the_level() -> None:
