@@ -59,10 +59,6 @@ class Turns:
     level_ms: FloatArray
     copies: NDArray[np.int64]
 
-    @property
-    def rounds(self) -> int:
-        return int(self.ms.shape[-1])
-
 
 class Record:
     """Collects the turns of a measurement, round by round."""
@@ -71,9 +67,7 @@ class Record:
         self._anchor = anchor
         self._ran = np.empty((3, 2, models, 0))  # as `Turns` has them
         self._beside = np.empty((models, 0), dtype=np.int64)  # which run of the anchor a model is compared with
-        self._anchors = np.empty(
-            (2, 0)
-        )  # milliseconds, and those it waited, of each run of the anchor, in order of time
+        self._anchors = np.empty((2, 0))  # milliseconds and those waited of all its runs, in order of time
 
     def add(self, ran: FloatArray) -> None:
         """A round: `[3, parts, models]`, milliseconds, those waited, and the copy; NaN = not in this part. The anchor is in all."""
@@ -143,7 +137,7 @@ def calmest(good: NDArray[np.bool_], level_ms: FloatArray) -> NDArray[np.bool_]:
     """Which of the rounds `[rounds]` to take from a machine that was never calm: of the good ones those of the lowest level.
 
     All of them where hardly any is good. On a machine that was calm in 20 to 46 % of the time, tables of 27 and 30 rounds
-    predicted 20 plans with a median error of 2.0 and 2.1 % like this, and of 3.2 and 5.2 % where all rounds counted.
+    predicted 20 plans with a median error of 2.1 and 2.3 % like this, and of 3.2 and 5.2 % where all rounds counted.
     """
     known = np.flatnonzero(good)
     if len(known) < FEWEST_CALMEST:
