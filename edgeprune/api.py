@@ -127,7 +127,7 @@ def request(
         dims=chosen, reducer=reducer, search_seconds=search_seconds, polish=polish, selection=selection, tune_on=float(tune_on), gradual=gradual, runtime=runtime,
         precision=precision, threads=threads, seed=seed, strict_clock=strict_clock, profile=Path(profile) if profile else None,
         processes=processes, accelerate_config=group, device=device, accuracy_on=accuracy_on,
-        siblings=tuple(map(Path, [sibling] if isinstance(sibling, (str, Path)) else sibling)),
+        image_size=image_size, siblings=tuple(map(Path, [sibling] if isinstance(sibling, (str, Path)) else sibling)),
         max_memory=config.parse_size(max_memory, "max-memory") if max_memory else None,
     )  # fmt: skip
     return made, latencies

@@ -48,7 +48,7 @@ heal_torchvision()
 
 import timm  # noqa: E402
 from timm.data import create_dataset, create_transform, resolve_model_data_config  # noqa: E402
-from timm.layers import AttentionRope, GluMlp, LayerScale, Mlp, SwiGLU  # noqa: E402
+from timm.layers import AttentionRope, GluMlp, LayerScale, Mlp, PatchEmbed, SwiGLU  # noqa: E402
 from timm.models import adapt_input_conv  # noqa: E402
 from timm.models.beit import Beit  # noqa: E402
 from timm.models.deit import VisionTransformerDistilled  # noqa: E402
@@ -77,6 +77,7 @@ __all__ = [
     "GluMlp",
     "LayerScale",
     "Mlp",
+    "PatchEmbed",
     "SwiGLU",
     "SwinAttention",
     "SwinTransformer",

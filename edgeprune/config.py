@@ -282,6 +282,7 @@ class Request:
     device: str = ""  # that the artifact is for and that measures: a name or an ssh:// address; "" = this machine
     accuracy_on: str = "build"  # where accuracy is judged: on the machine that builds, or on the device
     accelerate_config: Path | None = None  # or those that a file of `accelerate config` describes
+    image_size: str = ""  # as it was asked for, "" = the card's; the card has it
     siblings: tuple[Path, ...] = ()  # artifacts whose dense models the report draws beside this one
     max_memory: int | None = None  # bytes that the build may take; None = no limit
     #: What follows from it, see `edgeprune.footprint`: bytes of activations that wait in memory, of images and
@@ -327,7 +328,7 @@ def load_card(name: str) -> ModelSpec:
             name=re.sub(r"[^A-Za-z0-9._-]", "-", name)[:100].replace("..", "-"),
             description="a timm model without a card",
             architecture=name,
-            num_classes=0,  # taken from the data
+            num_classes=0,  # timm's own
             data=DataSpec(name="folder"),
             weights="hub",
         )

@@ -84,9 +84,9 @@ def odd_part(anatomy: Mapping[str, object]) -> str:
 def nearest(name: str) -> str:
     """The tested name that is most like this one, of its own family if there is one."""
     first = _first(name)
-    own = [tested for tested in NAMES if _first(tested) == first] or [
-        tested for tested in (*FAMILIES["ViT"], *FAMILIES["DeiT"]) if _first(tested) in ("vit", "deit")
-    ]
+    own = [tested for tested in NAMES if _first(tested) == first]
+    own = own or [tested for tested in NAMES if first.startswith(_first(tested))]  # swinv2: Swin
+    own = own or [tested for tested in (*FAMILIES["ViT"], *FAMILIES["DeiT"]) if _first(tested) in ("vit", "deit")]
     return difflib.get_close_matches(name.split(".")[0], own, n=1, cutoff=0.0)[0]
 
 

@@ -26,7 +26,7 @@ from edgeprune.errors import UsageError
 from edgeprune.latency import device
 from edgeprune.latency.clock import COPIES
 from edgeprune.latency.device import LOADED
-from edgeprune.stages import profile, shapes
+from edgeprune.stages import candidates, profile, shapes
 from edgeprune.tuning import judge, lessons
 from edgeprune.vit import Anatomy
 
@@ -124,7 +124,7 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
         Need(
             "profile",
             weights + export + measuring * (dense + LOADED * weights),
-            measuring * min(LOADED * weights * (_shapes(request, sizes) - 1), profile.table_room(available())),
+            measuring * min(LOADED * weights * (_candidates(request, sizes) - 1), profile.table_room(available())),
         ),
         calibrating(request, sizes, weights),
         pruning(card.calibration, sizes, weights, measuring * (dense + COPIES * LOADED * weights) + export),
@@ -266,10 +266,10 @@ def training_images(data: DataSpec) -> int | None:
     )
 
 
-def _shapes(request: Request, sizes: Anatomy) -> float:
+def _candidates(request: Request, sizes: Anatomy) -> float:
     """The models that the latency table is measured on, in dense ones."""
-    grids = vit.grids(sizes, request.target.neuron_step)
-    tokens = 2 * len(shapes.TOKEN_SHARES) + 1 if "tokens" in request.dims and not sizes.positional else 0
+    grids, large = vit.grids(sizes, request.target.neuron_step), shapes.is_large(sizes)
+    tokens = 2 * len(shapes.TOKEN_SHARES) if "tokens" in request.dims and not sizes.positional else 0
     dims = vit.choosable(request.dims, sizes)
     forms = shapes.INT8_SIZES * len(sizes.stages) if "precision" in dims else 0  # of MLPs
     for stage in sizes.stages:
@@ -277,15 +277,16 @@ def _shapes(request: Request, sizes: Anatomy) -> float:
         forms += sum(shapes.RANK_SIZES if form.rank else shapes.INT8_SIZES for form in every)
     if tokens:
         forms += (1 + len(shapes.FORM_TOKENS)) * (("qk" in dims) + 2 * ("precision" in dims))
+    whole = candidates.FITTING_PLANS / 2 + bool(tokens)
     if len(sizes.stages) > 1:  # all but one stage of each are dense
-        heads = sum(len(shapes.head_counts(sizes, i)) for i in range(len(sizes.stages)))
-        return heads + sum(map(len, grids)) + forms + profile.FITTING_PLANS / 2
+        heads = sum(len(shapes.head_counts(sizes, i, large)) for i in range(len(sizes.stages)))
+        return heads + sum(map(len, grids)) + forms + whole
     attn, mlp = 4 * sizes.only.width, sizes.only.width + rows(sizes, sizes.only)
     share = attn / (attn + mlp)
-    return (
-        len(shapes.head_counts(sizes, 0)) * (1 - share / 2)
-        + len(shapes.measured_widths(sizes, grids[0])) * (share + (1 - share) / 2)
+    alike = (
+        len(shapes.head_counts(sizes, 0, large)) * (1 - share / 2)
+        + len(shapes.measured_widths(grids[0], large)) * (share + (1 - share) / 2)
         + tokens
         + forms
-        + profile.FITTING_PLANS / 2
     )
+    return alike * shapes.depth(sizes) / sizes.blocks + whole

@@ -65,7 +65,7 @@ METHODS = (
     Method("llm-pruner", "method", "taylor", "uniform", "one-shot", "lora", "LLM-Pruner (arXiv 2305.11627)"),
     Method("pat", "schedule", "taylor", "ranking", "pat", "lora", "PAT (arXiv 2408.14721): heads and neurons for hidden widths"),
     Method("compresso", "schedule", "taylor", "ranking", "compresso", "none", "Compresso (arXiv 2310.05015): L0 gates on latency; no prompts"),
-    Method("lrp", "criterion", "lrp", "ranking", "one-shot", "none", "Pruning by Explaining (arXiv 1912.08881)"),
+    Method("lrp", "criterion", "lrp", "unit-ranking", "one-shot", "none", "Pruning by Explaining (arXiv 1912.08881)"),
     Method("beta-rank", "criterion", "beta-rank", "uniform", "one-shot", "none", "Beta-Rank (arXiv 2304.07461), classes counting alike"),
     Method("pq", "allocator", "l2", "pq", "one-shot", "none", "PQ index (arXiv 2302.05601): how compressible each layer is"),
     Method("d-pruner", "criterion", "d-pruner", "ranking", "one-shot", "none", "D-Pruner (arXiv 2405.06275): general and target importance"),

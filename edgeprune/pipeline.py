@@ -561,6 +561,9 @@ BY_NAME = {
     "edgeprune.latency.remote": ["edgeprune.latency.agent"],
     "edgeprune.tuning.launch": ["edgeprune.tuning.worker"],
     "edgeprune.runtimes": [f"edgeprune.runtimes.{name}" for name in runtimes.names()],
+    "edgeprune.anatomies": [
+        f"edgeprune.anatomies.{path.stem}" for path in Path(__file__).parent.glob("anatomies/*.py")
+    ],
 }
 
 

@@ -17,7 +17,7 @@ from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
 from edgeprune.latency import parcel, table
 from edgeprune.report import changes, page
-from edgeprune.types import Check
+from edgeprune.types import INT8, Check
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Done
@@ -148,6 +148,8 @@ def make_manifest(
     simplified = artifact.read_json(stages["simplify"].folder / "simplify.json")
     profile = artifact.read_json(work / "profile.json")
     planned = artifact.read_plan(work / "plan.json")
+    prices = table.table_from_json(profile["table"])
+    dims = list(prices.priced(request.dims))
     latency = dict(facts["pruned"]["latency"])
     interval = latency.pop("ci")
     asked = request.card.deploy
@@ -177,7 +179,8 @@ def make_manifest(
         "allocator": request.allocator,
         "schedule": request.schedule,
         "recovery": request.recovery,
-        "dims": list(table.table_from_json(profile["table"]).priced(request.dims)),
+        "dims": dims,
+        **({"int8": {kind: prices.int8_share(kind) for kind in INT8}} if "precision" in dims else {}),
         "reducer": request.reducer,
         "dense": facts["dense"],
         "pruned": {
@@ -198,6 +201,7 @@ def make_manifest(
         "preprocessing": dense["transforms"],
         "input": taken.facts(dense["transforms"]),
         "weights": request.card.deploy.ir_precision if compiled["entry"].endswith(".xml") else "fp32",
+        **({"image_size": request.image_size} if request.image_size else {}),
         **({"class_names": list(request.card.deploy.class_names)} if request.card.deploy.class_names else {}),
         "classes": dense["classes"],
         "shape": [list(row) for row in planned.plan.shape],

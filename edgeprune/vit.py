@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edgeprune import anatomies, families, modules, reducers
 from edgeprune.anatomies import MergingBlock, PositionalAttention, WindowAttention
-from edgeprune.compat import GluMlp, VisionTransformer, timm
+from edgeprune.compat import GluMlp, PatchEmbed, VisionTransformer, timm
 from edgeprune.config import WIDTHS
 from edgeprune.errors import UsageError, first_line, unknown
 from edgeprune.reducers import Reduction, Seen
@@ -282,9 +282,17 @@ def check_anatomy(model: Any, name: str, anatomy: Mapping[str, str]) -> anatomie
             f"'{name}' is a {type(model).__name__}; edgeprune prunes timm's {known}; {nearest}; "
             "if its blocks are a plain ViT's under other names, the card's [anatomy] can say so"
         )
-    if obstacle := family.obstacle(model):
+    if obstacle := family.obstacle(model) or ("" if anatomy else _odd_patches(model)):
         raise UsageError(f"'{name}' cannot be sliced: {obstacle}; {nearest}")
     return family
+
+
+def _odd_patches(model: Any) -> str:
+    """What is wrong with how patches are made, in words; "" if one convolution makes them."""
+    patches = model.patch_embed
+    if isinstance(patches, PatchEmbed) and isinstance(patches.proj, nn.Conv2d):
+        return ""
+    return f"its patches come from a {type(patches).__name__}, not from one convolution"
 
 
 def anatomy(model: VisionTransformer) -> Anatomy:
@@ -425,8 +433,26 @@ def slice_sub_block(block: Any, at: SubBlock, units: tuple[int, ...], sizes: Ana
 
 
 @torch.no_grad()
+def silence(model: VisionTransformer) -> VisionTransformer:
+    """Make the rows of the first layers zero, in place, whose units nothing reads; the model, whose output stays, is returned.
+
+    What such units would compute is no part of any criterion's norms, means or variances.
+    """
+    sizes = anatomy(model)
+    for i, block in enumerate(model.blocks):
+        for kind in KINDS:
+            read = output_layer(block, kind).weight.abs().sum(0).view(sizes.units((i, kind)), -1).sum(1) > 0
+            rows = first_rows((i, kind), tuple((~read).nonzero().flatten().tolist()), sizes)
+            layer = first_layer(sub_block(block, kind), kind)
+            for own in (layer.weight, layer.bias):
+                if own is not None:
+                    own[rows] = 0.0
+    return model
+
+
+@torch.no_grad()
 def in_dense_shape(dense: VisionTransformer, plan: Plan, pruned: VisionTransformer) -> VisionTransformer:
-    """A pruned model as a dense one whose removed columns of `proj` and `fc2` are zero; its output is the pruned model's.
+    """A pruned model as a dense one in which removed units say nothing and nothing reads them; its output is the pruned model's.
 
     What was removed is thus worth nothing to every criterion, and goes first when more is pruned.
     """
@@ -456,7 +482,7 @@ def in_dense_shape(dense: VisionTransformer, plan: Plan, pruned: VisionTransform
                 into.bias[rows] = source.bias
             if kind == "attn" and isinstance(sub, PositionalAttention):
                 sub_block(block, kind).write_heads(units, sub)
-    return own
+    return silence(own)
 
 
 def check_plan(plan: Plan, sizes: Anatomy) -> None:

@@ -451,6 +451,9 @@ def test_p3b_importance_is_the_scaled_benefit_per_millisecond() -> None:
     assert found.mean() == pytest.approx(1) and found[0] == found.max() and found[1] == found.min()
     assert p3b.importance(np.array([-1.0, -3.0]), np.ones(2)).argmax() == 0, "the order stays where nothing helps"
     assert p3b.importance(np.array([1.0, 3.0]), np.array([0.0, 1.0]))[0] == 0
+    loud, quiet = [9.0, 1.0], [0.01, 0.09]
+    both = p3b.importance(np.array([loud, quiet]), np.ones(2))
+    assert both[1] > 0.9, "a kind of probe whose benefits are small counts as much as the other"
 
 
 @pytest.mark.parametrize("room", [0.5, 2.0, 3.3, 4.4, 9.0])
@@ -487,7 +490,7 @@ def test_p3b_probes_are_trained_on_both_sides_of_their_sub_block(task: Task) -> 
                 torch.testing.assert_close(own[1], stream[:, 1:].mean(1))
             x = block(x)
         torch.testing.assert_close(pairs[5][0, 1], x[:, 0], rtol=1e-4, atol=1e-5)
-    want = np.zeros(6)
+    want = np.zeros((2, 6))
     for i, probed in itertools.product(range(6), range(2)):
         pair = pairs[i][probed] / pairs[i][probed].square().mean().sqrt()
         probe = torch.nn.Linear(48, 5)
@@ -502,8 +505,10 @@ def test_p3b_probes_are_trained_on_both_sides_of_their_sub_block(task: Task) -> 
             optimizer.step()
         with torch.no_grad():
             before, after = (float(F.cross_entropy(probe(side[18:]), labels[18:])) for side in pair)
-        want[i] += (before - after) / 2
-    np.testing.assert_allclose(p3b.benefits(task.model, task.found.labelled(), 3), want, rtol=1e-2, atol=1e-3)
+        want[probed, i] = before - after
+    found = p3b.benefits(task.model, task.found.labelled(), 3)
+    assert found.shape == (2, 6), "probes of the class token, and of the patches"
+    np.testing.assert_allclose(found, want, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("images, warned", [(49, True), (50, False)])
@@ -517,7 +522,7 @@ def test_a_sub_block_that_does_nothing_is_of_no_benefit(tiny_vit: Any) -> None:
         vit.output_layer(tiny_vit.blocks[1], "mlp").weight.zero_()
         vit.output_layer(tiny_vit.blocks[1], "mlp").bias.zero_()
     found = p3b.benefits(tiny_vit, parts.task(tiny_vit).found.labelled(), 0)
-    assert found[3] == 0 and np.abs(np.delete(found, 3)).min() > 0
+    assert (found[:, 3] == 0).all() and np.abs(np.delete(found, 3, 1)).min() > 0
 
 
 # LAPP, TAS ----------------------------------------------------------------------------------

@@ -403,6 +403,8 @@ def test_reports_say_what_one_inference_is(built: Path, manifest: Any) -> None:
     assert said in (built / "report.html").read_text()
     command = page.command(manifest)
     assert "--batch 2 --dynamic-batch --fold-preprocessing 48x40 --ir-precision fp16" in command
+    assert "--image-size" not in command
+    assert " --image-size 48x40 " in page.command({**manifest, "image_size": "48x40"})
 
 
 def test_a_baseline_of_another_batch_cannot_be_compared(built: Path, tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ OPTIONAL = {
     "input",
     "weights",
     "class_names",
+    "image_size",
+    "int8",
 }  # of a manifest: where the build had them
 
 
@@ -293,6 +295,17 @@ def manifest() -> dict[str, Any]:
 
 def test_the_schema_accepts_a_manifest(manifest: dict[str, Any]) -> None:
     assert manifest_errors(manifest) == []
+
+
+def test_the_report_says_whether_int8_pays(manifest: dict[str, Any]) -> None:
+    from edgeprune import report
+
+    assert "int8" not in report.method(manifest)
+    with_int8 = {**manifest, "int8": {"attn": 1.27, "mlp": 0.61}}
+    assert manifest_errors(with_int8) == []
+    said = "int8 was measured at 127% of fp32's time in attention and 61% in MLPs:"
+    assert f"{said} no sub-blocks have it" in report.method(with_int8)
+    assert f"{said} 2 sub-blocks have it" in report.method({**with_int8, "shape": [[1, 2, 0, 3], [1, 2]]})
 
 
 def test_the_schema_accepts_domains_and_a_selection(manifest: dict[str, Any]) -> None:

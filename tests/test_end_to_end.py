@@ -31,7 +31,7 @@ from test_docs import manifest_errors
 import edgeprune
 from edgeprune import api, artifact, config, errors, pipeline, report
 from edgeprune.latency.machine import here
-from edgeprune.stages import profile, prune, validate
+from edgeprune.stages import profile, prune, shapes, validate
 
 LATENCIES = ("2x", "70%")
 SHARED = ("baseline", "profile", "calibrate", "roofline")
@@ -743,6 +743,30 @@ def test_a_table_is_measured_in_groups_where_memory_is_short(
     table = found.document["table"]
     assert table["stages"][0]["mlp_ms"] == sorted(table["stages"][0]["mlp_ms"])
     assert 0 < table["empty_ms"] < table["dense_ms"]
+
+
+def test_of_a_large_model_a_few_blocks_are_measured(
+    space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is of all blocks, and predicts plans of them."""
+    monkeypatch.setattr(shapes, "LARGE_MACS", 0)
+    monkeypatch.setattr(shapes, "SHALLOW", 2)
+    with small.quick():
+        found = small.run(
+            "profile", space.card, "--target", space.target, "--runtime", "onnxruntime", "--cache-dir", tmp_path,
+            "--check", "4", "--format", "json",
+        )  # fmt: skip
+    assert found.code == errors.PASSED, found.err
+    assert "in its first 2 of 3 blocks" in found.err
+    table = found.document["table"]
+    [stage] = table["stages"]
+    assert stage["blocks"] == 3
+    assert table["base_ms"] + 3 * (stage["attn_ms"][-1] + stage["mlp_ms"][-1]) == pytest.approx(
+        table["dense_ms"], rel=0.3
+    )
+    with np.load(next(tmp_path.glob("profile-*/samples.npz"))) as samples:
+        own, anchor = samples["shallow"]
+    assert 0.2 < np.median(own / anchor) < 1.05, "two dense blocks beside the dense model of three"
 
 
 def test_gradual_prunes_the_tuned_model_further(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:

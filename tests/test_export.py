@@ -22,6 +22,7 @@ from onnx import numpy_helper
 from edgeprune import vit
 from edgeprune.console import SILENT
 from edgeprune.errors import EdgepruneError
+from edgeprune.intake import Intake
 from edgeprune.stages import export, simplify
 from edgeprune.stages import shapes as stage_shapes
 from edgeprune.types import BlockPlan, Plan
@@ -168,15 +169,46 @@ def test_shape_models_are_one_per_shape_but_the_dense_one(shapes: dict[str, Path
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"{name}.onnx" for name in shapes)
 
 
-def test_fewer_sizes_of_a_large_model_are_measured(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_sizes_of_a_large_model_are_measured(dense: Any) -> None:
     sizes, grid = vit.anatomy(dense), tuple(range(0, 2049, 128))
     many = replace(sizes, stages=(replace(sizes.only, heads=12),))
-    assert (
-        stage_shapes.head_counts(many, 0) == tuple(range(12)) and stage_shapes.measured_widths(many, grid) == grid[:-1]
+    assert stage_shapes.head_counts(many, 0, large=False) == tuple(range(12))
+    assert stage_shapes.measured_widths(grid, large=False) == grid[:-1]
+    assert stage_shapes.head_counts(many, 0, large=True) == (0, 2, 4, 6, 8, 10)
+    assert stage_shapes.measured_widths(grid, large=True) == tuple(range(0, 2048, 256))
+
+
+def test_no_marker_is_a_size_that_the_deployment_brings(dense: Any, make_vit: Callable[..., Any]) -> None:
+    """A batch of as many images as a marker has heads would be cut with the heads."""
+    model = make_vit(num_heads=8)
+    sizes = vit.anatomy(model)
+    marker = stage_shapes.head_marker(sizes, 0, stage_shapes.other_sizes(model))
+    export.deploy(model, export.Deployed(Intake(batch=marker)))
+    assert marker in stage_shapes.other_sizes(model)
+    assert stage_shapes.head_marker(sizes, 0, stage_shapes.other_sizes(model)) not in (0, marker)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_shapes, "FEWEST_MARKED", 2)
+        assert 0 < stage_shapes.marker_width(sizes, 0, stage_shapes.other_sizes(model)) < sizes.only.neurons
+
+
+def test_tokens_are_dropped_step_by_step_where_the_price_of_it_is_measured(make_vit: Callable[..., Any]) -> None:
+    sizes = vit.anatomy(make_vit(img_size=64, depth=4))
+    *fewer, _ = stage_shapes.patch_counts(sizes)
+    found = [row[2] for row in stage_shapes.reducing_shape(sizes) if len(row) > 2]
+    assert found == fewer[::-1][:4] and len(set(found)) == len(found), (
+        "a drop to what is there already costs some nothing"
     )
+    assert len(stage_shapes.reducing_shape(sizes)) == 4
+
+
+def test_of_a_large_model_the_first_blocks_are_measured(dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stage_shapes.shallow(dense) is dense
     monkeypatch.setattr(stage_shapes, "LARGE_MACS", 0)
-    assert stage_shapes.head_counts(many, 0) == (0, 2, 4, 6, 8, 10)
-    assert stage_shapes.measured_widths(many, grid) == tuple(range(0, 2048, 256))
+    assert stage_shapes.shallow(dense) is dense, "it has no more blocks than that"
+    monkeypatch.setattr(stage_shapes, "SHALLOW", 1)
+    few = stage_shapes.shallow(dense)
+    assert len(few.blocks) == 1 and len(dense.blocks) == 2
+    assert vit.anatomy(few).shape == vit.anatomy(dense).shape[:1]
 
 
 @pytest.mark.parametrize("width", [16, 40])
@@ -268,9 +300,9 @@ def test_models_with_fewer_tokens_are_cut_from_one(
 ) -> None:
     model = make_vit(img_size=size, depth=2)
     sizes = vit.anatomy(model)
-    found, _ = stage_shapes.token_models(model, "cls", tmp_path, SILENT)
+    found = stage_shapes.token_models(model, tmp_path, SILENT)
     counts = stage_shapes.patch_counts(sizes)[:-1]
-    assert set(found) == {"reducing", *(f"tokens{n}.{kind}" for n in counts for kind in ("attn", "whole"))}
+    assert set(found) == {f"tokens{n}.{kind}" for n in counts for kind in ("attn", "whole")}
     for patches in counts:
         short = copy.deepcopy(model)
         short.patch_drop = stage_shapes.FirstTokens(1 + patches)

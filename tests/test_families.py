@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -137,15 +138,24 @@ QUICK = {
 }  # fmt: skip
 
 
+#: Of those one plan each, so that all plans have their turn.
+QUICK_PLANS = set(zip(sorted(QUICK), itertools.cycle(PLANS), strict=False))
+
+
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in families.NAMES]
+    "name, budget",
+    [
+        pytest.param(name, budget, marks=() if (name, budget) in QUICK_PLANS else pytest.mark.slow)
+        for name in families.NAMES
+        for budget in PLANS
+    ],
 )
-def test_it_exports_runs_in_both_runtimes_and_reloads(name: str, tmp_path: Path) -> None:
+def test_it_exports_runs_in_both_runtimes_and_reloads(name: str, budget: str, tmp_path: Path) -> None:
     import onnxruntime
     import openvino
 
     model = tiny(name)
-    plan = plans(vit.anatomy(model))["tokens"]
+    plan = plans(vit.anatomy(model))[budget]
     small, images = vit.slice_model(model, plan), pixels(model)
     exported, path = tmp_path / "exported.onnx", tmp_path / "model.onnx"
     export.to_onnx(small, vit.anatomy(model).image, exported)
@@ -184,6 +194,7 @@ def test_gates_go_with_their_neurons() -> None:
         ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
         ("samvit_base_patch16", "VisionTransformerSAM"),
         ("vit_dlittle_patch16_reg1_gap_256", "DiffAttention"),
+        ("vit_small_r26_s32_224", "patches come from a HybridEmbed, not from one convolution"),
     ],
 )
 def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable[..., Any]) -> None:
@@ -196,7 +207,9 @@ def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable
     [
         ("eva02_enormous_patch14_clip_224", "eva02_"),
         ("eva02_large_patch14_clip_336", "eva02_"),
-        ("swinv2_large_window12_192", "(vit|deit|swin)_"),
+        ("swinv2_large_window12_192", "swin_"),
+        ("vit_small_r26_s32_224", "vit_"),
+        ("vit_base_mci_224", "vit_"),
         ("vit_huge_patch14_xp_224", "vit_"),
     ],
 )
@@ -461,6 +474,22 @@ def test_a_card_can_say_where_units_live(swapped: bool, tmp_path: Path) -> None:
     again = artifact.rebuild(artifact.read_plan(tmp_path / "plan.json"), tmp_path / "model.safetensors")
     with torch.no_grad():
         torch.testing.assert_close(again(images), small(images))
+
+
+@pytest.mark.parametrize("swapped", [False], indirect=True)
+def test_a_described_model_can_be_asked_for_its_sizes_alone(swapped: bool) -> None:
+    with torch.device("meta"):  # as before every build, to say how much memory it takes
+        model = vit.create("unlike_vit", {}, 5, ANATOMY)
+    assert vit.anatomy(model) == vit.anatomy(vit.create("unlike_vit", {}, 5, ANATOMY))
+
+
+@pytest.mark.parametrize("swapped", [False], indirect=True)
+def test_a_described_model_whose_blocks_differ_is_refused(swapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Unlike()
+    made.encoder.layers[1].ffn = torch.nn.Sequential(torch.nn.Linear(48, 8), torch.nn.ReLU(), torch.nn.Linear(8, 48))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: made)
+    with pytest.raises(UsageError, match="its blocks differ in heads, their dimensions or neurons"):
+        vit.create("unlike_vit", {}, 5, ANATOMY)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,14 @@ def test_the_source_of_the_parts_is_in_the_keys(card: Path, monkeypatch: pytest.
     }
 
 
+def test_the_source_of_the_families_is_in_the_keys() -> None:
+    """They are found by their names, which no import says."""
+    from edgeprune import anatomies
+
+    named = pipeline.BY_NAME["edgeprune.anatomies"]
+    assert {f"edgeprune.anatomies.{name}" for name in anatomies.names()} <= set(named)
+
+
 def test_weights_of_a_local_folder_are_told_apart(tmp_path: Path) -> None:
     from dataclasses import replace
 

@@ -127,6 +127,20 @@ def test_means_are_kept(make_vit: Callable[..., Any]) -> None:
     assert float((made(x).detach().mean((0, 1)) - want).abs().max()) < 0.2 * spread
 
 
+def test_what_proj_reads_varies_as_much_as_before(make_vit: Callable[..., Any]) -> None:
+    """So that ranges of the dense model's inputs are right for int8 layers of lower rank."""
+    attn, x = make_vit(double=True).blocks[0].attn, torch.randn(8, 17, 48, dtype=torch.float64)
+    seen: list[torch.Tensor] = []
+    attn.proj.register_forward_pre_hook(lambda _, z: seen.append(z[0]))
+    attn(x)
+    reduced(attn, x, 8)(x)
+    dense, low = seen[0], seen[-1]
+    for h in range(3):
+        before, after = dense[..., 16 * h : 16 * h + 16], low[..., 8 * h : 8 * h + 8]
+        spread = [own.flatten(0, 1).var(0).mean().sqrt() for own in (before, after)]
+        assert 0.5 < spread[1] / spread[0] < 2
+
+
 @pytest.mark.parametrize("dims, want", [(8, (8,)), (16, (8, 16)), (32, (8, 16, 24, 32)), (64, (16, 32, 48, 64)), (80, (24, 40, 64, 80))])  # fmt: skip
 def test_ranks_are_on_the_grid(dims: int, want: tuple[int, ...]) -> None:
     found = lowrank.ranks(dims)
@@ -353,6 +367,19 @@ def test_every_recovery_ends_in_the_plans_ranks(tiny_vit: Any, name: str) -> Non
     structure.of(tiny_vit, plan).load_state_dict(pruned.state_dict(), strict=True)
     assert [vit.sub_block(block, "attn").head_dim for block in pruned.blocks] == [8, 16, 12]
     assert bool(pruned(torch.cat(found.batches)).isfinite().all())
+
+
+def test_from_scratch_nothing_of_the_dense_model_is_left_in_lower_ranks(tiny_vit: Any) -> None:
+    plan, found = vit.plan_of_shape(SHAPE), calibrated(tiny_vit)
+    other = replace(found, inputs={i: (mean + 1, 2 * cov) for i, (mean, cov) in found.inputs.items()})
+    made = [
+        recovery.lower_ranks(
+            vit.anatomy(tiny_vit), recoveries.get("scratch").recover(Damage(tiny_vit, tiny_vit, plan, own, 0, parts.SILENT)), plan, own
+        )
+        for own in (found, other)
+    ]  # fmt: skip
+    for one, same in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        assert torch.equal(one, same)
 
 
 def test_the_refit_helps_where_ranks_are_low(tiny_vit: Any) -> None:

@@ -224,19 +224,24 @@ def test_lrp_is_relevance_propagated_layer_by_layer(tiny_vit64: Any) -> None:
     check("lrp", evidence, want)
 
 
-def test_lrp_conserves_relevance(tiny_vit64: Any, make_images: Callable[..., Any]) -> None:
-    """What enters block 0 and what biases add is the logit, to the last digit; plain gradients have no such sum."""
-    pixels = make_images(4, double=True)
-    biases = [p for name, p in tiny_vit64.named_parameters() if name.endswith("bias") and "patch_embed" not in name]
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_giant_patch14_dinov2"])
+def test_lrp_conserves_relevance(name: str, make_vit: Callable[..., Any], make_images: Callable[..., Any]) -> None:
+    """What enters block 0 and what biases add is the logit, to the last digit; plain gradients have no such sum.
+
+    In MLPs that are gated, too.
+    """
+    model, pixels = make_vit(name, double=True), make_images(4, double=True)
+    assert vit.anatomy(model).gated == (name != "vit_tiny_patch16_224")
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias") and "patch_embed" not in name]
 
     def explained() -> tuple[Tensor, Tensor]:
-        stream = vit.embed(tiny_vit64, pixels)
-        logits = vit.classify(tiny_vit64, tiny_vit64.blocks(stream))
+        stream = vit.embed(model, pixels)
+        logits = vit.classify(model, model.blocks(stream))
         gradient, *of_biases = torch.autograd.grad(lrp.predicted(logits), [stream, *biases])
         parts = [(p * g).sum() for p, g in zip(biases, of_biases, strict=True)]
         return (stream * gradient).sum() + torch.stack(parts).sum(), logits
 
-    with lrp.detached(tiny_vit64):
+    with lrp.detached(model):
         relevance, logits = explained()
     torch.testing.assert_close(relevance, lrp.predicted(logits))
     plain, same = explained()

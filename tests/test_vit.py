@@ -100,6 +100,23 @@ def test_a_pruned_model_in_dense_shape_is_the_same_model(
 
 
 @torch.no_grad()
+def test_removed_units_say_nothing(tiny_vit: Any, make_images: Callable[..., Any]) -> None:
+    """So that norms and variances of what is gone are in no criterion's totals."""
+    back: Any = vit.in_dense_shape(tiny_vit, HARSH, vit.slice_model(tiny_vit, HARSH))
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+    for i, block in enumerate(back.blocks):
+        for kind in vit.KINDS:
+            layer = vit.output_layer(block, kind)
+            layer.register_forward_pre_hook(lambda _, x, at=(i, kind): seen.update({at: x[0]}))
+    back(make_images(2))
+    for i, keep in enumerate(HARSH.blocks):
+        for kind, units in (("attn", keep.heads), ("mlp", keep.neurons)):
+            size = 16 if kind == "attn" else 1
+            said = seen[i, kind].flatten(0, 1).abs().sum(0).view(-1, size).sum(1)
+            assert [u for u in range(len(said)) if said[u] > 0] == list(units)
+
+
+@torch.no_grad()
 def test_the_oracle_sees_a_wrong_slice(tiny_vit64: Any, make_images: Callable[..., Any]) -> None:
     """One head exchanged for another moves the logits by far more than the oracle's tolerance."""
     other = Plan((BlockPlan((0,), (3, 7)), *HARSH.blocks[1:]))

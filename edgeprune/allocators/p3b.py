@@ -3,9 +3,10 @@
 Two linear probes per sub-block, one for the class token and one for the mean of the patches, read the stream before
 and after it, trained on both with labelled images; nothing flows back into the model.
 
-    benefit_b = mean over its probes of CE(probe(before)) - CE(probe(after))
+    benefit_b = CE(probe(before)) - CE(probe(after))
     scaled    = softplus(1.4 x) - softplus(1.4 x - 10),  x = 10 benefit / max benefit
-    imp_b     = (scaled_b / milliseconds_b) / mean        keep_b = min(1, s imp_b),  s solved for the budget
+    imp_b     = mean over its probes of (scaled_b / milliseconds_b) / mean over b
+    keep_b    = min(1, s imp_b),  s solved for the budget
 
 Adapted: the paper divides by parameters, here by a sub-block's latency; its probe of the patches is a small convolutional
 network, which takes as long to train as the model; benefits are taken once, on the quarter of the images that the
@@ -46,7 +47,7 @@ def prepare(task: Task) -> Choose:
 def benefits(
     model: VisionTransformer, batches: Iterable[Batch], seed: int, console: Console | None = None
 ) -> FloatArray:
-    """`[sub-blocks]` in the order attn 0, mlp 0, ...: by how many nats each sub-block lowers its probe's loss."""
+    """`[probes, sub-blocks]` in the order attn 0, mlp 0, ...: by how many nats each sub-block lowers its probes' losses."""
     read_pairs, labels = read(model, batches)
     if console:
         warn_of_few("P3B's probes", labels, model.num_classes, console)
@@ -57,7 +58,7 @@ def benefits(
     weight, bias = train(pairs[:, :, :fit], labels[:fit], model.num_classes, seed)
     with torch.no_grad():
         before, after = losses(pairs[:, :, fit:], labels[fit:], weight, bias).unbind(1)
-    return (before - after).double().reshape(-1, len(read_pairs)).mean(0).numpy()
+    return (before - after).double().reshape(-1, len(read_pairs)).numpy()
 
 
 def train(pairs: Tensor, labels: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,16 @@ def losses(pairs: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 
 
 def importance(found: FloatArray, ms: FloatArray) -> FloatArray:
-    """What benefits `[sub-blocks]` are worth per millisecond, 1 on average; 0 for what costs nothing, and is gone."""
+    """What benefits `[probes, sub-blocks]` are worth per millisecond, 1 on average; 0 for what costs nothing, and is gone.
+
+    Each kind of probe has a scale of its own: their worths are averaged, not their benefits.
+    """
+    every: FloatArray = np.mean([_worth(own, ms) for own in np.atleast_2d(found)], axis=0)
+    return every
+
+
+def _worth(found: FloatArray, ms: FloatArray) -> FloatArray:
+    """Of one kind of probe `[sub-blocks]`."""
     top = found.max() if found.max() > 0 else np.abs(found).max()
     x = TOP * found / top if top > 0 else np.zeros(len(found))
     scaled = np.logaddexp(0, 1.4 * x) - np.logaddexp(0, 1.4 * x - TOP)
@@ -92,7 +102,7 @@ def importance(found: FloatArray, ms: FloatArray) -> FloatArray:
 
 
 def keep_ratios(found: FloatArray, ms: FloatArray, room_ms: float) -> FloatArray:
-    """min(1, s imp) `[sub-blocks]`, s such that sub-blocks of these ms, thinned in proportion, take `room_ms`."""
+    """min(1, s imp) `[sub-blocks]` of benefits `[probes, sub-blocks]`, s such that sub-blocks of these ms, thinned in proportion, take `room_ms`."""
     weights = importance(found, ms)
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):

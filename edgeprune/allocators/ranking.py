@@ -27,9 +27,9 @@ FLOOR = 0.1  # share of a sub-block that stays as long as anything else can go
 
 def prepare(task: Task) -> Choose:
     sizes = task.sizes
-    matrices = {"attn": 4, "mlp": 2}  # of a unit: queries, keys, values, output; into and out of a neuron
-    weights = [
-        matrices[level.kind] * sizes.unit_size(level.at) * sizes.by_block[level.block].width for level in task.levels
+    weights = [  # of a unit: into it, as queries, keys and values or as a neuron and its gate, and out of it
+        (sizes.row_groups(level.kind) + 1) * sizes.unit_size(level.at) * sizes.by_block[level.block].width
+        for level in task.levels
     ]
     return ranked(task, [task.scores(i) / count for i, count in enumerate(weights)])
 

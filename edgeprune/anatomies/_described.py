@@ -43,9 +43,17 @@ class Described:
         return ""
 
     def rewrite(self, model: Any) -> VisionTransformer:
-        """Raises UsageError unless the model so described answers as the one that timm made, with random weights."""
+        """Raises UsageError unless the model so described answers as the one that timm made, with random weights.
+
+        A model on the meta device computes nothing: its sizes alone are asked for, and it is not put to the test.
+        """
         try:
             made = self._rewrite(model)
+            sizes = {(block.attn.num_heads, block.attn.head_dim, block.mlp.fc1.out_features) for block in made.blocks}
+            if len(sizes) > 1:
+                raise ValueError("its blocks differ in heads, their dimensions or neurons")
+            if any(parameter.is_meta for parameter in model.parameters()):
+                return made
             original = _randomised(model)
             trial: Any = self._rewrite(original).eval()
             theirs = original.state_dict()

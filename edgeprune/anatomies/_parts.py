@@ -53,11 +53,11 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[n, height * width, channels]` -> `[n, tokens, channels of the next stage]`."""
         height, width = self.grid
-        x = x.reshape(len(x), height, width, -1)
+        x = x.reshape(x.shape[0], height, width, -1)
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         rows, cols = -(-height // 2), -(-width // 2)
-        x = x.reshape(len(x), rows, 2, cols, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(len(x), rows * cols, -1)
+        x = x.reshape(x.shape[0], rows, 2, cols, 2, -1).permute(0, 1, 3, 4, 2, 5).reshape(x.shape[0], rows * cols, -1)
         return self.reduction(self.norm(x))
 
 

@@ -110,13 +110,13 @@ class WindowAttention(PositionalAttention):
         if self.padded:
             x = F.pad(x, (0, 0, 0, 1))
         windows = len(self.order) // self.window
-        split = self.qkv(x[:, self.order]).reshape(len(x), windows, self.window, 3, self.num_heads, self.head_dim)
+        split = self.qkv(x[:, self.order]).reshape(x.shape[0], windows, self.window, 3, self.num_heads, self.head_dim)
         # windows count as heads, so that the product of all has the four dimensions that runtimes know
         queries, keys, values = split.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         dropout = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self.bias(), dropout_p=dropout)
         mixed = mixed.clone(memory_format=torch.contiguous_format).unflatten(1, (windows, self.num_heads))  # see above
-        mixed = mixed.transpose(2, 3).reshape(len(x), len(self.order), -1)
+        mixed = mixed.transpose(2, 3).reshape(x.shape[0], len(self.order), -1)
         return self.proj_drop(self.proj(mixed[:, self.back]))
 
     def bias(self) -> Tensor:

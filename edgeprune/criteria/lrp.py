@@ -7,7 +7,7 @@ a unit in the input of `proj` or `fc2`, and E the mean over at most 256 calibrat
     error(level) = sum over the removed units of E| sum over tokens and columns of R |.
 
 In a Transformer (Ali et al., arXiv 2202.07304) attention weights and the standard deviations of LayerNorm count as
-constants, and GELU hands on what it gets. Everything is then linear in its input, and R = x dz/dx in a model where
+constants, as do the gates of SwiGLU, and GELU hands on what it gets. Everything is then linear in its input, and R = x dz/dx in a model where
 those factors are detached: exactly the rule above, in one backward pass. What is relevant stays the same from layer to
 layer but for what biases take. Needs activations and gradients, no labels.
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune import saliency
+from edgeprune import saliency, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.criteria import SCORED, Evidence
 from edgeprune.errors import UsageError
@@ -68,10 +68,11 @@ def detached(model: VisionTransformer) -> Iterator[None]:
         if not isinstance(module, (nn.LayerNorm, nn.Identity)):
             raise UsageError(f"criterion 'lrp' knows LayerNorm alone, and '{name}' is a {type(module).__name__}")
     hooks = [module.register_forward_hook(_centred) for module in norms.values() if isinstance(module, nn.LayerNorm)]
+    sizes = vit.anatomy(model)
     block: Any
     for block in model.blocks:
         hooks.append(block.attn.qkv.register_forward_hook(_values_only))
-        hooks.append(block.mlp.act.register_forward_hook(_handed_on))
+        hooks.append(block.mlp.act.register_forward_hook(_constant if sizes.gated else _handed_on))
     try:
         yield
     finally:
@@ -89,6 +90,11 @@ def _values_only(_: object, inputs: object, qkv: Tensor) -> Tensor:
     """Queries and keys, and so the attention weights, are constants."""
     q, k, v = qkv.chunk(3, dim=-1)
     return torch.cat([q.detach(), k.detach(), v], dim=-1)
+
+
+def _constant(_: object, inputs: object, y: Tensor) -> Tensor:
+    """What gates is a constant, as attention weights are: all relevance goes to what is gated."""
+    return y.detach()
 
 
 def _handed_on(_: object, inputs: tuple[Tensor], y: Tensor) -> Tensor:

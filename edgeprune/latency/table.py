@@ -1,7 +1,8 @@
 """The latency table: what one sub-block of each shape costs, from measurements of whole models.
 
-Most measured candidates are the full model at full depth where all blocks of one stage (in a plain ViT: all blocks)
-have one shape, so caches and memory traffic are those of the deployed model. Differences between candidates, divided
+Most measured candidates are the full model at full depth (of a large one: its first blocks, see `at_depth`) where all
+blocks of one stage (in a plain ViT: all blocks) have one shape, so caches and memory traffic are those of the deployed
+model. Differences between candidates, divided
 by the number of blocks, are the price of a sub-block. What such prices miss, e.g. that kernels for many shapes evict
 each other, is fitted on some plans whose blocks all differ. Numpy only; how the candidates were made is
 not known here.
@@ -111,6 +112,18 @@ def build_table(
         extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(left(row) is not None for row in shape)
         prices = replace(prices, reduce_ms=max(float(extra), 0.0))
     return fitted(prices, {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()})
+
+
+def at_depth(measurement: Measurement, dense: Measurement, times: float) -> Measurement:
+    """What a model of a few blocks says of one with `times` as many; dense: the model of as many dense blocks.
+
+    What a change of those blocks saves is saved `times` over; the anchor is the dense model of all blocks.
+    """
+    low, ratio, high = (
+        1 + times * (found - dense.ratio)
+        for found in (measurement.ratio_ci[0], measurement.ratio, measurement.ratio_ci[1])
+    )
+    return replace(measurement, ratio=ratio, ratio_ci=(low, high))
 
 
 def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> Prices:

@@ -4,7 +4,7 @@ Every parameter, embeddings and classifier included, is drawn anew by timm's own
 of the dense model is left but the shape. Needs nothing, costs nothing, and is worth nothing before it is tuned: the
 paper trains for as many epochs as the dense model had (Scratch-E) or as much computation (Scratch-B), so give as many
 with --epochs. Adapted: tuning is the same distillation from the dense model that every recovery gets, not training on
-labels. Weights are drawn in dense shape and then cut: the same where timm draws them at a fixed scale, as it does
+labels. Weights are drawn in dense shape and then cut, the dimensions of heads of lower rank too: the same where timm draws them at a fixed scale, as it does
 unless the model's `weight_init` asks for a scale by layer width.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edgeprune import vit
+from edgeprune import lowrank, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.errors import UsageError
 from edgeprune.recoveries import Damage
@@ -27,7 +27,7 @@ TUNES = "weights"
 def recover(damage: Damage) -> VisionTransformer:
     fresh = copy.deepcopy(damage.model)
     initialise(fresh, damage.seed)
-    return vit.slice_model(fresh, damage.plan)
+    return lowrank.mark(vit.slice_model(fresh, damage.plan), damage.plan)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ def reduce(seen: Seen, patches: int) -> Reduction:
 def merging(keys: Tensor, patches: int) -> Tensor:
     """How much of each patch is in each merged one, `[n, patches, all]`, from unit keys `[n, all, head_dim]`."""
     count = keys.shape[1]
-    matrix = torch.eye(count, dtype=keys.dtype, device=keys.device).expand(len(keys), -1, -1)
+    matrix = torch.eye(count, dtype=keys.dtype, device=keys.device).expand(keys.shape[0], -1, -1)
     while matrix.shape[1] > patches:
         gone = min(matrix.shape[1] - patches, matrix.shape[1] // 2)
         step = _step(F.normalize(matrix @ keys, dim=-1), gone)
@@ -47,7 +47,7 @@ def _step(keys: Tensor, gone: int) -> Tensor:
     order = best.topk(best.shape[1]).indices
     merged, stay = order[:, :gone], order[:, gone:].sort(1).values
     eye = torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
-    kept = eye[0::2].expand(len(keys), -1, -1).clone()  # [n, first, all]
+    kept = eye[0::2].expand(keys.shape[0], -1, -1).clone()  # [n, first, all]
     sources = eye[1::2][merged]  # [n, gone, all]
     where = F.one_hot(into.gather(1, merged), first.shape[1]).to(keys.dtype)  # [n, gone, first]
     kept = kept + where.transpose(1, 2) @ sources

@@ -178,7 +178,8 @@ def command(manifest: Mapping[str, Any]) -> str:
 
 def _deployed(manifest: Mapping[str, Any]) -> list[str]:
     """The options that say what the files take and hold, where they are not the usual ones."""
-    facts, words = manifest.get("input"), []
+    facts, size = manifest.get("input"), manifest.get("image_size")
+    words = ["--image-size", size] if size else []
     if facts is not None:
         words += ["--batch", str(facts["batch"])] * (facts["batch"] != 1) + ["--dynamic-batch"] * facts["dynamic_batch"]
         if facts["preprocessing"] == "folded":

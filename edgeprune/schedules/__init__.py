@@ -158,8 +158,8 @@ def squares(model: VisionTransformer, at: SubBlock) -> Tensor:
     """`[units]`: the squared norm of each unit's weights, biases too, with gradients; 0 where nothing reads it."""
     *first, last = (part.square() for part in saliency.group(model, at))
     sizes = vit.anatomy(model)
-    count, matrices = sizes.units(at), 3 if at[1] == "attn" else 1
-    rows = [part.reshape(matrices, count, -1).sum((0, 2)) for part in first]
+    count = sizes.units(at)
+    rows = [part.reshape(sizes.row_groups(at[1]), count, -1).sum((0, 2)) for part in first]
     read = last.reshape(len(last), count, -1).sum((0, 2))
     return torch.stack([*rows, read]).sum(0) * (read > 0)
 

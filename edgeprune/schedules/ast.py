@@ -75,9 +75,8 @@ class Ast(Planned):
         for at, gate in self.training.gates.values.items():
             factors = torch.where(gate == 1, 1.0, 1 - rate)
             *first, last = saliency.group(self.training.model, at)
-            matrices = 3 if at[1] == "attn" else 1
             for part in first:
-                part.view(matrices, len(gate), -1).mul_(factors.to(part)[:, None])
+                part.view(self.training.gates.sizes.row_groups(at[1]), len(gate), -1).mul_(factors.to(part)[:, None])
             last.view(len(last), len(gate), -1).mul_(factors.to(last)[:, None])
         if step == steps - 1:
             self.end()

@@ -1,7 +1,6 @@
 """Profile: what every sub-block shape costs on this device, in the runtime that will run.
 
-Each shape is timed as a full-depth model whose blocks all have it, so that fusion and caches are as
-in deployment, turn by turn with the dense model. Writes `profile.json` and `samples.npz`.
+Models of each shape, see `candidates`, are timed turn by turn with the dense model. Writes `profile.json` and `samples.npz`.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from edgeprune.latency import choose, device, devices, memory, table
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.machine import Machine, here
 from edgeprune.latency.statistics import FEWEST_CALM, QUANTILES, fit_slope, half_width, judged, quiet_ms, undisturbed
-from edgeprune.stages import baseline, shapes
-from edgeprune.types import PLAIN, Form, LatencyTable, Measurement, Quiet, Shape, SubBlockKind, to_json
+from edgeprune.stages import baseline, candidates
+from edgeprune.types import Form, LatencyTable, Measurement, Quiet, to_json
 
 TABLE_SECONDS = 60.0
 TABLE_PATIENCE = 1.6  # how much longer where too few rounds are as quiet as the quietest
 MIN_ROUNDS = 60
 FEWEST = 20  # rounds, whatever they take: with nine, prices of a BEiT-B had intervals of up to ± 40 % on a busy machine
-FITTING_PLANS = 8
 TABLE_BYTES = 6 << 30
 SCHEMA = "edgeprune.profile/1"
 
@@ -54,33 +52,16 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     for i, (grid, stage) in enumerate(zip(grids, dense.sizes.stages, strict=True)):
         console.say(f"grid{'' if len(grids) == 1 else f' of stage {i}'}: 0 to {stage.heads} heads, {len(grid)} MLP widths"
                     f"{grid_words(dense.sizes, grid, request.target.neuron_step)}")  # fmt: skip
-    entries = shapes.shape_models(dense.model, grids, out, console)
-    dims = vit.choosable(request.dims, dense.sizes)
-    entries |= shapes.form_models(dense.model, grids, dims, out, console)
-    models = {entry.name: path for entry, path in entries.items()}
-    patches = shapes.patch_counts(dense.sizes) if "tokens" in dims else ()
-    reducing: Shape = ()
-    formed: dict[tuple[SubBlockKind, Form], dict[int, Path]] = {}
-    if len(patches) > 1:
-        token_models, reducing = shapes.token_models(dense.model, request.reducer, out, console)
-        models |= token_models
-        formed = shapes.token_form_models(dense.model, dims, out, console)
-        models |= {path.stem: path for own in formed.values() for path in own.values()}
-        console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {dense.sizes.prefix} that always stay")
-    fitting = fitting_shapes(dense.sizes, grids, request.seed, patches, dims)
-    plans = {f"plan{i}": shape for i, shape in enumerate(fitting)}
-    for name, shape in {"empty": ((0, 0),) * dense.sizes.blocks, **plans}.items():
-        models[name] = out / f"{name}.onnx"
-        shapes.export_shape(dense.model, shape, dense.sizes, models[name], request.reducer)
+    made = candidates.make(request, dense.model, grids, out, console)
     with choose.clock(request.conditions, runtime, threads, console) as clock:
         asked = {key: value for key, value in clock.info.items() if key != "pid"}
         at = {"at": machine.url} if machine.url else {}
         of = memory.key(anchor, machine.fingerprint, {**asked, **machine.conditions, **at})
         known = memory.recall(out.parent, of)
         room = table_room(machine.memory) if request.table_bytes is None else request.table_bytes
-        groups = measure(clock, anchor, grouped(models, room), known, console)
+        groups = measure(clock, anchor, grouped(made.files, room), known, console)
         worker = {"info": clock.info, "dense": clock.facts["dense"]}
-    for path in models.values():
+    for path in made.files.values():
         path.unlink()
     groups, quiet, how = settle(groups, known, request.seed, console)
     dense_ms = quiet.ms
@@ -89,29 +70,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if all(first.calm for first in firsts):
         memory.remember(out.parent, of, dense_ms)
     anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
-
-    def timed(stage: int, kind: SubBlockKind) -> dict[Form, dict[int, Measurement]]:
-        """Of a kind of sub-block in a stage, by form and size."""
-        found: dict[Form, dict[int, Measurement]] = {}
-        for one in entries:
-            if (one.stage, one.kind) == (stage, kind):
-                found.setdefault(one.form, {})[one.kept] = measured[one.name]
-        return found
-
-    stages = []
-    for i, stage in enumerate(dense.sizes.stages):
-        attn, mlp = timed(i, "attn"), timed(i, "mlp")
-        plain = attn.pop(PLAIN), mlp.pop(PLAIN)
-        stages.append(
-            table.Measured(stage.blocks, stage.heads, stage.neurons, *plain, attn, mlp, stage.head_dim, grids[i])
-        )
-    built = table.build_table(
-        stages, measured["empty"], {shape: measured[name] for name, shape in plans.items()},
-        dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads,
-        fewer={count: (measured[f"tokens{count}.attn"], measured[f"tokens{count}.whole"]) for count in patches[:-1]},
-        fewer_forms={at: {count: measured[path.stem] for count, path in own.items()} for at, own in formed.items()},
-        reducing=(reducing, measured["reducing"]) if reducing else None, patches=dense.sizes.patches,
-    )  # fmt: skip
+    built = made.table(measured, dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads)
     tell(built, measured, worker, request, dense.sizes, console)
     console.say(f"the dense model's {dense_ms:.2f} ms are {how}")
     document = {
@@ -151,17 +110,6 @@ def grid_words(sizes: vit.Anatomy, grid: tuple[int, ...], step: int) -> str:
     return f" in steps of {grid[1]} neurons (SIMD step {step}, at most {most} widths)"
 
 
-def fitting_shapes(
-    sizes: vit.Anatomy,
-    grids: tuple[tuple[int, ...], ...],
-    seed: int,
-    patches: tuple[int, ...] = (),
-    dims: Sequence[str] = (),
-) -> list[Shape]:
-    """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
-    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches, dims) if sizes.blocks > 1 else []
-
-
 def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
     """What of the model a latency table depends on."""
     stages = [
@@ -174,6 +122,7 @@ def describe(request: Request, sizes: vit.Anatomy) -> dict[str, Any]:
         **({"folded": request.card.deploy.fold_preprocessing} if request.card.deploy.fold_preprocessing else {}),
         **({"attention": "positional"} if sizes.positional else {}),
         **({"mlp": "whole"} if sizes.whole_mlp else {}),
+        **({"gated": True} if sizes.gated else {}),
     }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from edgeprune.types import INT8, PLAIN, Form, Shape, SubBlockKind, left
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages or of a large model, about
 MAX_LARGE_WIDTHS = 8  # MLP widths that are measured of a large model, about; sizes between are interpolated
 LARGE_MACS = 8e9  # multiply-adds from which a model is large: each of its shapes takes seconds to make, load and time
+SHALLOW = 4  # blocks of the models that are measured of a large one
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
 INT8_SIZES = 3  # of each kind of sub-block that are measured in int8, at most
@@ -61,16 +62,31 @@ def is_large(sizes: vit.Anatomy) -> bool:
     return vit.macs(sizes, sizes.shape) >= LARGE_MACS
 
 
-def head_counts(sizes: vit.Anatomy, stage: int) -> tuple[int, ...]:
+def depth(sizes: vit.Anatomy) -> int:
+    """Blocks of the models that are measured: all, or a few of a large model whose blocks are of one stage."""
+    return min(SHALLOW, sizes.blocks) if is_large(sizes) and len(sizes.stages) == 1 else sizes.blocks
+
+
+def shallow(model: VisionTransformer) -> VisionTransformer:
+    """The model of the first `depth` blocks; the model itself where these are all."""
+    sizes = vit.anatomy(model)
+    if depth(sizes) == sizes.blocks:
+        return model
+    few = copy.deepcopy(model)
+    few.blocks = few.blocks[: depth(sizes)]
+    return few
+
+
+def head_counts(sizes: vit.Anatomy, stage: int, large: bool) -> tuple[int, ...]:
     """The numbers of heads, fewer than all, that are measured: every one, or about `MAX_STAGE_HEADS`."""
     heads = sizes.stages[stage].heads
-    step = -(-heads // MAX_STAGE_HEADS) if len(sizes.stages) > 1 or is_large(sizes) else 1
+    step = -(-heads // MAX_STAGE_HEADS) if len(sizes.stages) > 1 or large else 1
     return tuple(range(0, heads, step))
 
 
-def measured_widths(sizes: vit.Anatomy, grid: Sequence[int]) -> tuple[int, ...]:
+def measured_widths(grid: Sequence[int], large: bool) -> tuple[int, ...]:
     """The MLP widths of a stage's grid, less than the dense one, that are measured: all, or about `MAX_LARGE_WIDTHS`."""
-    step = -(-(len(grid) - 1) // MAX_LARGE_WIDTHS) if is_large(sizes) else 1
+    step = -(-(len(grid) - 1) // MAX_LARGE_WIDTHS) if large else 1
     return tuple(grid[:-1:step])
 
 
@@ -81,18 +97,18 @@ def with_stage(sizes: vit.Anatomy, stage: int, row: tuple[int, ...]) -> Shape:
 
 
 def shape_models(
-    model: VisionTransformer, grids: Sequence[tuple[int, ...]], folder: Path, console: Console
+    model: VisionTransformer, grids: Sequence[tuple[int, ...]], folder: Path, console: Console, *, large: bool = False
 ) -> dict[Entry, Path]:
-    """ONNX files of full-depth models that differ from the dense one in one stage; grids: MLP widths per stage."""
+    """ONNX files of models that differ from this one in one stage; grids: MLP widths per stage; large: fewer sizes."""
     sizes = vit.anatomy(model)
     paths: dict[Entry, Path] = {}
-    counts = [head_counts(sizes, i) for i in range(len(sizes.stages))]
+    counts = [head_counts(sizes, i, large) for i in range(len(sizes.stages))]
     with console.progress("shape models", sum(map(len, counts)) + len(counts), "exports") as advance:
         for i, grid in enumerate(grids):
             for heads, path in head_models(model, i, counts[i], folder).items():
                 paths[Entry(i, "attn", heads)] = path
             advance(len(counts[i]), "")
-            for width, path in width_models(model, i, measured_widths(sizes, grid), folder).items():
+            for width, path in width_models(model, i, measured_widths(grid, large), folder).items():
                 paths[Entry(i, "mlp", width)] = path
             advance(1, "")
     return paths
@@ -101,7 +117,7 @@ def shape_models(
 def form_models(
     model: VisionTransformer, grids: Sequence[tuple[int, ...]], dims: Sequence[str], folder: Path, console: Console
 ) -> dict[Entry, Path]:
-    """ONNX files of full-depth models in which every sub-block of one kind in one stage has a form, all else is dense.
+    """ONNX files of models in which every sub-block of one kind in one stage has a form, all else is dense.
 
     Of a few sizes per kind, as their prices lie on lines.
     """
@@ -134,7 +150,7 @@ def _of_forms(model: VisionTransformer, group: Sequence[Entry], folder: Path) ->
         units = (first.kept, stage.neurons) if first.kind == "attn" else (stage.heads, first.kept)
         export_shape(model, with_stage(sizes, first.stage, _formed(*units, first.kind, form)), sizes, path)
 
-    marker = rank_marker(sizes, first.stage, first.kept, export.how(model).intake.frame or ()) if group[1:] else 0
+    marker = rank_marker(sizes, first.stage, first.kept, other_sizes(model)) if group[1:] else 0
     if not marker:
         for entry, path in paths.items():
             made(entry.form, path)
@@ -190,10 +206,10 @@ def _spread(every: Sequence[int], most: int) -> list[int]:
 
 
 def head_models(model: VisionTransformer, stage: int, counts: Sequence[int], folder: Path) -> dict[int, Path]:
-    """ONNX files of full-depth models with these numbers of heads in every block of a stage, fewer than all, by number."""
+    """ONNX files of models with these numbers of heads in every block of a stage, fewer than all, by number."""
     sizes = vit.anatomy(model)
     neurons = sizes.stages[stage].neurons
-    marker = head_marker(sizes, stage, export.how(model).intake.frame or ())
+    marker = head_marker(sizes, stage, other_sizes(model))
     paths = {heads: folder / f"{Entry(stage, 'attn', heads).name}.onnx" for heads in counts}
     for heads in (h for h in counts if h == 0 or not h < marker):
         export_shape(model, with_stage(sizes, stage, (heads, neurons)), sizes, paths[heads])
@@ -241,11 +257,11 @@ def head_marker(sizes: vit.Anatomy, stage: int, others: Sequence[int] = ()) -> i
 
 
 def width_models(model: VisionTransformer, stage: int, widths: Sequence[int], folder: Path) -> dict[int, Path]:
-    """ONNX files of full-depth models with all heads and these MLP widths in every block of a stage, by width."""
+    """ONNX files of models with all heads and these MLP widths in every block of a stage, by width."""
     sizes = vit.anatomy(model)
     heads = sizes.stages[stage].heads
     marker = (
-        0 if sizes.gated or sizes.whole_mlp else marker_width(sizes, stage, export.how(model).intake.frame or ())
+        0 if sizes.gated or sizes.whole_mlp else marker_width(sizes, stage, other_sizes(model))
     )  # a gated layer has twice the width, and splits it
     paths = {width: folder / f"{Entry(stage, 'mlp', width).name}.onnx" for width in widths}
     for width in (w for w in widths if w == 0 or w > marker):
@@ -280,24 +296,25 @@ class FirstTokens(nn.Module):
         return x[:, : self.count]
 
 
-def token_models(
-    model: VisionTransformer, reducer: str, folder: Path, console: Console
-) -> tuple[dict[str, Path], Shape]:
-    """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.whole` with all there is,
-    and `reducing`, whose shape, also returned, drops tokens in every block by the reducer.
-    """
-    sizes = vit.anatomy(model)
-    stage = sizes.only
+def reducing_shape(sizes: vit.Anatomy) -> Shape:
+    """The shape that drops tokens as often as it can, from the first block on."""
     *fewer, _ = patch_counts(sizes)
-    reducing: Shape = ((stage.heads, stage.neurons, fewer[-1] if fewer else sizes.patches),) * stage.blocks
-    paths = {"reducing": folder / "reducing.onnx"}
-    export_shape(model, reducing, sizes, paths["reducing"], reducer)
+    dense = (sizes.only.heads, sizes.only.neurons)
+    drops: list[tuple[int, ...]] = [(*dense, count) for count in fewer[::-1]]
+    return (*drops, *[dense] * sizes.blocks)[: sizes.blocks]
+
+
+def token_models(model: VisionTransformer, folder: Path, console: Console) -> dict[str, Path]:
+    """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.whole` with all there is."""
+    stage = vit.anatomy(model).only
+    *fewer, _ = patch_counts(vit.anatomy(model))
+    paths: dict[str, Path] = {}
     short = copy.deepcopy(model)
     with console.progress("token models", 2 * len(fewer), "models") as advance:
         for name, row in (("attn", (stage.heads, 0)), ("whole", (stage.heads, stage.neurons))):
             paths |= {path.stem: path for path in _with_patches(short, row, fewer, name, folder).values()}
             advance(len(fewer), "")
-    return paths, reducing
+    return paths
 
 
 def token_form_models(
@@ -331,7 +348,7 @@ def _with_patches(short: Any, row: tuple[int, ...], counts: Sequence[int], name:
     """
     sizes = vit.anatomy(short)
     stage = sizes.only
-    taken = {stage.neurons, *head_sizes(stage, stage.heads), *_other_sizes(sizes, export.how(short).intake.frame or ())}
+    taken = {stage.neurons, *head_sizes(stage, stage.heads), *_other_sizes(sizes, other_sizes(short))}
     taken |= {n * lower for lower in lowrank.ranks(stage.head_dim) for n in (1, stage.heads, 3 * stage.heads)}
     marker = next((n for n in range(stage.tokens - 1, FEWEST_MARKED, -1) if n not in taken), 0)
     marked = folder / "marked.onnx"
@@ -415,6 +432,13 @@ def export_shape(
 def marker_width(sizes: vit.Anatomy, stage: int, others: Sequence[int] = ()) -> int:
     """The greatest prime below a stage's MLP width; no other size of a ViT is a large prime, and it is none of `others`."""
     return _prime_below(sizes.stages[stage].neurons, _other_sizes(sizes, others))
+
+
+def other_sizes(model: VisionTransformer) -> tuple[int, ...]:
+    """Sizes of a graph that how it is deployed brings: of raw images, and of a batch, whole and cut into windows."""
+    asked, stages = export.how(model).intake, vit.anatomy(model).stages
+    windows = {-(-own.tokens // own.attended) for own in stages}
+    return (*(asked.frame or ()), asked.batch, *(asked.batch * count for count in windows))
 
 
 def _other_sizes(sizes: vit.Anatomy, others: Sequence[int]) -> set[int]:

@@ -90,7 +90,7 @@ def training(
     found: list[Calibration] = []  # of the last scores
 
     def score() -> list[Levels]:
-        model = gates.folded()
+        model = vit.silence(gates.folded())
         evidence, statistics = calibrate.gather(
             request, model, dense.sizes, lambda: iter(batches), sum(len(y) for _, y in batches), SILENT
         )

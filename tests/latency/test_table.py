@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgeprune import errors
-from edgeprune.latency.table import Measured, build_table, isotonic, table_from_json, table_to_json
+from edgeprune.latency.table import Measured, at_depth, build_table, isotonic, table_from_json, table_to_json
 from edgeprune.types import LatencyTable, Measurement, Shape
 
 
@@ -49,6 +49,25 @@ def test_prices_are_differences_of_whole_models_per_block() -> None:
     assert stage.mlp_widths == (0, 16, 32, 64)
     assert made.base_ms == pytest.approx(2.0)
     assert (made.samples, made.repaired) == (50, ())
+
+
+def test_the_first_blocks_speak_for_all() -> None:
+    """A model of 12 blocks, 2 ms beside them and 1 + 1.5 ms each, is measured by 4 of them, and has the same prices."""
+
+    def whole(attn: float, mlp: float, blocks: int = 12) -> Measurement:
+        return measured(2 + blocks * (attn + mlp), 32.0)
+
+    def table_of(four: bool) -> LatencyTable:
+        def one(attn: float, mlp: float) -> Measurement:
+            return at_depth(whole(attn, mlp, 4), whole(1, 1.5, 4), 3.0) if four else whole(attn, mlp)
+
+        own = Measured(12, 2, 64, {0: one(0, 1.5), 1: one(0.6, 1.5)}, {0: one(1, 0), 32: one(1, 0.9)})
+        return build_table([own], measured(2, 32.0), {}, dense_ms=32.0, runtime="null", precision="fp32", threads=1)
+
+    for name in ("attn_ms", "mlp_ms"):
+        got, want = (getattr(table_of(four).stages[0], name) for four in (True, False))
+        np.testing.assert_allclose(got, want, err_msg=name)
+    assert table_of(True).base_ms == pytest.approx(2.0)
 
 
 def test_every_measured_model_is_predicted_and_the_dense_one_exactly() -> None:
