@@ -94,7 +94,9 @@ def request(
         if not 0 <= epochs < float("inf"):
             raise UsageError(f"epochs must be 0 or more, not {epochs}")
         card = replace(card, finetune=replace(card.finetune, epochs=(float(epochs),), sizes=()))
-    if max_drop is not None and not max_drop >= 0:
+    if not 0 <= seed < 1 << 32:
+        raise UsageError(f"seed must be from 0 to {(1 << 32) - 1}, not {seed}")
+    if max_drop is not None and not 0 <= max_drop < float("inf"):
         raise UsageError(f"max-drop must be 0 or more accuracy points, not {max_drop}")
     if search_seconds is not None and not 0 <= search_seconds < float("inf"):
         raise UsageError(f"search-seconds must be 0 or more, not {search_seconds}")

@@ -109,16 +109,26 @@ Answers = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 def summary(*parts: Answers) -> Accuracy:
     """On the images of all parts."""
     d, p, same = (np.concatenate(own) for own in zip(*parts, strict=True))
-    d, p = d.astype(float), p.astype(float)
-    drop = d - p
-    margin = 1.96 * float(drop.std()) / np.sqrt(len(drop))
+    low, high = drop_interval(int((d & ~p).sum()), int((p & ~d).sum()), len(d))
     return Accuracy(
         dense=100 * float(d.mean()),
         pruned=100 * float(p.mean()),
-        drop_ci=(100 * (float(drop.mean()) - margin), 100 * (float(drop.mean()) + margin)),
+        drop_ci=(100 * low, 100 * high),
         agreement=100 * float(same.mean()),
         images=len(d),
     )
+
+
+def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
+    """95 % interval of the share of images by which accuracy falls, from those that one model alone names rightly.
+
+    Half an image is added to each of the four counts (Agresti and Min, Statistics in Medicine 24, 2005): where no answer
+    changed, that is still no proof that none would.
+    """
+    n = images + 2
+    mean = (lost - gained) / n
+    margin = 1.96 * np.sqrt(((lost + gained + 1) / n - mean**2) / n)
+    return float(mean - margin), float(mean + margin)
 
 
 def collapsed(measured: Accuracy, classes: int) -> bool:

@@ -177,11 +177,11 @@ class Recipe:
     patience: int = 3  # checks without improvement that end a phase; 0 = never
 
     def __post_init__(self) -> None:
-        within(self, 1, "sizes batch_size")
+        within(self, 1, "sizes batch_size checks")
         within(
             self,
             0,
-            "epochs learning_rate weight_decay label_weight logit_weight token_weight token_layers views echo checks patience",
+            "epochs learning_rate weight_decay label_weight logit_weight token_weight token_layers views echo patience",
         )
         within(self, 0, "warmup label_smoothing cls_share ema", 1)
         within(self, 1e-6, "temperature")

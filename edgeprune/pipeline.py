@@ -62,6 +62,8 @@ class Stage:
     asks: tuple[str, ...]
     per_latency: bool = False
     when: Callable[[Request], bool] = lambda request: True
+    #: Whether what it left in a folder needs no second try.
+    decided: Callable[[Path], bool] = lambda folder: True
 
 
 #: With `--gradual`, the tuned model of the milder latency before, which is pruned further.
@@ -146,6 +148,7 @@ PIPELINE = (
         ("baseline", "profile", "finetune", "compile"),
         ("quantile", "max_drop", "strict_clock", "accuracy_on", "judging"),
         per_latency=True,
+        decided=lambda folder: validate.decided(folder),
     ),
     # for the report: what this device can do, and its noise; not where the profile is of another device
     Stage(
@@ -416,8 +419,11 @@ def run_stage(
         return Done(stage.name, key, folder, record["seconds"], cached=True, digest=cache.digest(record)), ""
 
     known, damage = found()
-    if known is not None:
+    if known is not None and stage.decided(known.folder):
         return known
+    if known is not None:
+        console.say(f"{stage.name}{where}: the machine was too busy for a verdict then, so it is measured again")
+        force = True
     if damage:
         console.warn(f"{stage.name}{where} is done again: in the cache, {damage} ('{folder}')")
     read = {name: finished[name].folder for name in stage.reads if name in finished}

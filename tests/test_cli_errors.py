@@ -93,6 +93,9 @@ def build(space: Workspace, tmp_path: Path, *options: Any, **change: Any) -> lis
         ({"--search-seconds": "-1"}, "search-seconds must be 0 or more, not -1"),
         ({"--polish": "-1"}, "polish must be 0 or more passes, not -1"),
         ({"--max-drop": "-1"}, "max-drop must be 0 or more accuracy points, not -1"),
+        ({"--max-drop": "inf"}, "max-drop must be 0 or more accuracy points, not inf"),
+        ({"--seed": "-1"}, "seed must be from 0 to 4294967295, not -1"),
+        ({"--seed": "5000000000"}, "seed must be from 0 to 4294967295, not 5000000000"),
     ],
 )
 def test_a_name_or_number_that_means_nothing(

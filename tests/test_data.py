@@ -272,3 +272,17 @@ def test_training_without_augmentation_sees_the_evaluation_transform() -> None:
 def test_an_augmentation_that_timm_does_not_know_is_refused() -> None:
     with pytest.raises(UsageError, match=r"augment.*hflop"):
         data.train_transform(CONFIG, {"hflop": 0.5})
+
+
+# Labels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "classes", "guesses"),
+    [(0, 18, 10, True), (5, 18, 10, True), (6, 18, 10, False), (17, 18, 10, False), (0, 64, 1000, True), (1, 64, 1000, True),
+     (2, 64, 1000, False), (46, 64, 1000, False), (20, 32, 2, True), (24, 32, 2, False)],
+)  # fmt: skip
+def test_what_guessing_explains(right: int, images: int, classes: int, guesses: bool) -> None:
+    from edgeprune.stages import baseline
+
+    assert baseline.guesses(right, images, classes) == guesses

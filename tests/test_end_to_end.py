@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -245,6 +246,33 @@ def test_the_same_command_again_does_no_work(space: Workspace, family: Result, a
     assert [snapshot(folder) for folder in artifacts] == files
     assert again.err.count("done before") == len(SHARED) + 2 * len(OWN)
     assert seconds < 10
+
+
+def test_an_undecided_verdict_is_looked_for_again(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
+    """The same command measures once more; what comes before is not done again."""
+    before = done(cache_copy)
+    with small.quick(), mock.patch.object(validate, "decided", lambda folder: False):
+        again = small.run(
+            "build", space.card, "--target", space.target, "--runtime", "onnxruntime", "--latency", LATENCIES[0],
+            "--cache-dir", cache_copy, "--out", tmp_path / "out",
+        )  # fmt: skip
+    assert again.code in (0, 1, 6), again.err
+    assert "the machine was too busy for a verdict then, so it is measured again" in again.err
+    after = done(cache_copy)
+    changed = {name.rsplit("-", 1)[0] for name in after if before.get(name) != after[name]}
+    assert "validate" in changed and changed <= {"validate", "inspect"}
+
+
+@pytest.mark.parametrize(
+    "value, verdict, again", [(1.0, "inconclusive", True), (None, "inconclusive", False), (1.0, "pass", False)]
+)
+def test_only_what_was_measured_is_measured_again(
+    tmp_path: Path, value: float | None, verdict: str, again: bool
+) -> None:
+    """What was predicted for another device stays so."""
+    check = {"name": "latency p50", "value": value, "limit": 1.0, "verdict": verdict, "reason": "so"}
+    (tmp_path / "validation.json").write_text(json.dumps({"checks": [check]}))
+    assert validate.decided(tmp_path) != again
 
 
 def test_a_lost_artifact_comes_back_from_the_cache(

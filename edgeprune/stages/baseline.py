@@ -57,9 +57,17 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         chosen.save(out)
         dense = with_data(model, request, chosen)
     splits = dense.splits
-    pixels, _ = next(splits.calibration.batches(request.card.calibration.batch_size))
+    pixels, labels = next(splits.calibration.batches(request.card.calibration.batch_size))
     with torch.no_grad():
-        numerics.refuse_not_finite(model, pixels, model(pixels), "baseline", "the weights are broken there: use others")
+        logits = model(pixels)
+    numerics.refuse_not_finite(model, pixels, logits, "baseline", "the weights are broken there: use others")
+    if request.card.task == CLASSIFY and guesses(
+        right := int((logits.argmax(-1) == labels).sum()), len(labels), sizes.num_classes
+    ):
+        console.warn(
+            f"the dense model names {right} of {len(labels)} training images rightly, as guessing one of {sizes.num_classes} classes "
+            "may: its weights, the order of its classes or its preprocessing do not fit this data"
+        )
     parts = ", then ".join(
         f"{s.blocks} blocks of {s.heads} heads and {s.neurons} neurons, {s.tokens} tokens" for s in sizes.stages
     )
@@ -79,6 +87,13 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "transforms": dense.transforms,
     }
     (out / "baseline.json").write_text(json.dumps(facts, indent=1))
+
+
+def guesses(right: int, images: int, classes: int) -> bool:
+    """Whether so many right answers are no more than one in a hundred who guess would have."""
+    from scipy.stats import binom
+
+    return bool(binom.sf(right - 1, images, 1 / classes) > 0.01)
 
 
 def select(dense: Dense, request: Request, out: Path, console: Console) -> Chosen:

@@ -108,6 +108,12 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     np.savez_compressed(out / "validation.npz", pruned=timed.samples_ms[0], dense=timed.samples_ms[1])
 
 
+def decided(folder: Path) -> bool:
+    """Whether the stage came to a verdict on all that it measured here."""
+    found = artifact.read_json(folder / "validation.json")["checks"]
+    return not any(check["verdict"] == "inconclusive" and check["value"] is not None for check in found)
+
+
 def judged_by_neighbours(
     clock: Clock, request: Request, dense: baseline.Dense, out: Path, console: Console
 ) -> neighbours.Judge:
