@@ -18,6 +18,7 @@ _API = {
     "profile": ("edgeprune.api", "profile"),
     "validate": ("edgeprune.api", "validate"),
     "sweep": ("edgeprune.fleet.sweep", "sweep"),
+    "open": ("edgeprune.artifact", "open_entry"),
     "load": ("edgeprune.artifact", "load"),
 }
 

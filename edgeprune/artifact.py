@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune import families, schema, sealed
+from edgeprune import families, runtimes, schema, sealed
 from edgeprune.config import CLASSIFY, ModelSpec
-from edgeprune.errors import StorageError, UsageError
+from edgeprune.errors import StorageError, TargetUnavailable, UsageError
 from edgeprune.types import INT8, BlockPlan, Plan, SubBlockKind
 
 if TYPE_CHECKING:
@@ -146,6 +146,21 @@ def load(folder: str | Path) -> VisionTransformer:
     manifest = read_manifest(folder)
     check_files(folder, manifest, ("plan.json", "model.safetensors"))
     return rebuild(read_plan(folder / "plan.json"), folder / "model.safetensors")
+
+
+def open_entry(folder: str | Path) -> runtimes.Session:
+    """The artifact's model as it was measured: its runtime, threads and session options. Needs no torch.
+
+    `session.run(x)` takes and returns arrays of `session.input_shape` and `[batch, outputs]`; its files must have the hashes
+    of the manifest. Raises UsageError, TargetUnavailable where the runtime is not installed.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, needed=(manifest["entry"],))
+    runtime = runtimes.get(manifest["runtime"])
+    if reason := runtime.available():
+        raise TargetUnavailable(reason)
+    return runtime.open(str(folder / manifest["entry"]), manifest["threads"], manifest["precision"])
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -201,6 +201,30 @@ def test_the_onnx_equals_the_torch_model(artifacts: list[Path], which: int, tmp_
     np.testing.assert_allclose(np.load(files[2]), want, atol=1e-4 * float(np.abs(want).max()))
 
 
+def test_it_opens_as_it_was_measured(artifacts: list[Path], tmp_path: Path) -> None:
+    """In a process that never imports torch, against `edgeprune.load`."""
+    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
+    np.save(tmp_path / "pixels.npy", pixels)
+    code = (
+        "import sys, numpy, edgeprune\n"
+        "session = edgeprune.open(sys.argv[1])\n"
+        "assert session.facts['threads'] == int(sys.argv[4]) and session.input_shape == (1, 3, 32, 32)\n"
+        "pixels = numpy.load(sys.argv[2])\n"
+        "numpy.save(sys.argv[3], numpy.concatenate([session.run(x[None]).copy() for x in pixels]))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    files = [artifacts[0], tmp_path / "pixels.npy", tmp_path / "logits.npy", manifest(artifacts[0])["threads"]]
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True, timeout=60)
+    with torch.no_grad():
+        want = edgeprune.load(artifacts[0])(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), want, atol=1e-4 * float(np.abs(want).max()))
+    damaged = shutil.copytree(artifacts[0], tmp_path / "damaged")
+    with (damaged / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(errors.UsageError, match=r"model\.onnx"):
+        edgeprune.open(damaged)
+
+
 def test_the_loaded_model_has_the_plans_sizes(artifacts: list[Path]) -> None:
     document = manifest(artifacts[0])
     model: Any = edgeprune.load(artifacts[0])

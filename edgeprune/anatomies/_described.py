@@ -49,7 +49,8 @@ class Described:
         """
         try:
             made = self._rewrite(model)
-            sizes = {(block.attn.num_heads, block.attn.head_dim, block.mlp.fc1.out_features) for block in made.blocks}
+            blocks: Any = made.blocks
+            sizes = {(block.attn.num_heads, block.attn.head_dim, block.mlp.fc1.out_features) for block in blocks}
             if len(sizes) > 1:
                 raise ValueError("its blocks differ in heads, their dimensions or neurons")
             if any(parameter.is_meta for parameter in model.parameters()):

@@ -35,7 +35,7 @@ class Candidates:
     formed: Mapping[tuple[SubBlockKind, Form], Mapping[int, Path]] = field(default_factory=dict)  # by patches
     plans: dict[str, Shape] = field(default_factory=dict)
 
-    def table(self, found: Mapping[str, Measurement], *, dense_ms: float, runtime: str, precision: str, threads: int) -> LatencyTable:  # fmt: skip
+    def tabulated(self, found: Mapping[str, Measurement], *, dense_ms: float, runtime: str, precision: str, threads: int) -> LatencyTable:  # fmt: skip
         """The table that measurements of all files make, whose anchor, the dense model, takes `dense_ms`."""
         whole = {EMPTY, REDUCING, *self.plans}
         if SHALLOW in found:

@@ -70,7 +70,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     if all(first.calm for first in firsts):
         memory.remember(out.parent, of, dense_ms)
     anchor_samples = np.concatenate([first.anchor_ms for first in firsts])
-    built = made.table(measured, dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads)
+    built = made.tabulated(measured, dense_ms=dense_ms, runtime=runtime, precision=request.precision, threads=threads)
     tell(built, measured, worker, request, dense.sizes, console)
     console.say(f"the dense model's {dense_ms:.2f} ms are {how}")
     document = {

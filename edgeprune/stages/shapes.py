@@ -72,7 +72,7 @@ def shallow(model: VisionTransformer) -> VisionTransformer:
     sizes = vit.anatomy(model)
     if depth(sizes) == sizes.blocks:
         return model
-    few = copy.deepcopy(model)
+    few: Any = copy.deepcopy(model)
     few.blocks = few.blocks[: depth(sizes)]
     return few
 
