@@ -23,7 +23,7 @@ from edgeprune.console import Console
 from edgeprune.errors import Infeasible, UsageError
 from edgeprune.latency import choose, devices
 from edgeprune.latency.clock import COPIES, Clock
-from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms
+from edgeprune.latency.statistics import MIN_SAMPLES, quantile_ci_ms, quantile_ms
 from edgeprune.recoveries import Damage
 from edgeprune.shelf import Shelf
 from edgeprune.stages import baseline, calibrate, export, profile, simplify
@@ -158,8 +158,9 @@ def quantise(
 
 
 def dense_meets(request: Request, document: dict[str, dict[str, float]], limit: float) -> bool:
-    """Whether the dense model needs no pruning at the gated quantile, with room for noise."""
-    return document["anchor"][request.quantile] <= AIM * limit
+    """Whether the dense model needs no pruning at the gated quantile, with room for noise; not known from too few samples."""
+    anchor = document["anchor"]
+    return anchor["samples"] >= MIN_SAMPLES.get(request.quantile, 0) and anchor[request.quantile] <= AIM * limit
 
 
 def lowest_ms(table: LatencyTable) -> float:

@@ -23,7 +23,7 @@ from edgeprune.data import Images
 from edgeprune.errors import UsageError
 from edgeprune.latency import choose, device, devices
 from edgeprune.latency.clock import COPIES, Clock
-from edgeprune.latency.statistics import latency_ms
+from edgeprune.latency.statistics import MIN_SAMPLES, latency_ms
 from edgeprune.stages import baseline, profile
 from edgeprune.types import Check, FloatArray, Quiet
 
@@ -87,7 +87,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     for found in domains:
         console.say(f"domain '{found['name']}'{', held out' * found['held_out']}: {found['dense']:.2f} % dense, "
                     f"{found['pruned']:.2f} % pruned on {found['images']} images")  # fmt: skip
-    dense_latency = {key: document["anchor"][key] * timed.anchor_ms / table.dense_ms for key in ("p50", "p90")}
+    anchor = document["anchor"]
+    dense_latency = {
+        key: anchor[key] * timed.anchor_ms / table.dense_ms if anchor["samples"] >= MIN_SAMPLES.get(key, 0) else None
+        for key in ("p50", "p90")
+    }
     facts = {
         "runtime": runtime,
         "checks": [asdict(check) for check in gates],
