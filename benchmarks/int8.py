@@ -19,6 +19,7 @@ import accuracy
 import torch
 
 from edgeprune import checks, pipeline, quantisation, structure, vit
+from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.latency import choose, device
 from edgeprune.latency.clock import COPIES
@@ -68,7 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def judged(request, dense, anchor, paths, runtime, threads, count) -> list[str]:
+def judged(
+    request: Request,
+    dense: baseline.Dense,
+    anchor: Path,
+    paths: dict[str, Path],
+    runtime: str,
+    threads: int,
+    count: int,
+) -> list[str]:
     """A row per model in this runtime."""
     images = accuracy.spaced(dense.splits.evaluation, count)
     pixels, labels = (torch.cat(part).numpy() for part in zip(*images.batches(accuracy.BATCH), strict=True))
@@ -100,8 +109,7 @@ def ours(dense: baseline.Dense, anchor: Path, out: Path) -> Path:
     both = sum(INT8.values())
     plan = vit.plan_of_shape(tuple((*row, 0, both) for row in dense.sizes.shape))
     model = structure.of(dense.model, plan)
-    size = dense.splits.calibration
-    quantisation.calibrate(model, (pixels for pixels, _ in size.batches(64)))
+    quantisation.calibrate(model, (pixels for pixels, _ in dense.splits.calibration.batches(64)))
     exported = out.with_suffix(".exported")
     export.to_onnx(model, dense.sizes.image, exported)
     simplify.simplify(exported, out, model)
