@@ -121,11 +121,7 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
     export = EXPORTED * weights
     found = [
         Need("baseline", weights + export),
-        Need(
-            "profile",
-            weights + export + measuring * (dense + LOADED * weights),
-            measuring * min(LOADED * weights * (_candidates(request, sizes) - 1), profile.table_room(available())),
-        ),
+        profiling(request, sizes, weights, 2 * (weights + export), weights + measuring * (dense + LOADED * weights)),
         calibrating(request, sizes, weights),
         pruning(card.calibration, sizes, weights, measuring * (dense + COPIES * LOADED * weights) + export),
         tuning("finetune", card.finetune, card.data, sizes, weights),
@@ -146,6 +142,13 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
     if request.profile is not None:
         found = [need for need in found if need.stage != "profile"]
     return [Need(need.stage, LIBRARIES + SPARE * need.least, SPARE * need.more) for need in found]
+
+
+def profiling(request: Request, sizes: Anatomy, weights: int, exporting: float, timing: float) -> Need:
+    """Exports, perhaps in two processes; then, when these are over, the table's models beside the dense one."""
+    table = min(LOADED * weights * (_candidates(request, sizes) - 1), profile.table_room(available()))
+    least = max(exporting, timing)
+    return Need("profile", least, 0.0 if request.device else max(0.0, timing + table - least))
 
 
 def stream(sizes: Anatomy) -> int:
@@ -269,15 +272,15 @@ def training_images(data: DataSpec) -> int | None:
 def _candidates(request: Request, sizes: Anatomy) -> float:
     """The models that the latency table is measured on, in dense ones."""
     grids, large = vit.grids(sizes, request.target.neuron_step), shapes.is_large(sizes)
-    tokens = 2 * len(shapes.TOKEN_SHARES) if "tokens" in request.dims and not sizes.positional else 0
     dims = vit.choosable(request.dims, sizes)
+    tokens = 2 * len(shapes.patch_counts(sizes)[:-1]) if "tokens" in dims else 0
     forms = shapes.INT8_SIZES * len(sizes.stages) if "precision" in dims else 0  # of MLPs
     for stage in sizes.stages:
         every = shapes.forms(dims, stage.head_dim)
         forms += sum(shapes.RANK_SIZES if form.rank else shapes.INT8_SIZES for form in every)
     if tokens:
         forms += (1 + len(shapes.FORM_TOKENS)) * (("qk" in dims) + 2 * ("precision" in dims))
-    whole = candidates.FITTING_PLANS / 2 + bool(tokens)
+    whole = (candidates.LARGE_FITTING_PLANS if large else candidates.FITTING_PLANS) / 2 + bool(tokens)
     if len(sizes.stages) > 1:  # all but one stage of each are dense
         heads = sum(len(shapes.head_counts(sizes, i, large)) for i in range(len(sizes.stages)))
         return heads + sum(map(len, grids)) + forms + whole

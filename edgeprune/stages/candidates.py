@@ -15,10 +15,11 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.latency import table
-from edgeprune.stages import shapes
+from edgeprune.stages import exporting, shapes
 from edgeprune.types import PLAIN, Form, LatencyTable, Measurement, Shape, SubBlockKind
 
 FITTING_PLANS = 8
+LARGE_FITTING_PLANS = 4  # of a large model, whose exports take long: one of each kind that `shapes.random_shapes` draws
 EMPTY, REDUCING, SHALLOW = "empty", "reducing", "shallow"  # the last is the first blocks of a large model, all dense
 
 
@@ -97,11 +98,11 @@ def make(request: Request, model: VisionTransformer, grids: tuple[tuple[int, ...
     if depth < sizes.blocks:
         made.files[SHALLOW] = out / f"{SHALLOW}.onnx"
         shapes.export_shape(few, sizes.shape[:depth], vit.anatomy(few), made.files[SHALLOW])
+    made.files |= {name: out / f"{name}.onnx" for name in whole}
     with console.progress("plans that differ", len(whole), "exports") as advance:
-        for name, shape in whole.items():
-            made.files[name] = out / f"{name}.onnx"
-            shapes.export_shape(model, shape, sizes, made.files[name], request.reducer)
-            advance(1, "")
+        exporting.export_all(
+            model, {made.files[name]: shape for name, shape in whole.items()}, request.reducer, advance
+        )
     return made
 
 
@@ -109,4 +110,5 @@ def fitting(
     sizes: vit.Anatomy, grids: Sequence[Sequence[int]], seed: int, patches: Sequence[int] = (), dims: Sequence[str] = ()
 ) -> list[Shape]:
     """Plans whose blocks differ, on which the table is fitted; none when there is one block."""
-    return shapes.random_shapes(FITTING_PLANS, sizes, grids, (seed, 0), patches, dims) if sizes.blocks > 1 else []
+    count = LARGE_FITTING_PLANS if shapes.is_large(sizes) else FITTING_PLANS
+    return shapes.random_shapes(count, sizes, grids, (seed, 0), patches, dims) if sizes.blocks > 1 else []

@@ -277,11 +277,13 @@ def width_models(model: VisionTransformer, stage: int, widths: Sequence[int], fo
 
 
 TOKEN_SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of all tokens, about; in the last block few are needed
+LARGE_TOKEN_SHARES = (0.1, 0.4, 0.7)  # of a large model: each is timed, and judged at every block
 
 
 def patch_counts(sizes: vit.Anatomy) -> tuple[int, ...]:
     """How many patches a plan may leave, ascending, all of them last; with the prefix they are multiples of 8."""
-    counts = {max(8 * round(share * sizes.only.tokens / 8), 8) - sizes.prefix for share in TOKEN_SHARES}
+    shares = LARGE_TOKEN_SHARES if is_large(sizes) else TOKEN_SHARES
+    counts = {max(8 * round(share * sizes.only.tokens / 8), 8) - sizes.prefix for share in shares}
     return (*sorted(count for count in counts if 0 < count < sizes.patches), sizes.patches)
 
 
