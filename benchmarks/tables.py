@@ -121,7 +121,7 @@ def section(cells: Cells, steps: int, plot: str) -> str:
         f"Top-1 in percent on {some['images']} test images, mean of {seeds} seeds ± half the 95 % interval; dense "
         f"{some['dense_accuracy']:.2f} % at {some['dense_ms']:.3f} ms ({some['runtime']}, {some['machine']}); "
         f"code {labels}, weights {some['weights'][:8]}.",
-        table(shown, cell),
+        table(shown, lambda rows: cell(rows, seeds)),
     ]
     if own := ours(shown):
         parts += [
@@ -131,7 +131,7 @@ def section(cells: Cells, steps: int, plot: str) -> str:
     if any(at[0] == BEST for at in shown):
         parts += [
             "All variants of Torch-Pruning:",
-            table({a: r for a, r in cells.items() if a[0].startswith("tp-")}, cell),
+            table({a: r for a, r in cells.items() if a[0].startswith("tp-")}, lambda rows: cell(rows, seeds)),
         ]
     parts += ["Seconds per row (preparing a seed once, then: finding the latency, tuning, judging):", table(shown, spent),
               f"![accuracy over measured speed-up]({plot})"]  # fmt: skip
@@ -147,8 +147,8 @@ def table(cells: Cells, write: Any) -> str:
     return "\n".join(lines)
 
 
-def cell(rows: list[Row]) -> str:
-    """Accuracy; where the target was missed, the speed-up that was measured instead."""
+def cell(rows: list[Row], seeds: int) -> str:
+    """Accuracy; where the target was missed, the speed-up that was measured instead; and how many seeds it has, if fewer."""
     if not judged(rows):
         return "not reachable"
     value, half = accuracy(rows)
@@ -156,7 +156,8 @@ def cell(rows: list[Row]) -> str:
     measured = np.mean([row["measured_speed_up"] for row in rows])
     variant = f" ({rows[0]['method'].removeprefix('tp-')})" if rows[0]["method"].startswith("tp-") else ""
     busy = "" if all(row["calm"] for row in rows) else ", busy machine"
-    return f"{value:.2f} ± {half:.2f}" + (f" at {measured:.2f}x" if missed else "") + busy + variant
+    fewer = f", {len(rows)} seed{'s' * (len(rows) > 1)}" if len(rows) < seeds else ""
+    return f"{value:.2f} ± {half:.2f}" + (f" at {measured:.2f}x" if missed else "") + fewer + busy + variant
 
 
 def lead(rows: list[Row], cells: Cells) -> str:
