@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import parts
 import pytest
 import torch
 
-from edgeprune import allocators, criteria, methods, modules, recoveries, schedules, vit
+from edgeprune import allocators, criteria, methods, modules, recoveries, reducers, schedules, vit
 from edgeprune.errors import Infeasible, UsageError
 from edgeprune.types import BlockPlan, Plan
 
@@ -23,6 +24,8 @@ SUB_BLOCKS = [(i, kind) for i in range(3) for kind in vit.KINDS]
 ALL = tuple(range(24))
 #: Block 0 keeps a head and 8 neurons, block 1 no attention, block 2 no MLP.
 HARSH = Plan((BlockPlan((1,), tuple(range(0, 24, 3))), BlockPlan((), tuple(range(8, 24))), BlockPlan((0, 2), ())))
+#: Part of it.
+FURTHER = Plan((BlockPlan((1,), tuple(range(0, 24, 6))), BlockPlan((), tuple(range(8, 16))), BlockPlan((2,), ())))
 
 
 @pytest.fixture
@@ -167,6 +170,40 @@ class TestEveryRecovery:
             have, want = recoveries.get(name).recover(given)(x), tiny_vit(x)
         if name != "scratch":  # whose point it is
             torch.testing.assert_close(have, want, rtol=1e-2, atol=1e-2)
+
+    def test_a_pruned_model_can_be_pruned_further(self, pruned: Any, name: str) -> None:
+        """Its block 1 has no attention already, block 2 no MLP, and both stay so."""
+        given = parts.damage(pruned, FURTHER, "fisher")
+        before = parts.state(pruned)
+        found = recoveries.get(name).recover(given)
+        with torch.no_grad():
+            assert torch.isfinite(found(torch.stack([image for image, _ in parts.images(8, seed=3)]))).all()
+        sliced = vit.slice_model(pruned, FURTHER).state_dict()
+        assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in sliced.items()}
+        assert same(before, parts.state(pruned))
+
+
+@pytest.mark.parametrize("name", reducers.names())
+class TestEveryReducer:
+    def test_every_image_is_reduced_by_itself_and_always_alike(self, pruned: Any, name: str) -> None:
+        """On a model that was pruned before, whose block 1 has no attention."""
+        plan = replace(HARSH, blocks=(replace(HARSH.blocks[0], patches=9), *HARSH.blocks[1:]), reducer=name)
+        model = vit.slice_model(pruned, plan)
+        x = torch.stack([image for image, _ in parts.images(6, seed=3)])
+        with torch.no_grad():
+            every = model(x)
+            assert torch.isfinite(every).all() and torch.equal(every, model(x))
+            for i, image in enumerate(x):
+                torch.testing.assert_close(model(image[None]), every[i : i + 1], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(every, vit.slice_model(pruned, HARSH)(x)), "tokens did go"
+
+    def test_it_can_be_trained_through(self, tiny_vit: Any, name: str) -> None:
+        plan = vit.plan_of_shape(((3, 24, 9), (3, 24), (3, 24)), name)
+        model = vit.slice_model(tiny_vit, plan)
+        model(torch.stack([image for image, _ in parts.images(6, seed=3)])).square().sum().backward()
+        for key in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.2.mlp.fc1.weight"):
+            gradient = dict(model.named_parameters())[key].grad
+            assert gradient is not None and torch.isfinite(gradient).all() and gradient.any()
 
 
 @pytest.mark.parametrize("kind", modules.KINDS)
