@@ -207,6 +207,9 @@ def test_every_method_can_be_asked_for() -> None:
 
     assert bench.chosen("*") == list(methods.METHODS)
     assert [method.name for method in bench.chosen("flap,knap*")] == ["knapsack", "flap"]
+    both = bench.variants(bench.chosen("edgeprune,flap"))
+    assert list(both) == ["edgeprune", "flap", "edgeprune-widths"]
+    assert set(both["edgeprune-widths"]["dims"]) < set(both["edgeprune"]["dims"])
     with pytest.raises(UsageError, match="there is no method 'flop'"):
         bench.chosen("flop")
 
