@@ -44,6 +44,8 @@ WARM_SHARE = 0.2
 #: .84), eight runs apart .64, a round of 76 models apart .36.
 BESIDE = 10
 PREDICT_CHUNK = 64
+#: Inferences that any device is done with within `timeout_s`; it is given more time for more of them.
+SOON = 20
 
 
 class Clock:
@@ -51,7 +53,7 @@ class Clock:
 
     threads: exactly what the runtime gets; see `device.usable_threads`.
     max_isa: cap the instruction set, in oneDNN's names; "" = none. Runtimes that cannot be capped refuse it.
-    timeout_s: longest wait for one answer (loading a model, one round of turns) before the worker is killed.
+    timeout_s: longest wait for one answer (loading a model, `SOON` inferences) before the worker is killed.
     command: how to start the worker, when it is not this Python on this machine.
     greeting: the line with which it begins to speak the protocol; what comes before is not for us.
 
@@ -83,7 +85,13 @@ class Clock:
         self._open()
         #: Runtime and version, precision, threads and instruction set cap in force, Python, machine, pid.
         self.info: dict[str, Any] = {}
-        self._start = {"runtime": runtime, "precision": precision, "threads": threads, "max_isa": max_isa, "seed": seed}
+        self._start: dict[str, Any] = {
+            "runtime": runtime,
+            "precision": precision,
+            "threads": threads,
+            "max_isa": max_isa,
+            "seed": seed,
+        }
         try:
             self.info = self._begin()
         except errors.EdgepruneError:
@@ -201,7 +209,8 @@ class Clock:
                     np.save(source, np.ascontiguousarray(inputs[i : i + PREDICT_CHUNK]))
                 except OSError as error:
                     raise errors.StorageError(f"cannot write {source}: {error}; set TMPDIR elsewhere") from error
-                self._ask("predict", name=name, inputs=str(source), outputs=str(result))
+                count = len(inputs[i : i + PREDICT_CHUNK])
+                self._ask("predict", inferences=count, name=name, inputs=str(source), outputs=str(result))
                 outputs.append(np.load(result))
         if not outputs:
             raise errors.UsageError("there are no images to run")
@@ -210,7 +219,7 @@ class Clock:
     def operators(self, name: str, runs: int = 20) -> list[dict[str, Any]]:
         """Where a loaded model spends its time, by the runtime's own profiler; see `Runtime.operators`."""
         self._known([name])
-        found: list[dict[str, Any]] = self._ask("operators", name=name, runs=runs)["operators"]
+        found: list[dict[str, Any]] = self._ask("operators", inferences=runs, name=name, runs=runs)["operators"]
         return found
 
     def counters(self) -> dict[str, float | None]:
@@ -238,20 +247,24 @@ class Clock:
                 greeted = greeted or line.strip() == self._greeting
         answers.put("")
 
-    def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer; on anything unexpected the worker is killed."""
+    def _ask(self, op: str, *, inferences: int = 1, **arguments: Any) -> dict[str, Any]:
+        """Send one request and wait for its answer; on anything unexpected the worker is killed.
+
+        inferences: about how many it takes, which decides how long it may.
+        """
+        timeout_s = self._timeout_s * max(1.0, inferences / SOON)
         if self._process.stdin is None or self._process.stdin.closed:
             raise errors.UsageError(f"the {self.runtime} clock is closed")
         try:
             self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
             self._process.stdin.flush()
-            line = self._answers.get(timeout=self._timeout_s)
+            line = self._answers.get(timeout=timeout_s)
         except BrokenPipeError:
             line = ""
         except queue.Empty:
             told = self._end()
             raise errors.TargetUnavailable(
-                f"the {self.runtime} worker did not answer '{op}' within {self._timeout_s:g} s and was killed: "
+                f"the {self.runtime} worker did not answer '{op}' within {timeout_s:g} s and was killed: "
                 f"the model is too large or too slow for this machine{told}"
             ) from None
         except BaseException:  # Ctrl-C: never leave a worker with half a conversation
@@ -362,7 +375,9 @@ def _round(entries: Sequence[tuple[Clock, str]], parts: Sequence[Sequence[int]],
         runs = list(group)
         which = tuple(zip(*runs, strict=True))
         copies = [_copy(entries[i], i == anchor, turn) for _, i in runs]
-        answer = entries[runs[0][1]][0]._ask("turns", names=[entries[i][1] for _, i in runs], copies=copies, turn=turn)
+        answer = entries[runs[0][1]][0]._ask(
+            "turns", inferences=2 * len(runs), names=[entries[i][1] for _, i in runs], copies=copies, turn=turn
+        )
         found[0][which], found[1][which], found[2][which] = answer["ms"], answer["waited_ms"], copies
     return found
 
