@@ -1,4 +1,4 @@
-"""python tests/update_readme.py   rewrites the help texts in README.md, between <!-- help:COMMAND --> and <!-- end -->."""
+"""python tests/update_readme.py   rewrites the help texts in docs/commands.md, between <!-- help:COMMAND --> and <!-- end -->."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-README = Path(__file__).parent.parent / "README.md"
+REFERENCE = Path(__file__).parent.parent / "docs" / "commands.md"
 WIDTH = 80
 BLOCK = re.compile(r"<!-- help:([a-z ]+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
@@ -36,19 +36,19 @@ def block(context: click.Context) -> str:
 
 
 def blocks(text: str) -> dict[str, str]:
-    """The blocks of a README, by command."""
+    """The blocks of the reference, by command."""
     return {match[1]: match[2] for match in BLOCK.finditer(text)}
 
 
 def updated(text: str) -> str:
-    """The README with the help of every command; a command without markers follows the one before it."""
+    """The reference with the help of every command; a command without markers follows the one before it."""
     previous = ""
     for name, context in commands():
         new = f"<!-- help:{name} -->\n{block(context)}<!-- end -->\n"
         start = text.find(f"<!-- help:{name} -->\n")
         if start < 0:
             if not previous:
-                raise SystemExit(f"{README.name} has no <!-- help:{name} --> to start from")
+                raise SystemExit(f"{REFERENCE.name} has no <!-- help:{name} --> to start from")
             at = text.index("<!-- end -->\n", text.index(f"<!-- help:{previous} -->\n")) + len("<!-- end -->\n")
             text = f"{text[:at]}\n{new}{text[at:]}"
         else:
@@ -59,4 +59,4 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    REFERENCE.write_text(updated(REFERENCE.read_text(encoding="utf-8")), encoding="utf-8")
