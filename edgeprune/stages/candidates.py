@@ -100,9 +100,7 @@ def make(request: Request, model: VisionTransformer, grids: tuple[tuple[int, ...
         shapes.export_shape(few, sizes.shape[:depth], vit.anatomy(few), made.files[SHALLOW])
     made.files |= {name: out / f"{name}.onnx" for name in whole}
     with console.progress("plans that differ", len(whole), "exports") as advance:
-        exporting.export_all(
-            model, {made.files[name]: shape for name, shape in whole.items()}, request.reducer, advance
-        )
+        exporting.export_all(request, model, {made.files[name]: shape for name, shape in whole.items()}, advance)
     return made
 
 
