@@ -20,6 +20,7 @@ import pytest
 
 from edgeprune import errors
 from edgeprune.latency import clock as clock_module
+from edgeprune.latency import worker
 from edgeprune.latency.clock import BESIDE, Clock, race
 from edgeprune.types import Quiet
 
@@ -133,6 +134,27 @@ def test_a_small_model_is_timed_once_it_is_back_in_the_cache(clock: Clock, tmp_p
     clock.load("cold", model(tmp_path, "cold 0.5"), 2)
     found = clock.measure(["cold"], "anchor", max_rounds=30)["cold"]
     assert found.ratio < 0.25  # 0.125 and what sleeping costs; cold it is 0.375
+
+
+@pytest.mark.parametrize(("ms", "runs"), [(1.0, 5), (8.0, 2), (60.0, 1)])
+def test_a_long_model_is_timed_at_once(ms: float, runs: int) -> None:
+    """The longer a model, the fewer untimed runs it needs after another one's."""
+
+    class Session:
+        input_shape, input_type = (1, 3), "float32"
+        calls = 0
+
+        def run(self, x: object) -> None:
+            self.calls += 1
+            time.sleep(ms / 1000)
+
+    own = worker.Worker()
+    own._seed, session = 0, Session()
+    own._sessions["m"] = [session]
+    own.warm("m", 1, 1.0)
+    session.calls = 0
+    assert len(own.turns(["m"], [0], 0)["ms"]) == 1
+    assert session.calls == runs
 
 
 def test_a_race_between_two_workers(command: list[str], tmp_path: Path) -> None:
