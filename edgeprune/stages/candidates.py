@@ -92,7 +92,7 @@ def make(request: Request, model: VisionTransformer, grids: tuple[tuple[int, ...
         made.files |= {path.stem: path for own in made.formed.values() for path in own.values()}
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {sizes.prefix} that always stay")
     made.plans |= {f"plan{i}": shape for i, shape in enumerate(fitting(sizes, grids, request.seed, patches, dims))}
-    whole: dict[str, Shape] = {EMPTY: ((0, 0),) * sizes.blocks, **made.plans}
+    whole: dict[str, Shape] = {**made.plans, EMPTY: ((0, 0),) * sizes.blocks}  # one that takes long to export is first
     if made.patches:
         whole[REDUCING] = shapes.reducing_shape(sizes)
     if depth < sizes.blocks:
