@@ -63,17 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar10", help="card")
-    parser.add_argument("--weights", default="", help="of the dense model, instead of the card's")
-    parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
-    parser.add_argument("--target", default="cpu-avx512")
-    parser.add_argument("--runtime", default="openvino")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        help="of the runtime; 0 = all (default: 1, which a shared machine disturbs least)",
-    )
+    shared(parser, model="cifar10", target="cpu-avx512", threads=1)
     parser.add_argument("--methods", help=f"names or patterns (default: {DEFAULT_METHODS}; quick: {QUICK_METHODS})")
     parser.add_argument("--speed-ups", help="(default: 1.5,2,3,4,5; quick: 1.5)")
     parser.add_argument(
@@ -83,13 +73,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sibling-minutes", type=float, default=0.0, help="to train each dense sibling; 0 = no sibling"
     )
-    parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
     parser.add_argument("--screen", type=int, default=0, help="measure only so many variants of Torch-Pruning; 0 = all")
     parser.add_argument("--measure-seconds", type=float, default=10.0, help="longest measurement of one shape")
     parser.add_argument("--measurements", type=int, default=6, help="of new shapes, at most, for one row")
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
     parser.add_argument("--results", type=Path, help="JSON lines (default: results/accuracy.jsonl; quick: quick.jsonl)")
-    parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
     parser.add_argument("--quick", action="store_true", help="a tiny model, one speed-up, short measurements; for CI")
     options = parser.parse_args(argv)
     name = "quick" if options.quick else "accuracy"
@@ -103,6 +91,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if min(options.speed_ups) <= 1:
         parser.error("--speed-ups must be above 1")
     return options
+
+
+def shared(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """What every benchmark of a card takes."""
+    parser.add_argument("--model", help="card (default: %(default)s)")
+    parser.add_argument("--weights", default="", help="of the dense model, instead of the card's")
+    parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
+    parser.add_argument("--target", default="", help="(default: %(default)s)")
+    parser.add_argument("--runtime", default="openvino", help="(default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, help="of the runtime; 0 = all; a shared machine disturbs 1 least (default: %(default)s)"
+    )
+    parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
+    parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
+    parser.set_defaults(**defaults)
+
+
+def fitting() -> config.Target:
+    """The shipped target that fits this machine."""
+    return device.detect(config.load_target(name) for name in config.names("targets"))[0]
 
 
 def commit() -> str:
@@ -142,7 +150,7 @@ def quick(options: argparse.Namespace) -> Iterator[Request]:
     profile.TABLE_SECONDS, choose.RACE_SECONDS = 4.0, 2.0
     prune.MEASURE_SECONDS, prune.ATTEMPTS = 1.0, 3
     options.measure_seconds, options.measurements = 1.0, min(options.measurements, 2)
-    target, _ = device.detect(config.load_target(name) for name in config.names("targets"))
+    target = fitting()
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         card = Path(folder) / "quick.toml"
         card.write_text(QUICK_CARD)

@@ -32,15 +32,8 @@ SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="digits", help="card")
-    parser.add_argument("--weights", default="", help="of the dense model, instead of the card's")
-    parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
-    parser.add_argument("--target", default="cpu-avx512-vnni")
-    parser.add_argument("--runtime", default="openvino")
-    parser.add_argument("--threads", type=int, default=0, help="of the runtimes; 0 = all")
-    parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
+    accuracy.shared(parser, model="digits", target="cpu-avx512-vnni", threads=0)
     parser.add_argument("--out", type=Path, default=accuracy.HERE / "results")
-    parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
     options = parser.parse_args(argv)
     with accuracy.full(options) as request, tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         done = pipeline.run_stages(pipeline.PIPELINE[:1], request, options.cache_dir, console=Console())

@@ -24,12 +24,11 @@ import accuracy
 import tables
 import torch
 
-from edgeprune import api, artifact, checks, config, methods, pipeline, schedules, vit
+from edgeprune import api, artifact, checks, methods, pipeline, schedules, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible, UsageError
-from edgeprune.latency import device
 from edgeprune.stages import baseline, profile, prune
 from edgeprune.tuning.judge import divide
 from edgeprune.types import Latency
@@ -55,29 +54,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, name: str) -> argparse.Namespace:
     """What benchmarks by the product's own stages have in common; `name` is that of the results file."""
-    parser.add_argument("--model", default="digits", help="card (default: digits)")
-    parser.add_argument("--weights", default="", help="of the dense model, instead of the card's")
-    parser.add_argument("--data-dir", default="", help="folder of images with train/ and test/")
-    parser.add_argument("--target", default="", help="(default: the shipped one that fits this machine)")
-    parser.add_argument("--runtime", default="openvino")
-    parser.add_argument("--threads", type=int, default=1, help="of the runtime (default: 1)")
+    accuracy.shared(parser, model="digits", target=accuracy.fitting().name, threads=1)
     parser.add_argument("--speed-ups", help="(default: 1.5,2,3; quick: 1.5)")
     parser.add_argument("--seeds", help="(default: 0,1; quick: 0)")
     parser.add_argument("--tune-steps", type=int, default=100, help="of fine-tuning, for every method (default: 100)")
     parser.add_argument("--search-seconds", type=float, help="for methods that search (default: the product's)")
-    parser.add_argument("--images", type=int, default=0, help="test images; 0 = all")
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
     parser.add_argument(
         "--results", type=Path, help=f"JSON lines (default: results/{name}.jsonl; quick: quick-{name}.jsonl)"
     )
-    parser.add_argument("--cache-dir", type=Path, default=pipeline.default_cache_dir())
     parser.add_argument("--quick", action="store_true", help="a tiny model, one speed-up, short measurements; for CI")
     options = parser.parse_args(argv)
     file = f"quick-{name}.jsonl" if options.quick else f"{name}.jsonl"
     options.results = options.results or accuracy.HERE / "results" / file
-    if not options.target:
-        found, _ = device.detect(config.load_target(name) for name in config.names("targets"))
-        options.target = found.name
     options.speed_ups = [float(s) for s in (options.speed_ups or ("1.5" if options.quick else "1.5,2,3")).split(",")]
     options.seeds = [int(s) for s in (options.seeds or ("0" if options.quick else "0,1")).split(",")]
     options.label = options.label or accuracy.commit()

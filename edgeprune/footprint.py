@@ -121,7 +121,7 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
     export = EXPORTED * weights
     found = [
         Need("baseline", weights + export),
-        profiling(request, sizes, weights, 2 * (weights + export), weights + measuring * (dense + LOADED * weights)),
+        profiling(request, sizes, weights, weights + export, weights + measuring * (dense + LOADED * weights)),
         calibrating(request, sizes, weights),
         pruning(card.calibration, sizes, weights, measuring * (dense + COPIES * LOADED * weights) + export),
         tuning("finetune", card.finetune, card.data, sizes, weights),
@@ -145,7 +145,7 @@ def needs(request: Request, sizes: Anatomy, parameters: int) -> list[Need]:
 
 
 def profiling(request: Request, sizes: Anatomy, weights: int, exporting: float, timing: float) -> Need:
-    """Exports, perhaps in two processes; then, when these are over, the table's models beside the dense one."""
+    """Exports, and when these are over the table's models beside the dense one."""
     table = min(LOADED * weights * (_candidates(request, sizes) - 1), profile.table_room(available()))
     least = max(exporting, timing)
     return Need("profile", least, 0.0 if request.device else max(0.0, timing + table - least))

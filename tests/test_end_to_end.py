@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -180,44 +180,44 @@ def test_the_dense_accuracy_is_the_trained_one(space: Workspace, artifacts: list
     assert manifest(artifacts[0])["dense"]["accuracy"] == pytest.approx(trained, abs=100 / 599 + 1e-9)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_the_onnx_equals_the_torch_model(artifacts: list[Path], which: int, tmp_path: Path) -> None:
-    """In bare onnxruntime, in a process that has nothing but numpy, against `edgeprune.load`."""
+def equals_the_loaded(folder: Path, code: str, rest: Sequence[object], tmp_path: Path) -> None:
+    """Code in a process of its own, given files of pixels and for logits and the rest, answers as `edgeprune.load` does."""
     pixels = np.random.default_rng(0).standard_normal((5, 3, 32, 32), dtype=np.float32)
-    np.save(tmp_path / "pixels.npy", pixels)
-    code = (
-        "import sys, numpy, onnxruntime\n"
-        "session = onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
-        "pixels = numpy.load(sys.argv[2])\n"
-        "numpy.save(sys.argv[3], numpy.concatenate([session.run(['logits'], {'pixels': x[None]})[0] for x in pixels]))\n"
-        "assert not {'torch', 'edgeprune', 'onnx'} & set(sys.modules)\n"
-    )
-    files = [artifacts[which] / "model.onnx", tmp_path / "pixels.npy", tmp_path / "logits.npy"]
-    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True, cwd=tmp_path, timeout=60)
-    model = edgeprune.load(artifacts[which])
+    asked, answered = tmp_path / "pixels.npy", tmp_path / "logits.npy"
+    np.save(asked, pixels)
+    command = [sys.executable, "-c", code, *map(str, (asked, answered, *rest))]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=60)
+    model = edgeprune.load(folder)
     assert not model.training
     with torch.no_grad():
         want = model(torch.from_numpy(pixels)).numpy()
-    np.testing.assert_allclose(np.load(files[2]), want, atol=1e-4 * float(np.abs(want).max()))
+    np.testing.assert_allclose(np.load(answered), want, atol=1e-4 * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_onnx_equals_the_torch_model(artifacts: list[Path], which: int, tmp_path: Path) -> None:
+    """In bare onnxruntime, in a process that has nothing but numpy."""
+    code = (
+        "import sys, numpy, onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[3], providers=['CPUExecutionProvider'])\n"
+        "pixels = numpy.load(sys.argv[1])\n"
+        "numpy.save(sys.argv[2], numpy.concatenate([session.run(['logits'], {'pixels': x[None]})[0] for x in pixels]))\n"
+        "assert not {'torch', 'edgeprune', 'onnx'} & set(sys.modules)\n"
+    )
+    equals_the_loaded(artifacts[which], code, [artifacts[which] / "model.onnx"], tmp_path)
 
 
 def test_it_opens_as_it_was_measured(artifacts: list[Path], tmp_path: Path) -> None:
-    """In a process that never imports torch, against `edgeprune.load`."""
-    pixels = np.random.default_rng(0).standard_normal((3, 3, 32, 32), dtype=np.float32)
-    np.save(tmp_path / "pixels.npy", pixels)
+    """In a process that never imports torch."""
     code = (
         "import sys, numpy, edgeprune\n"
-        "session = edgeprune.open(sys.argv[1])\n"
+        "session = edgeprune.open(sys.argv[3])\n"
         "assert session.facts['threads'] == int(sys.argv[4]) and session.input_shape == (1, 3, 32, 32)\n"
-        "pixels = numpy.load(sys.argv[2])\n"
-        "numpy.save(sys.argv[3], numpy.concatenate([session.run(x[None]).copy() for x in pixels]))\n"
+        "pixels = numpy.load(sys.argv[1])\n"
+        "numpy.save(sys.argv[2], numpy.concatenate([session.run(x[None]).copy() for x in pixels]))\n"
         "assert 'torch' not in sys.modules\n"
     )
-    files = [artifacts[0], tmp_path / "pixels.npy", tmp_path / "logits.npy", manifest(artifacts[0])["threads"]]
-    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True, timeout=60)
-    with torch.no_grad():
-        want = edgeprune.load(artifacts[0])(torch.from_numpy(pixels)).numpy()
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), want, atol=1e-4 * float(np.abs(want).max()))
+    equals_the_loaded(artifacts[0], code, [artifacts[0], manifest(artifacts[0])["threads"]], tmp_path)
     damaged = shutil.copytree(artifacts[0], tmp_path / "damaged")
     with (damaged / "model.onnx").open("ab") as file:
         file.write(b"x")

@@ -19,12 +19,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgeprune import api, vit
-from edgeprune.config import Request
+from edgeprune import vit
 from edgeprune.console import SILENT
 from edgeprune.errors import EdgepruneError
 from edgeprune.intake import Intake
-from edgeprune.stages import export, exporting, simplify
+from edgeprune.stages import export, simplify
 from edgeprune.stages import shapes as stage_shapes
 from edgeprune.types import BlockPlan, Plan
 
@@ -338,47 +337,6 @@ def test_models_of_a_form_with_fewer_tokens_are_cut_from_one(
         assert operators(cut) == operators(direct) and weight_shapes(cut) == weight_shapes(direct)
         session = onnxruntime.InferenceSession(str(own[every[1]]), providers=["CPUExecutionProvider"])
         assert np.isfinite(session.run(None, {"pixels": np.ones((1, *sizes.image), np.float32)})[0]).all()
-
-
-def request_of(kwargs: dict[str, Any]) -> Request:
-    """For a tiny ViT of five classes."""
-    asked, _ = api.request("digits", target="cpu-avx2", latency="2x")
-    card = replace(asked.card, architecture="vit_tiny_patch16_224", kwargs=kwargs, num_classes=5)
-    return replace(asked, card=card)
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_second_process_exports_every_other_shape(
-    broken: bool, dense: Any, tiny_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it does not do, as it cannot start, is done here."""
-    request = request_of({**tiny_kwargs, "depth": 2, "mlp_ratio": 2})
-    wanted = {tmp_path / f"{width}.onnx": ((3, width),) * 2 for width in (16, 24, 40, 56)}
-    here, advanced, real = [], [], stage_shapes.export_shape
-    monkeypatch.setattr(stage_shapes, "export_shape", lambda *args: (here.append(args[3]), real(*args)))
-    monkeypatch.setattr(exporting, "LONG", 0.0)
-    monkeypatch.setattr(exporting.device, "usable_threads", lambda asked: (2, ""))
-    if broken:
-        monkeypatch.setattr(
-            exporting.clock, "environment", lambda: {"PYTHONHOME": str(tmp_path)}
-        )  # Python is not there
-    exporting.export_all(request, dense, wanted, lambda count, _: advanced.append(count))
-    assert [path.stem for path in here] == (["16", "24", "56", "40"] if broken else ["16", "24", "56"])
-    assert sum(advanced) == len(wanted)
-    for path, shape in wanted.items():
-        real(dense, shape, vit.anatomy(dense), tmp_path / "direct.onnx")
-        assert path.read_bytes() == (tmp_path / "direct.onnx").read_bytes()
-
-
-def test_a_second_process_is_not_started_for_exports_that_are_soon_done(
-    dense: Any, tiny_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = request_of({**tiny_kwargs, "depth": 2, "mlp_ratio": 2})
-    monkeypatch.setattr(exporting, "LONG", 60.0)
-    monkeypatch.setattr(exporting.subprocess, "Popen", None)
-    wanted = {tmp_path / f"{width}.onnx": ((3, width),) * 2 for width in (16, 24, 40)}
-    exporting.export_all(request, dense, wanted, lambda *_: None)
-    assert all(path.is_file() for path in wanted)
 
 
 def test_a_marker_that_is_also_a_value_is_refused() -> None:

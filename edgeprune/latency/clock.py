@@ -108,7 +108,7 @@ class Clock:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment(),
+            env=_environment(),
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # its own process group: what a runtime forks ends with it
@@ -389,8 +389,8 @@ def _copy(entry: tuple[Clock, str], is_anchor: bool, turn: int) -> int:
     return (turn // copies if is_anchor else turn) % copies
 
 
-def environment() -> dict[str, str]:
-    """Of a process beside this one: ours, with this very edgeprune importable from any directory."""
+def _environment() -> dict[str, str]:
+    """The worker's environment: ours, with this very edgeprune importable from any directory."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

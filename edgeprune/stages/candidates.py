@@ -15,7 +15,7 @@ from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
 from edgeprune.latency import table
-from edgeprune.stages import exporting, shapes
+from edgeprune.stages import shapes
 from edgeprune.types import PLAIN, Form, LatencyTable, Measurement, Shape, SubBlockKind
 
 FITTING_PLANS = 8
@@ -92,15 +92,17 @@ def make(request: Request, model: VisionTransformer, grids: tuple[tuple[int, ...
         made.files |= {path.stem: path for own in made.formed.values() for path in own.values()}
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {sizes.prefix} that always stay")
     made.plans |= {f"plan{i}": shape for i, shape in enumerate(fitting(sizes, grids, request.seed, patches, dims))}
-    whole: dict[str, Shape] = {**made.plans, EMPTY: ((0, 0),) * sizes.blocks}  # one that takes long to export is first
+    whole: dict[str, Shape] = {**made.plans, EMPTY: ((0, 0),) * sizes.blocks}
     if made.patches:
         whole[REDUCING] = shapes.reducing_shape(sizes)
     if depth < sizes.blocks:
         made.files[SHALLOW] = out / f"{SHALLOW}.onnx"
         shapes.export_shape(few, sizes.shape[:depth], vit.anatomy(few), made.files[SHALLOW])
-    made.files |= {name: out / f"{name}.onnx" for name in whole}
     with console.progress("plans that differ", len(whole), "exports") as advance:
-        exporting.export_all(request, model, {made.files[name]: shape for name, shape in whole.items()}, advance)
+        for name, shape in whole.items():
+            made.files[name] = out / f"{name}.onnx"
+            shapes.export_shape(model, shape, sizes, made.files[name], request.reducer)
+            advance(1, "")
     return made
 
 
