@@ -3,7 +3,7 @@
     python benchmarks/int8.py --model cifar10 --data-dir DIR     (NNCF: pip install nncf)
     python benchmarks/int8.py --model digits
 
-All start from the same simplified ONNX and the same calibration images, and are timed turn by turn with it in the
+All start from the same simplified ONNX and the same calibration images (NNCF from the first 300), and are timed turn by turn with it in the
 product's clock. edgeprune's model has every linear layer of every block in int8, which its plans choose sub-block by
 sub-block. -> results/int8-MODEL.md
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accuracy
+import numpy as np
 import torch
 
 from edgeprune import checks, pipeline, quantisation, structure, vit
@@ -32,13 +33,13 @@ SECONDS = 60.0
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    accuracy.shared(parser, model="digits", target="cpu-avx512-vnni", threads=0)
+    accuracy.shared(parser, model="digits", target="cpu-avx512-vnni", threads=0, runtime="")
     parser.add_argument("--out", type=Path, default=accuracy.HERE / "results")
     options = parser.parse_args(argv)
     with accuracy.full(options) as request, tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
         done = pipeline.run_stages(pipeline.PIPELINE[:1], request, options.cache_dir, console=Console())
         dense, anchor = baseline.load(request, done["baseline"].folder), done["baseline"].folder / "dense.onnx"
-        files: dict[str, dict[str, Path]] = {"onnxruntime": {}, "openvino": {}}
+        files: dict[str, dict[str, Path]] = {name: {} for name in choose.eligible(request.conditions, Console())}
         for name, (runtimes, make) in WAYS.items():
             path = Path(folder) / f"{name}.onnx"
             try:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             except ImportError as error:
                 print(f"{name} is left out: {error}")
                 continue
-            for runtime in runtimes:
+            for runtime in set(runtimes) & set(files):
                 files[runtime][name] = made
         threads, _ = device.usable_threads(options.threads)
         lines = [
@@ -85,7 +86,7 @@ def judged(
             low, high = checks.wilson(right, len(labels))
             cells = [name, runtime, f"{100 * right / len(labels):.2f} % [{low:.2f}, {high:.2f}]"]
             if name == "fp32":
-                cells += [f"1 ({float(measured[next(iter(paths))].anchor_ms.mean()):.3f} ms)", ""]
+                cells += [f"1 ({float(np.median(measured[next(iter(paths))].anchor_ms)):.3f} ms)", ""]
             else:
                 own = measured[name]
                 cells += [

@@ -180,8 +180,9 @@ class Bench:
         plan = artifact.read_plan(folder / "plan.json").plan
         tries = artifact.read_json(folder / "search.json")["tries"]
         dense_ms = self.table.dense_ms  # which is kept as it is where it is within the limit
-        as_it_is = {"measured_ms": dense_ms, "ci_ms": [dense_ms, dense_ms], "calm": True}
-        tried = next((one for one in tries if tuple(map(tuple, one["shape"])) == plan.shape), as_it_is)
+        if not tries:
+            tries = [{"shape": plan.shape, "measured_ms": dense_ms, "ci_ms": [dense_ms, dense_ms], "calm": True}]
+        [tried] = [one for one in tries if tuple(map(tuple, one["shape"])) == plan.shape]
         right = accuracy.judge(model, self.pixels, self.labels)
         drop, drop_ci = accuracy.paired(self.right, right)
         return {

@@ -20,6 +20,8 @@ from edgeprune.errors import StorageError, TargetUnavailable, UsageError
 from edgeprune.types import INT8, BlockPlan, Plan, SubBlockKind
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from edgeprune.compat import VisionTransformer
 
 PLAN_SCHEMA = "edgeprune.plan/1"
@@ -148,11 +150,22 @@ def load(folder: str | Path) -> VisionTransformer:
     return rebuild(read_plan(folder / "plan.json"), folder / "model.safetensors")
 
 
-def open_entry(folder: str | Path) -> runtimes.Session:
+class Opened:
+    """A session of a runtime whose results stay: no later run overwrites them."""
+
+    def __init__(self, session: runtimes.Session) -> None:
+        self._session = session
+        self.input_shape, self.input_type, self.facts = session.input_shape, session.input_type, session.facts
+
+    def run(self, x: NDArray[Any]) -> NDArray[Any]:
+        """The outputs `[batch, outputs]` for `x` of `input_shape` and `input_type`."""
+        return self._session.run(x).copy()
+
+
+def open_entry(folder: str | Path) -> Opened:
     """The artifact's model as it was measured: its runtime, threads and session options. Needs no torch.
 
-    `session.run(x)` takes and returns arrays of `session.input_shape` and `[batch, outputs]`; its files must have the hashes
-    of the manifest. Raises UsageError, TargetUnavailable where the runtime is not installed.
+    Its files must have the hashes of the manifest. Raises UsageError, TargetUnavailable where the runtime is not installed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -160,7 +173,7 @@ def open_entry(folder: str | Path) -> runtimes.Session:
     runtime = runtimes.get(manifest["runtime"])
     if reason := runtime.available():
         raise TargetUnavailable(reason)
-    return runtime.open(str(folder / manifest["entry"]), manifest["threads"], manifest["precision"])
+    return Opened(runtime.open(str(folder / manifest["entry"]), manifest["threads"], manifest["precision"]))
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

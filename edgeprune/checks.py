@@ -18,7 +18,7 @@ from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose
 from edgeprune.latency.clock import Clock
 from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms, verdict
-from edgeprune.types import Check, Measurement, Quiet, Verdict
+from edgeprune.types import Check, FloatArray, Measurement, Quiet, Verdict
 
 SECONDS = 30.0
 COLLAPSE = 0.25  # of the accuracy above chance: what is left of it where accuracy has collapsed
@@ -109,7 +109,7 @@ Answers = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]
 def summary(*parts: Answers) -> Accuracy:
     """On the images of all parts."""
     d, p, same = (np.concatenate(own) for own in zip(*parts, strict=True))
-    low, high = drop_interval(int((d & ~p).sum()), int((p & ~d).sum()), len(d))
+    low, high = drop_interval(d.astype(float) - p)
     return Accuracy(
         dense=100 * float(d.mean()),
         pruned=100 * float(p.mean()),
@@ -119,15 +119,16 @@ def summary(*parts: Answers) -> Accuracy:
     )
 
 
-def drop_interval(lost: int, gained: int, images: int) -> tuple[float, float]:
-    """95 % interval of the share of images by which accuracy falls, from those that one model alone names rightly.
+def drop_interval(drops: FloatArray) -> tuple[float, float]:
+    """95 % interval of the mean drop. drops `[n]`: 1 where only the dense model is right, -1 where only the other is, else 0.
 
-    Half an image is added to each of the four counts (Agresti and Min, Statistics in Medicine 24, 2005): where no answer
-    changed, that is still no proof that none would.
+    Two images on which both differ by 0 and by one right answer each way are added, half each (Agresti and Min, Statistics
+    in Medicine 24, 2005): where no answer changed, that is still no proof that none would. Means of several answers to an
+    image, between -1 and 1, are taken as well.
     """
-    n = images + 2
-    mean = (lost - gained) / n
-    margin = 1.96 * np.sqrt(((lost + gained + 1) / n - mean**2) / n)
+    n = len(drops) + 2
+    mean = drops.sum() / n
+    margin = 1.96 * np.sqrt(((drops**2).sum() + 1) / n - mean**2) / np.sqrt(n)
     return float(mean - margin), float(mean + margin)
 
 

@@ -283,7 +283,7 @@ def _candidates(request: Request, sizes: Anatomy) -> float:
     whole = (candidates.LARGE_FITTING_PLANS if large else candidates.FITTING_PLANS) / 2 + bool(tokens)
     if len(sizes.stages) > 1:  # all but one stage of each are dense
         heads = sum(len(shapes.head_counts(sizes, i, large)) for i in range(len(sizes.stages)))
-        return heads + sum(map(len, grids)) + forms + whole
+        return heads + sum(len(shapes.measured_widths(grid, large)) for grid in grids) + forms + whole
     attn, mlp = 4 * sizes.only.width, sizes.only.width + rows(sizes, sizes.only)
     share = attn / (attn + mlp)
     alike = (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.checks import Answers, wilson
+from edgeprune.checks import Answers, drop_interval, wilson
 from edgeprune.neighbours import Predictor
 
 BINS = 10  # of confidence, in a reliability diagram
@@ -131,15 +131,13 @@ def flips(said: Predictions, most: int) -> dict[str, Any]:
 
 def paired(dense: NDArray[Any], pruned: NDArray[Any]) -> dict[str, Any]:
     """Both models on the same n images `[n]`, right (1) or wrong (0): percent right, and the drop in points with its 95 % interval."""
-    drop = dense.astype(float) - pruned.astype(float)
-    margin = 1.96 * float(drop.std()) / np.sqrt(len(drop))
-    mean = float(drop.mean())
+    drop = dense.astype(float) - pruned
     return {
         "images": len(drop),
         "dense": 100 * float(dense.mean()),
         "pruned": 100 * float(pruned.mean()),
-        "drop": 100 * mean,
-        "drop_ci": [100 * (mean - margin), 100 * (mean + margin)],
+        "drop": 100 * float(drop.mean()),
+        "drop_ci": [100 * bound for bound in drop_interval(drop)],
     }
 
 

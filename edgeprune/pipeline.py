@@ -371,11 +371,11 @@ def preview(request: Request, latencies: Sequence[Latency], cache_dir: Path) -> 
         folder = _folder(cache_dir, stage, key)
         record, _ = cache.look(folder)
         keys[i][stage.name] = cache.digest(record) if record else key  # unknown yet: what reads it would run too
-        own = _per_latency(stage, keys[i])
-        row = (stage.name, members[i].latency.text if own else "every latency", record is not None)
+        own, there = _per_latency(stage, keys[i]), record is not None and stage.decided(folder)
+        row = (stage.name, members[i].latency.text if own else "every latency", there)
         if row not in rows:
             rows.append(row)
-        return Done(stage.name, key, folder, 0.0, True, "") if record else None
+        return Done(stage.name, key, folder, 0.0, True, "") if there else None
 
     if request.gradual:
         profiled = [look(stage, 0) for stage in PIPELINE[:2]][1]
@@ -414,18 +414,17 @@ def run_stage(
     def found() -> tuple[Done | None, str]:
         record, damage = (None, "") if force else cache.look(folder)
         if record is None:
-            return None, damage
+            return None, damage and f"in the cache, {damage} ('{folder}')"
+        if not stage.decided(folder):
+            return None, "it came to no verdict, as the machine was too busy or the latency too near the limit"
         console.stage(f"{stage.name}{where}: done before ({record['seconds']:.1f} s), nothing has changed")
         return Done(stage.name, key, folder, record["seconds"], cached=True, digest=cache.digest(record)), ""
 
-    known, damage = found()
-    if known is not None and stage.decided(known.folder):
-        return known
+    known, why = found()
     if known is not None:
-        console.say(f"{stage.name}{where}: the machine was too busy for a verdict then, so it is measured again")
-        force = True
-    if damage:
-        console.warn(f"{stage.name}{where} is done again: in the cache, {damage} ('{folder}')")
+        return known
+    if why:
+        console.warn(f"{stage.name}{where} is done again: {why}")
     read = {name: finished[name].folder for name in stage.reads if name in finished}
     inputs = [finished[name] for name in read]
 

@@ -17,7 +17,7 @@ from edgeprune.console import SILENT, Console
 from edgeprune.errors import EdgepruneError
 from edgeprune.latency import parcel, table
 from edgeprune.report import changes, page
-from edgeprune.types import INT8, Check
+from edgeprune.types import INT8, Check, Form
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Done
@@ -180,7 +180,7 @@ def make_manifest(
         "schedule": request.schedule,
         "recovery": request.recovery,
         "dims": dims,
-        **({"int8": {kind: prices.int8_share(kind) for kind in INT8}} if "precision" in dims else {}),
+        **({"int8": {kind: prices.form_share(kind, Form(int8=True)) for kind in INT8}} if "precision" in dims else {}),
         "reducer": request.reducer,
         "dense": facts["dense"],
         "pruned": {

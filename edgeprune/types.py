@@ -237,9 +237,17 @@ class LatencyTable:
         """Whether int8 sub-blocks were measured."""
         return all(Form(int8=True) in own.forms(kind) for own in self.stages for kind in INT8)
 
-    def int8_share(self, kind: SubBlockKind) -> float:
-        """Of the milliseconds of a whole dense sub-block, what one in int8 takes: the mean over stages."""
-        return float(np.mean([own.forms(kind)[Form(int8=True)][-1] / own.of(kind)[1][-1] for own in self.stages]))
+    def form_share(self, kind: SubBlockKind, form: Form, stage: int | None = None) -> float:
+        """Of the milliseconds of all dense sub-blocks of a kind (in one stage), what they take in a form.
+
+        1 where they take none that could be measured.
+        """
+        stages = self.stages if stage is None else self.stages[stage : stage + 1]
+        formed, plain = (
+            sum(float(own.blocks * ms[-1]) for own, ms in zip(stages, each, strict=True))
+            for each in ([own.forms(kind)[form] for own in stages], [own.of(kind)[1] for own in stages])
+        )
+        return formed / plain if plain > 0 else 1.0
 
     @property
     def ranked(self) -> bool:

@@ -280,7 +280,7 @@ def test_an_augmentation_that_timm_does_not_know_is_refused() -> None:
 @pytest.mark.parametrize(
     ("right", "images", "classes", "guesses"),
     [(0, 18, 10, True), (5, 18, 10, True), (6, 18, 10, False), (17, 18, 10, False), (0, 64, 1000, True), (1, 64, 1000, True),
-     (2, 64, 1000, False), (46, 64, 1000, False), (20, 32, 2, True), (24, 32, 2, False)],
+     (2, 64, 1000, False), (46, 64, 1000, False), (20, 32, 2, True), (24, 32, 2, False), (6, 6, 2, False), (0, 6, 2, False), (4, 4, 3, False)],
 )  # fmt: skip
 def test_what_guessing_explains(right: int, images: int, classes: int, guesses: bool) -> None:
     from edgeprune.stages import baseline

@@ -300,8 +300,8 @@ def test_models_with_fewer_tokens_are_cut_from_one(
 ) -> None:
     model = make_vit(img_size=size, depth=2)
     sizes = vit.anatomy(model)
-    found = stage_shapes.token_models(model, tmp_path, SILENT)
-    counts = stage_shapes.patch_counts(sizes)[:-1]
+    every = stage_shapes.patch_counts(sizes)
+    found, counts = stage_shapes.token_models(model, every, tmp_path, SILENT), every[:-1]
     assert set(found) == {f"tokens{n}.{kind}" for n in counts for kind in ("attn", "whole")}
     for patches in counts:
         short = copy.deepcopy(model)
@@ -321,9 +321,9 @@ def test_models_of_a_form_with_fewer_tokens_are_cut_from_one(
     sizes = vit.anatomy(model)
     real = stage_shapes.export_shape
     monkeypatch.setattr(stage_shapes, "export_shape", lambda *args: (exported.append(args[-1]), real(*args)))
-    found = stage_shapes.token_form_models(model, ("qk", "precision"), tmp_path, SILENT)
-    assert [f"{kind}.{form}" for kind, form in found] == ["attn.rank8", "attn.int8", "mlp.int8"]
     every = stage_shapes.patch_counts(sizes)
+    found = stage_shapes.token_form_models(model, every, ("qk", "precision"), tmp_path, SILENT)
+    assert [f"{kind}.{form}" for kind, form in found] == ["attn.rank8", "attn.int8", "mlp.int8"]
     assert all(list(own) == [every[1], every[3], sizes.patches] for own in found.values())
     assert len(exported) == 6, "a marker and the whole of each"
     for (kind, form), own in found.items():

@@ -24,6 +24,7 @@ from edgeprune.config import Recipe
 from edgeprune.errors import Infeasible
 from edgeprune.gates import Gates, units_of
 from edgeprune.schedules import Planned, Training, ast, compresso, hesso, hesso_cric, mask_sparsity, p3b, pat, pdp
+from edgeprune.stages.sparsify import median_share
 from edgeprune.types import Levels, Plan
 
 MLP = (1, "mlp")
@@ -566,3 +567,12 @@ def test_pat_trains_adapters_and_a_mask_that_is_frozen(make_vit: Callable[..., A
         assert (own > 0).nonzero()[:, 0].tolist() == list(units_of(plan)[at])
     assert all(p.requires_grad for p in model.parameters())
     assert UNIT in units_of(plan)[MLP]
+
+
+@pytest.mark.parametrize(
+    "quantile, samples, share",
+    [("p50", 5, 1.0), ("p90", 64, 0.8), ("p90", 63, 1.0), ("p99", 64, 0.8), ("p99", 662, 0.5)],
+)
+def test_a_quantile_that_few_samples_tell_of_is_not_aimed_at(quantile: str, samples: int, share: float) -> None:
+    anchor = {"p50": 8.0, "p90": 10.0, "p99": 16.0, "samples": samples}
+    assert median_share(anchor, quantile) == share

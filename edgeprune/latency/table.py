@@ -32,6 +32,7 @@ from edgeprune.types import (
 )
 
 MOST_BLOCKS = 512
+SURPLUS_PLANS = 6  # from which a third number is fitted: with four, noise would decide what forms cost
 SHARES = ("attn_share", "mlp_share")
 FORM_SHARES = ("attn_form_share", "mlp_form_share")
 TOKENS = {"patches", *SHARES, *FORM_SHARES, "reduce_ms"}  # fields that a table without tokens may leave out
@@ -80,7 +81,7 @@ def build_table(
     dense_ms: the anchor's latency on this device. A dense shape is predicted as exactly that.
     fewer: by patch tokens, fewer than the `patches` of the model: all attention and no MLP, and the whole model;
     fewer_forms: all attention or all MLPs alone, in int8 or of the lowest rank, by some numbers, `patches` among them.
-    reducing: a shape that drops tokens in every block, from which the price of dropping is taken.
+    reducing: a shape that drops tokens once per number of patches, from which the price of dropping is taken.
     Raises UsageError when an entry is missing.
     """
     repaired: list[str] = []
@@ -117,13 +118,10 @@ def build_table(
 def at_depth(measurement: Measurement, dense: Measurement, times: float) -> Measurement:
     """What a model of a few blocks says of one with `times` as many; dense: the model of as many dense blocks.
 
-    What a change of those blocks saves is saved `times` over; the anchor is the dense model of all blocks.
+    What a change of those blocks saves is saved `times` over; the anchor is the dense model of all blocks. The interval
+    stays that of the few.
     """
-    low, ratio, high = (
-        1 + times * (found - dense.ratio)
-        for found in (measurement.ratio_ci[0], measurement.ratio, measurement.ratio_ci[1])
-    )
-    return replace(measurement, ratio=ratio, ratio_ci=(low, high))
+    return replace(measurement, ratio=1 + times * (measurement.ratio - dense.ratio))
 
 
 def _stage(own: Measured, dense_ms: float, where: str, repaired: list[str]) -> Prices:
@@ -226,9 +224,9 @@ def _with_form_shares(
 def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
     """The table scaled and shifted so that its predictions of `plans` (milliseconds by shape) err least, relatively.
 
-    Least squares of relative errors; with fewer than 3 plans only shifted, with none unchanged. Where some plans have
-    int8 sub-blocks or lower ranks, each such sub-block also costs a surplus, zero or more: prices of forms come from models
-    of one form, and kernels of several evict each other.
+    Least squares of relative errors; with fewer than 3 plans only shifted, with none unchanged. Where some of
+    `SURPLUS_PLANS` or more have int8 sub-blocks or lower ranks, each such sub-block also costs a surplus, zero or more:
+    prices of forms come from models of one form, and kernels of several evict each other.
     """
     if not plans:
         return prices
@@ -238,9 +236,11 @@ def fitted(prices: LatencyTable, plans: Mapping[Shape, float]) -> LatencyTable:
     formed = np.array([dearer.predict_ms(shape) for shape in plans]) - summed
     shift, scale, surplus = float(np.mean(found - summed)), 1.0, 0.0
     if len(plans) >= 3:
-        shift, scale, surplus = _least_squares([np.ones_like(summed), summed, formed], found)
-        if surplus < 0 or not formed.any():
-            (shift, scale), surplus = _least_squares([np.ones_like(summed), summed], found), 0.0
+        shift, scale = _least_squares([np.ones_like(summed), summed], found)
+    if len(plans) >= SURPLUS_PLANS and formed.any():
+        dearest = _least_squares([np.ones_like(summed), summed, formed], found)
+        if dearest[-1] >= 0:
+            shift, scale, surplus = dearest
     before, after = summed / found - 1, (shift + scale * summed + surplus * formed) / found - 1
     return replace(
         _scaled(prices, shift, scale, surplus),

@@ -26,6 +26,7 @@ from edgeprune.types import Plan
 
 BATCH = 32  # images that are embedded at once
 CLASSIFIERS = ("head.", "head_dist.")  # what an embedding model does not have of a classifier's weights
+FIRST_IMAGES = 32  # of calibration, that tell whether the model works
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,16 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         chosen.save(out)
         dense = with_data(model, request, chosen)
     splits = dense.splits
-    pixels, labels = next(splits.calibration.batches(request.card.calibration.batch_size))
-    with torch.no_grad():
-        logits = model(pixels)
-    numerics.refuse_not_finite(model, pixels, logits, "baseline", "the weights are broken there: use others")
-    if request.card.task == CLASSIFY and guesses(
-        right := int((logits.argmax(-1) == labels).sum()), len(labels), sizes.num_classes
-    ):
+    right = seen = 0
+    for pixels, labels in splits.calibration.take(FIRST_IMAGES).batches(request.card.calibration.batch_size):
+        with torch.no_grad():
+            logits = model(pixels)
+        numerics.refuse_not_finite(model, pixels, logits, "baseline", "the weights are broken there: use others")
+        right, seen = right + int((logits.argmax(-1) == labels).sum()), seen + len(labels)
+    if request.card.task == CLASSIFY and guesses(right, seen, sizes.num_classes):
         console.warn(
-            f"the dense model names {right} of {len(labels)} training images rightly, as guessing one of {sizes.num_classes} classes "
-            "may: its weights, the order of its classes or its preprocessing do not fit this data"
+            f"the dense model names {right} of {seen} training images rightly, as guessing one of {sizes.num_classes} classes "
+            "may: its weights, the order of its classes or its preprocessing may not fit this data"
         )
     parts = ", then ".join(
         f"{s.blocks} blocks of {s.heads} heads and {s.neurons} neurons, {s.tokens} tokens" for s in sizes.stages
@@ -90,10 +91,11 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 
 def guesses(right: int, images: int, classes: int) -> bool:
-    """Whether so many right answers are no more than one in a hundred who guess would have."""
+    """Whether so many right answers are no more than one in a hundred who guess would have; False where all would be."""
     from scipy.stats import binom
 
-    return bool(binom.sf(right - 1, images, 1 / classes) > 0.01)
+    rare = 0.01
+    return bool(binom.sf(right - 1, images, 1 / classes) > rare > binom.sf(images - 1, images, 1 / classes))
 
 
 def select(dense: Dense, request: Request, out: Path, console: Console) -> Chosen:

@@ -87,8 +87,8 @@ def make(request: Request, model: VisionTransformer, grids: tuple[tuple[int, ...
     made = Candidates(sizes, grids, depth, entries, patches if len(patches) > 1 else ())
     made.files |= {entry.name: path for entry, path in entries.items()}
     if made.patches:
-        made.files |= shapes.token_models(few, out, console)
-        made.formed = shapes.token_form_models(few, dims, out, console)
+        made.files |= shapes.token_models(few, patches, out, console)
+        made.formed = shapes.token_form_models(few, patches, dims, out, console)
         made.files |= {path.stem: path for own in made.formed.values() for path in own.values()}
         console.say(f"tokens: {', '.join(map(str, patches))} patches, beside {sizes.prefix} that always stay")
     made.plans |= {f"plan{i}": shape for i, shape in enumerate(fitting(sizes, grids, request.seed, patches, dims))}

@@ -92,6 +92,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "model": describe(request, dense.sizes),
         "worker": worker,
         "reducer": request.reducer if built.patches else "",
+        "depth": made.depth,  # blocks of the models whose blocks are all alike, which `ratios` are of
         "table": table.table_to_json(built),
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }
@@ -141,6 +142,8 @@ def adopt(request: Request, sizes: vit.Anatomy, path: Path, out: Path, console: 
         }  # fmt: skip
         cpu = str(document["device"]["cpu"])
         float(document["anchor"]["slope"])
+        if not isinstance(document["anchor"]["samples"], int) or document["anchor"]["samples"] < 0:
+            raise ValueError("the anchor's samples are no number of them")
         positive = [document["anchor"][name] for name in QUANTILES] + list(document["anchor_ms"].values())
         if not all(isinstance(ms, (int, float)) and 0 < ms < float("inf") for ms in positive):
             raise ValueError("a latency of the anchor is no positive number")
@@ -319,11 +322,11 @@ def tell(
     for i, own in enumerate(built.stages):
         where = f" in stage {i}" if len(built.stages) > 1 else ""
         if built.int8:
-            shares = [own.forms(kind)[Form(int8=True)][-1] / own.of(kind)[1][-1] for kind in vit.KINDS]
+            shares = [built.form_share(kind, Form(int8=True), i) for kind in vit.KINDS]
             console.say(f"with int8 layers, attention costs {shares[0]:.0%} and the MLP {shares[1]:.0%} of that{where}"
                         + ("" if min(shares) < 1 else ": int8 does not pay here"))  # fmt: skip
         if own.ranks:
-            lower = [f"{own.attn_forms[Form(rank=r)][-1] / own.attn_ms[-1]:.0%} with {r}" for r in own.ranks]
+            lower = [f"{built.form_share('attn', Form(rank=r), i):.0%} with {r}" for r in own.ranks]
             dims = sizes.stages[i].head_dim
             console.say(f"heads of fewer dimensions than {dims} make attention cost {', '.join(lower)}{where}")
     if uncapped := worker["dense"].get("uncapped"):

@@ -306,10 +306,12 @@ def reducing_shape(sizes: vit.Anatomy) -> Shape:
     return (*drops, *[dense] * sizes.blocks)[: sizes.blocks]
 
 
-def token_models(model: VisionTransformer, folder: Path, console: Console) -> dict[str, Path]:
-    """ONNX files with fewer tokens from the start, `tokens<patches>.attn` without MLPs and `.whole` with all there is."""
-    stage = vit.anatomy(model).only
-    *fewer, _ = patch_counts(vit.anatomy(model))
+def token_models(model: VisionTransformer, patches: Sequence[int], folder: Path, console: Console) -> dict[str, Path]:
+    """ONNX files with fewer patches from the start, `tokens<patches>.attn` without MLPs and `.whole` with all there is.
+
+    patches: the numbers that plans may leave, ascending, all of them last.
+    """
+    stage, fewer = vit.anatomy(model).only, patches[:-1]
     paths: dict[str, Path] = {}
     short = copy.deepcopy(model)
     with console.progress("token models", 2 * len(fewer), "models") as advance:
@@ -320,20 +322,18 @@ def token_models(model: VisionTransformer, folder: Path, console: Console) -> di
 
 
 def token_form_models(
-    model: VisionTransformer, dims: Sequence[str], folder: Path, console: Console
+    model: VisionTransformer, patches: Sequence[int], dims: Sequence[str], folder: Path, console: Console
 ) -> dict[tuple[SubBlockKind, Form], dict[int, Path]]:
-    """ONNX files with some numbers of patches from the start, all of them last, `tokens<patches>.<kind>.<form>`: every
-    sub-block of the kind int8, or every head of the lowest rank, and none of the other kind.
+    """ONNX files with some of the numbers of patches from the start, all of them last, `tokens<patches>.<kind>.<form>`:
+    every sub-block of the kind int8, or every head of the lowest rank, and none of the other kind.
     """
-    sizes = vit.anatomy(model)
-    stage = sizes.only
-    *fewer, _ = patch_counts(sizes)
+    stage, fewer = vit.anatomy(model).only, patches[:-1]
     wanted: list[tuple[SubBlockKind, Form]] = []
     if "qk" in dims:
         wanted += [("attn", Form(rank=rank)) for rank in lowrank.ranks(stage.head_dim)[:1] if rank < stage.head_dim]
     if "precision" in dims:
         wanted += [("attn", Form(int8=True)), ("mlp", Form(int8=True))]
-    counts = [*(fewer[i] for i in FORM_TOKENS if i < len(fewer)), sizes.patches]
+    counts = [*(fewer[i] for i in FORM_TOKENS if i < len(fewer)), *patches[-1:]]
     paths: dict[tuple[SubBlockKind, Form], dict[int, Path]] = {}
     short = copy.deepcopy(model)
     with console.progress("token models of forms", len(wanted) * len(counts), "models") as advance:

@@ -20,6 +20,7 @@ from edgeprune.config import WIDTHS, Request
 from edgeprune.console import SILENT, Console
 from edgeprune.gates import Gates
 from edgeprune.latency import devices
+from edgeprune.latency.statistics import MIN_SAMPLES
 from edgeprune.schedules import SHARE, Training
 from edgeprune.stages import baseline, calibrate, profile, prune
 from edgeprune.tuning import launch
@@ -29,6 +30,15 @@ from edgeprune.tuning.loop import History, fit
 from edgeprune.types import LatencyTable, Levels, Plan, Shape, to_json
 
 IMAGES = 128  # calibration images that the criterion sees at each update
+
+
+def median_share(anchor: Mapping[str, float], quantile: str) -> float:
+    """Of the dense model's latency at the gated quantile, what the median is, of which the table is.
+
+    anchor: of the profile. Where its samples are too few for that quantile, the highest that they suffice for says it.
+    """
+    known = next(q for q in (quantile, "p90", "p50") if anchor["samples"] >= MIN_SAMPLES.get(q, 0))
+    return anchor["p50"] / anchor[known]
 
 
 def run(request: Request, read: Mapping[str, Path], out: Path, console: Console) -> None:
@@ -42,8 +52,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     else:
         aim = prune.AIM if devices.machine(request.device).same(document) else prune.AIM_UNMEASURED
         prune.refuse_unreachable(request, table, limit, aim)
-        # the table is of medians: where another quantile is gated, the dense model's own tells how much less is left
-        target = aim * limit * document["anchor"]["p50"] / document["anchor"][request.quantile]
+        target = aim * limit * median_share(document["anchor"], request.quantile)
         if launch.wanted(request):
             console.say(
                 f"the schedule '{request.schedule}' trains in this process alone; the others join for the tuning after it"

@@ -94,6 +94,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     }
     facts = {
         "runtime": runtime,
+        "measured": here,
         "checks": [asdict(check) for check in gates],
         "dense": {"accuracy": accuracy.dense, "latency_ms": dense_latency, "params": _params(read), "macs": vit.macs(dense.sizes, dense.sizes.shape)},
         "pruned": {
@@ -113,9 +114,9 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
 
 
 def decided(folder: Path) -> bool:
-    """Whether the stage came to a verdict on all that it measured here."""
-    found = artifact.read_json(folder / "validation.json")["checks"]
-    return not any(check["verdict"] == "inconclusive" and check["value"] is not None for check in found)
+    """Whether the stage came to a verdict on all that it measured; what was predicted stays so."""
+    found = artifact.read_json(folder / "validation.json")
+    return not found["measured"] or all(check["verdict"] != "inconclusive" for check in found["checks"])
 
 
 def judged_by_neighbours(

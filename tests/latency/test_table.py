@@ -11,7 +11,7 @@ import pytest
 
 from edgeprune import errors
 from edgeprune.latency.table import Measured, at_depth, build_table, isotonic, table_from_json, table_to_json
-from edgeprune.types import LatencyTable, Measurement, Shape
+from edgeprune.types import Form, LatencyTable, Measurement, Shape
 
 
 def measured(ms: float, dense_ms: float = 12.0, rounds: int = 50) -> Measurement:
@@ -49,6 +49,40 @@ def test_prices_are_differences_of_whole_models_per_block() -> None:
     assert stage.mlp_widths == (0, 16, 32, 64)
     assert made.base_ms == pytest.approx(2.0)
     assert (made.samples, made.repaired) == (50, ())
+
+
+def test_a_kind_that_takes_no_time_has_no_share() -> None:
+    """On a busy machine the model without it may come out as slow as the dense one."""
+    int8 = Form(int8=True)
+    own = Measured(
+        4, 3, 64, {0: measured(12.0)}, {0: measured(6.0)}, {int8: {3: measured(12.5)}}, {int8: {64: measured(9.0)}}
+    )
+    made = build_table([own], measured(EMPTY), {}, dense_ms=12.0, runtime="null", precision="fp32", threads=1)
+    assert made.form_share("attn", int8) == 1.0
+    assert made.form_share("mlp", int8) == made.form_share("mlp", int8, 0) == pytest.approx(0.5)
+
+
+def test_a_surplus_takes_plans_enough() -> None:
+    """Four plans are fitted by two numbers; a third would be made of their noise."""
+    int8 = Form(int8=True)
+    own = Measured(
+        4, 3, 64, {0: measured(8.0)}, {0: measured(6.0)}, {int8: {3: measured(11.0)}}, {int8: {64: measured(9.0)}}
+    )
+
+    def of(count: int) -> LatencyTable:
+        rng = np.random.default_rng(0)
+        plans: dict[Shape, float] = {
+            tuple((3, 64, 0, 2 * (b < i)) for b in range(4)): 12.0 - 0.5 * i + float(rng.uniform(0, 0.4))
+            for i in range(4)
+        }
+        plans |= {((n, 64),) * 4: 8.0 + 4 / 3 * n for n in range(1, 3)}
+        few = dict(itertools.islice(plans.items(), count))
+        return build_table(
+            [own], measured(EMPTY), {shape: measured(ms) for shape, ms in few.items()}, dense_ms=12.0, runtime="null",
+            precision="fp32", threads=1,
+        )  # fmt: skip
+
+    assert of(4).fit["surplus_ms"] == 0 < of(6).fit["surplus_ms"]
 
 
 def test_the_first_blocks_speak_for_all() -> None:
