@@ -150,6 +150,12 @@ def not_with(recovery: str, *, gradual: bool, precision: str) -> dict[str, str]:
     return found
 
 
+def left_out(made: Request) -> dict[str, str]:
+    """What the allocator would choose by default and cannot beside these options, and why."""
+    impossible = not_with(made.recovery, gradual=made.gradual, precision=made.precision)
+    return {dim: impossible[dim] for dim in dims_of("", made.allocator) if dim in impossible}
+
+
 def dims_of(text: str, allocator: str) -> tuple[str, ...]:
     """What a plan may choose: `heads,mlp`; "" = all that the allocator knows. UsageError for what it does not."""
     modules.check("allocator", allocator)
@@ -203,6 +209,8 @@ def build(
     """Build one artifact per latency; see `request` for the options. Returns the finished artifacts."""
     need_build_packages()
     made, latencies = request(model, **options)
+    for reason in dict.fromkeys(left_out(made).values()):
+        console.say(f"{reason}: a plan chooses {', '.join(made.dims)}")
     from edgeprune import pipeline
 
     cache = Path(cache_dir) if cache_dir else pipeline.default_cache_dir()

@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 from update_readme import block, blocks, commands, updated
 
-from edgeprune import config, criteria, errors, methods, modules, report
+from edgeprune import config, criteria, errors, families, methods, modules, report
 from edgeprune.config import ModelSpec, tomllib
 from edgeprune.types import Target
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARDS, HOW = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("cards", "how"))
 REFERENCE = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SCHEMA = json.loads((Path(report.__file__).parent / "manifest.schema.json").read_text(encoding="utf-8"))
@@ -99,9 +100,9 @@ def test_every_exit_code_is_documented() -> None:
 
 
 def example(cls: type) -> dict[str, Any]:
-    """The README's TOML block that is a card or a target."""
-    [table] = [t for t in map(tomllib.loads, fenced(README, "toml")) if ("machine" in t) == (cls is Target)]
-    config.parse(cls, {"name": "example", **table}, "README.md")
+    """The TOML block of docs/cards.md that is a card or a target."""
+    [table] = [t for t in map(tomllib.loads, fenced(CARDS, "toml")) if ("machine" in t) == (cls is Target)]
+    config.parse(cls, {"name": "example", **table}, "cards.md")
     return table
 
 
@@ -117,13 +118,24 @@ def test_every_key_of_a_card_is_documented() -> None:
     table = example(ModelSpec)
     # [train] has the keys of [finetune]; a card's name is its file's
     assert set(table) | {"train", "name"} == keys(ModelSpec)
-    assert "[train]" in README
+    assert "[train]" in CARDS
     for name, cls in (
         ("data", config.DataSpec), ("transforms", config.TransformSpec),
         ("calibration", config.CalibrationSpec), ("finetune", config.Recipe),
         ("features", config.FeaturesSpec), ("deploy", config.DeploySpec),
     ):  # fmt: skip
         assert set(table[name]) == keys(cls)
+
+
+def test_the_documented_card_has_the_defaults() -> None:
+    table, made = example(ModelSpec), config.parse(ModelSpec, {"name": "example", **example(ModelSpec)}, "cards.md")
+    for name in ("calibration", "features", "deploy", "finetune"):
+        assert getattr(made, name) == type(getattr(made, name))(), f"[{name}] {table[name]}"
+
+
+def test_every_part_that_a_card_may_name_is_documented() -> None:
+    for part in {**families.MODEL_PARTS, **families.BLOCK_PARTS}:
+        assert f"`{part}`" in CARDS
 
 
 @pytest.mark.parametrize("kind", ["models", "targets"])
@@ -168,15 +180,15 @@ def test_methods_lists_every_method_and_part() -> None:
             assert modules.doc(kind, name).split("\n")[0] in described.out
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:\.py|/))`", README))))
-def test_the_readmes_file_map_is_true(path: str) -> None:
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[a-z_]+/)*[a-z_]+(?:\.py|/))`", README + HOW))))
+def test_the_file_map_is_true(path: str) -> None:
     assert (ROOT / "edgeprune" / path).exists() or (ROOT / path).exists()
 
 
-def test_the_readme_lists_the_stages_in_order() -> None:
+def test_the_stages_are_listed_in_order() -> None:
     from edgeprune.pipeline import PIPELINE
 
-    named = re.findall(r"^\| (\w+) \| .* \| `stages/(\w+)\.py`", README, re.MULTILINE)
+    named = re.findall(r"^\| (\w+) \| .* \| `stages/(\w+)\.py`", HOW, re.MULTILINE)
     assert named == [(stage.name, stage.name) for stage in PIPELINE]
 
 

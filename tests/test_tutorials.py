@@ -21,8 +21,8 @@ from small import Result, Workspace
 from edgeprune import criteria, errors, images
 
 DOCS = Path(__file__).parent.parent / "docs"
-OTHERS = ("README", "scale", "commands")
-TUTORIALS = sorted(path.stem for path in DOCS.glob("*.md") if path.stem not in OTHERS)
+EVERY = sorted(path.stem for path in DOCS.glob("*.md"))
+TUTORIALS = [name for name in EVERY if "\n```sh\n" in (DOCS / f"{name}.md").read_text()]
 GATES = (errors.PASSED, errors.GATE_FAILED, errors.INCONCLUSIVE)
 
 
@@ -63,14 +63,23 @@ def follow(name: str) -> dict[str, Result]:
     return found
 
 
-def test_every_tutorial_is_listed_and_has_a_test() -> None:
-    listed = re.findall(r"\]\((\S+)\.md\)", (DOCS / "README.md").read_text())
-    assert sorted(name for name in listed if not name.startswith("..") and name not in OTHERS) == TUTORIALS
+def test_every_page_is_listed_and_every_tutorial_has_a_test() -> None:
+    for text, prefix in ((DOCS / "README.md").read_text(), ""), ((DOCS.parent / "README.md").read_text(), "docs/"):
+        listed = re.findall(rf"\]\({prefix}([a-z-]+)\.md\)", text)
+        assert set(listed) | {"README"} == set(EVERY)
     source = Path(__file__).read_text()
     for name in TUTORIALS:
         assert commands(name)
         assert f'follow("{name}")' in source
-    assert "docs/" in (DOCS.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_links_lead_somewhere(name: str) -> None:
+    for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", (DOCS / f"{name}.md").read_text()):
+        target = DOCS / path if path else DOCS / f"{name}.md"
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^a-z0-9 -]", "", own.lower()).replace(" ", "-") for own in headings]
 
 
 def test_own_model(here: Path) -> None:
