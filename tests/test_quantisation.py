@@ -118,6 +118,26 @@ def test_ranges_are_seen_in_float(tiny_vit: Any) -> None:
     assert dense[2, "attn"][0][1] == pytest.approx(first["blocks.2.attn.qkv"])
 
 
+@pytest.mark.parametrize("worse", [False, True])
+def test_ranges_that_tuning_made_wrong_are_taken_anew(tiny_vit: Any, worse: bool) -> None:
+    """Where they serve better, on other images; else the old ones stay, to the bit."""
+    images, others = torch.randn(16, 3, 32, 32), torch.randn(8, 3, 32, 32)
+    made = quantised(tiny_vit, ((3, 24, 0, 3),) * 3, images)
+    for layer in quantisation.layers(made).values():
+        layer.set_range(float(layer.low) * (1 if worse else 0.05), float(layer.high) * (1 if worse else 0.05))
+    old = {name: (float(layer.low), float(layer.high)) for name, layer in quantisation.layers(made).items()}
+    wanted = tiny_vit(others).detach()
+
+    def judge(model: Any) -> float:
+        with torch.no_grad():
+            return float((model(others) - wanted).square().mean())
+
+    exact, before, after = quantisation.control(made, [100 * images if worse else images], judge)
+    now = {name: (float(layer.low), float(layer.high)) for name, layer in quantisation.layers(made).items()}
+    assert judge(made) == after and exact < 1e-9
+    assert (now == old and after == before) if worse else (now != old and after < 0.2 * before)
+
+
 # The graph ----------------------------------------------------------------------------------
 
 
@@ -440,7 +460,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.Result, Path]
 def test_a_build_with_int8(built: tuple[small.Result, Path]) -> None:
     result, folder = built
     assert result.code == errors.INCONCLUSIVE, result.err  # predicted: the profile is another device's
-    assert "int8: " in result.err and "nats in float" in result.err
+    assert result.err.count("nats in float") == 2, "when the plan is chosen, and after tuning"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert any(map(int8, manifest["shape"])) and manifest["dims"][-1] == "precision"
     assert manifest["export"]["agreement"] >= 31 / 32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from edgeprune import adapters, artifact, cache, numerics, recoveries, schedules, tasks, vit, weightfile
+from edgeprune import adapters, artifact, cache, numerics, quantisation, recoveries, schedules, tasks, vit, weightfile
 from edgeprune.artifact import PlannedModel
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Recipe, Request
@@ -72,6 +72,13 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         )
         if not after < before:
             console.warn("tuning did not bring the model closer to the dense one; the untuned weights are kept")
+        if planned.plan.quantised:
+            batches = dense.splits.calibration.batches(request.card.calibration.batch_size)
+            exact, old, after = quantisation.control(student, (pixels for pixels, _ in batches), judge)
+            console.say(
+                f"int8: {exact:.4f} nats in float, {after:.4f} with int8 layers"
+                + (f", whose ranges were taken anew ({old:.4f} before)" if after < old else "")
+            )
     if adapted:
         adapters.save(student, dense.model, planned.plan, out / artifact.ADAPTERS)
         adapters.merge(student)
