@@ -801,10 +801,10 @@ def test_a_table_is_measured_in_groups_where_memory_is_short(
     assert 0 < table["empty_ms"] < table["dense_ms"]
 
 
-def test_of_a_large_model_a_few_blocks_are_measured(
+def test_a_few_blocks_are_measured_and_speak_for_all(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The table is of all blocks, and predicts plans of them; the few blocks alone are no large model."""
+    """The table is of all blocks, and predicts plans of them; the few blocks of a large model are not large."""
     monkeypatch.setattr(shapes, "is_large", lambda sizes: sizes.blocks == 3)
     monkeypatch.setattr(shapes, "SHALLOW", 2)
     with small.quick():
@@ -813,7 +813,7 @@ def test_of_a_large_model_a_few_blocks_are_measured(
             "--check", "4", "--format", "json",
         )  # fmt: skip
     assert found.code == errors.PASSED, found.err
-    assert "in its first 2 of 3 blocks" in found.err
+    assert "in the first 2 of 3 blocks" in found.err
     table = found.document["table"]
     [stage] = table["stages"]
     assert stage["blocks"] == 3

@@ -1,10 +1,9 @@
 """The latency table: what one sub-block of each shape costs, from measurements of whole models.
 
-Most measured candidates are the full model at full depth (of a large one: its first blocks, see `at_depth`) where all
-blocks of one stage (in a plain ViT: all blocks) have one shape, so caches and memory traffic are those of the deployed
-model. Differences between candidates, divided
-by the number of blocks, are the price of a sub-block. What such prices miss, e.g. that kernels for many shapes evict
-each other, is fitted on some plans whose blocks all differ. Numpy only; how the candidates were made is
+Most measured candidates are the model's first blocks (see `at_depth`; all of them in a hierarchy), where all blocks of one
+stage have one shape. Differences between candidates, divided by the number of blocks, are the price of a sub-block. What
+such prices miss, e.g. that kernels for many shapes evict each other, or that more blocks fit into no cache, is fitted on
+some plans at full depth whose blocks all differ. Numpy only; how the candidates were made is
 not known here.
 """
 

@@ -1,7 +1,7 @@
 """Candidates: the models that a latency table is measured on, and the table that their measurements make.
 
-Each is a model whose blocks all have one shape, so that fusion and caches are as in deployment; of a large model only the
-first blocks, at whose depth its weights exceed all caches too. The table is fitted on plans whose blocks differ.
+Each is a model whose blocks all have one shape, so that fusion and caches are as in deployment: the first few blocks, or all
+of a hierarchy. The table is fitted on plans of all blocks, which differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgeprune.types import PLAIN, Form, LatencyTable, Measurement, Shape, SubBl
 
 FITTING_PLANS = 8
 LARGE_FITTING_PLANS = 4  # of a large model, whose exports take long: one of each kind that `shapes.random_shapes` draws
-EMPTY, REDUCING, SHALLOW = "empty", "reducing", "shallow"  # the last is the first blocks of a large model, all dense
+EMPTY, REDUCING, SHALLOW = "empty", "reducing", "shallow"  # the last is the first blocks, all dense
 
 
 @dataclass
@@ -79,7 +79,7 @@ def make(request: Request, model: VisionTransformer, grids: tuple[tuple[int, ...
     depth, dims = len(few.blocks), vit.choosable(request.dims, sizes)
     if depth < sizes.blocks:
         console.say(
-            f"the model is large: what a sub-block costs is measured in its first {depth} of {sizes.blocks} blocks"
+            f"what a sub-block costs is measured in the first {depth} of {sizes.blocks} blocks, and fitted on plans of all"
         )
     entries = shapes.shape_models(few, grids, out, console, large=shapes.is_large(sizes))
     entries |= shapes.form_models(few, grids, dims, out, console)

@@ -28,7 +28,7 @@ from edgeprune.types import INT8, PLAIN, Form, Shape, SubBlockKind, left
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages or of a large model, about
 MAX_LARGE_WIDTHS = 8  # MLP widths that are measured of a large model, about; sizes between are interpolated
 LARGE_MACS = 8e9  # multiply-adds from which a model is large: each of its shapes takes seconds to make, load and time
-SHALLOW = 4  # blocks of the models that are measured of a large one
+SHALLOW = 4  # blocks of the models that are measured: three times the rounds that twelve would leave time for
 MOST_DIMENSIONS = 8  # of a shape; longer lists of numbers in a graph are places of tokens
 FEWEST_MARKED = 5  # heads of a marker; smaller numbers are axes and the like
 INT8_SIZES = 3  # of each kind of sub-block that are measured in int8, at most
@@ -63,8 +63,8 @@ def is_large(sizes: vit.Anatomy) -> bool:
 
 
 def depth(sizes: vit.Anatomy) -> int:
-    """Blocks of the models that are measured: all, or a few of a large model whose blocks are of one stage."""
-    return min(SHALLOW, sizes.blocks) if is_large(sizes) and len(sizes.stages) == 1 else sizes.blocks
+    """Blocks of the models that are measured: a few where all are of one stage, else all."""
+    return min(SHALLOW, sizes.blocks) if len(sizes.stages) == 1 else sizes.blocks
 
 
 def shallow(model: VisionTransformer) -> VisionTransformer:
