@@ -22,6 +22,7 @@ from edgeprune.cli import cli
 from edgeprune.compat import AttentionRope, VisionTransformer, timm
 from edgeprune.errors import UsageError
 from edgeprune.gates import units_of
+from edgeprune.intake import Intake
 from edgeprune.stages import export, simplify
 from edgeprune.types import BlockPlan, Plan
 
@@ -174,6 +175,34 @@ def test_it_exports_runs_in_both_runtimes_and_reloads(name: str, budget: str, tm
     again = artifact.rebuild(artifact.read_plan(tmp_path / "plan.json"), tmp_path / "model.safetensors")
     with torch.no_grad():
         np.testing.assert_allclose(again(images).numpy(), want, rtol=1e-5, atol=1e-6)
+
+
+#: One of each anatomy that reshapes by the number of images.
+BATCHED = {"swin_tiny_patch4_window7_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BATCHED else pytest.mark.slow) for name in sorted(QUICK)]
+)
+def test_its_files_take_any_number_of_images(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+    import openvino
+
+    model = tiny(name)
+    small = vit.slice_model(model, plans(vit.anatomy(model))["tokens"])
+    export.deploy(small, export.Deployed(Intake(batch=2, dynamic=True)))
+    exported, path = tmp_path / "exported.onnx", tmp_path / "model.onnx"
+    export.to_onnx(small, vit.anatomy(model).image, exported)
+    simplify.simplify(exported, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for count in (1, 2, 5):
+        images = pixels(model, count)
+        with torch.no_grad():
+            want = small(images).numpy()
+        scale = 1e-3 * np.abs(want).max()
+        np.testing.assert_allclose(session.run(None, {"pixels": images.numpy()})[0], want, atol=scale)
+        np.testing.assert_allclose(compiled(images.numpy())[0], want, atol=scale)
 
 
 def test_gates_go_with_their_neurons() -> None:
