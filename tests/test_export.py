@@ -5,6 +5,7 @@ An export takes more than a second, so the module exports each plan once and che
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -335,6 +336,33 @@ def test_models_of_a_form_with_fewer_tokens_are_cut_from_one(
         assert operators(cut) == operators(direct) and weight_shapes(cut) == weight_shapes(direct)
         session = onnxruntime.InferenceSession(str(own[every[1]]), providers=["CPUExecutionProvider"])
         assert np.isfinite(session.run(None, {"pixels": np.ones((1, *sizes.image), np.float32)})[0]).all()
+
+
+def test_translations_are_read_once(dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is exported is the same to the bit, torch is left as it was, and one without them exports too."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    before, asked = vars(ONNXRegistry)["from_torchlib"], []
+
+    def read(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return before.__get__(None, cls)(*args, **kwargs)
+
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", classmethod(read))
+    monkeypatch.setattr(export, "_READ", {})
+    size = vit.anatomy(dense).image
+    for name in ("first", "second"):
+        export.to_onnx(dense, size, tmp_path / name)
+    assert len(asked) == len(export._READ) == 1
+    monkeypatch.delattr(ONNXRegistry, "from_torchlib")
+    with export._translations():
+        assert "from_torchlib" not in vars(ONNXRegistry)
+    monkeypatch.undo()
+    assert vars(ONNXRegistry)["from_torchlib"] is before
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_translations", contextlib.nullcontext)
+        export.to_onnx(dense, size, tmp_path / "plain")
+    assert len({(tmp_path / name).read_bytes() for name in ("first", "second", "plain")}) == 1
 
 
 def test_a_marker_that_is_also_a_value_is_refused() -> None:

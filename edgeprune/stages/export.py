@@ -129,7 +129,7 @@ def to_onnx(model: VisionTransformer, image: tuple[int, int, int], path: Path) -
     asked = how(model)
     dynamic = asked.intake.dynamic
     batch = max(2, asked.intake.batch) if dynamic else asked.intake.batch  # a dynamic one of 1 would be taken for fixed
-    with _quiet(), quantisation.exactly(model):
+    with _quiet(), _translations(), quantisation.exactly(model):
         program = torch.onnx.export(
             model.eval(), (torch.zeros(batch, *image),), dynamo=True, opset_version=OPSET,
             input_names=[INPUT], output_names=[output(model)], verbose=False,
@@ -182,6 +182,38 @@ def compare(model: VisionTransformer, path: Path, images: Tensor, served: NDArra
     if not error <= most:
         raise EdgepruneError(f"the ONNX differs from torch by {error:.1e} of the greatest logit (at most {most:.0e})")
     return {"max_error": error, "agreement": agreement, "images": len(images), "opset": OPSET, "ties": int(ties.sum())}
+
+
+@contextlib.contextmanager
+def _translations() -> Iterator[None]:
+    """torch reads the source of all its 500 translations at every export, a third of the time of one: here once per process.
+
+    With a torch that keeps them elsewhere, exports only take longer.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        own = vars(ONNXRegistry)["from_torchlib"]
+    except (ImportError, KeyError):
+        yield
+        return
+    read = own.__get__(None, ONNXRegistry)
+
+    def known(*args: Any, **kwargs: Any) -> Any:
+        key = (args, tuple(sorted(kwargs.items())))
+        if key not in _READ:
+            _READ[key] = read(*args, **kwargs)
+        return _READ[key]
+
+    ONNXRegistry.from_torchlib = staticmethod(known)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
+
+
+#: Translations of an opset, by what they were asked for with.
+_READ: dict[Any, Any] = {}
 
 
 @contextlib.contextmanager
