@@ -243,10 +243,8 @@ class LatencyTable:
         1 where they take none that could be measured.
         """
         stages = self.stages if stage is None else self.stages[stage : stage + 1]
-        formed, plain = (
-            sum(float(own.blocks * ms[-1]) for own, ms in zip(stages, each, strict=True))
-            for each in ([own.forms(kind)[form] for own in stages], [own.of(kind)[1] for own in stages])
-        )
+        formed = sum(float(own.blocks * own.forms(kind)[form][-1]) for own in stages)
+        plain = sum(float(own.blocks * own.of(kind)[1][-1]) for own in stages)
         return formed / plain if plain > 0 else 1.0
 
     @property

@@ -285,7 +285,10 @@ def test_an_attention_of_lower_rank_has_prices_of_its_own() -> None:
 
 
 ROWS = ((3, 64, 0, 0, 8), (2, 64), (1, 64, 0, 0, 4), (0, 64), (3, 0), (3, 0, 0, 0, 4))
-MIXED = [tuple(ROWS[i] for i in at) for at in ((0, 1, 2, 3), (0, 0, 4, 4), (5, 1, 0, 3), (1, 1, 3, 4), (2, 5, 5, 1))]
+MIXED = [
+    tuple(ROWS[i] for i in at)
+    for at in ((0, 1, 2, 3), (0, 0, 4, 4), (5, 1, 0, 3), (1, 1, 3, 4), (2, 5, 5, 1), (0, 2, 4, 5))
+]
 
 
 @pytest.mark.parametrize("surplus", [0.03, -0.03])

@@ -121,8 +121,9 @@ def test_ranges_are_seen_in_float(tiny_vit: Any) -> None:
 @pytest.mark.parametrize("worse", [False, True])
 def test_ranges_that_tuning_made_wrong_are_taken_anew(tiny_vit: Any, worse: bool) -> None:
     """Where they serve better, on other images; else the old ones stay, to the bit."""
-    images, others = torch.randn(16, 3, 32, 32), torch.randn(8, 3, 32, 32)
-    made = quantised(tiny_vit, ((3, 24, 0, 3),) * 3, images)
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images, others = images[:16], images[16:]
+    made = quantised(tiny_vit, ((3, 24, 0, 3),) * 3, others if worse else images)
     for layer in quantisation.layers(made).values():
         layer.set_range(float(layer.low) * (1 if worse else 0.05), float(layer.high) * (1 if worse else 0.05))
     old = {name: (float(layer.low), float(layer.high)) for name, layer in quantisation.layers(made).items()}
@@ -460,7 +461,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.Result, Path]
 def test_a_build_with_int8(built: tuple[small.Result, Path]) -> None:
     result, folder = built
     assert result.code == errors.INCONCLUSIVE, result.err  # predicted: the profile is another device's
-    assert result.err.count("nats in float") == 2, "when the plan is chosen, and after tuning"
+    tuned = "nats before" in result.err
+    assert result.err.count("nats in float") == 1 + tuned, "when the plan is chosen, and after tuning"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert any(map(int8, manifest["shape"])) and manifest["dims"][-1] == "precision"
     assert manifest["export"]["agreement"] >= 31 / 32
