@@ -243,10 +243,10 @@ def test_what_cannot_be_sliced_is_named(name: str, what: str, make_vit: Callable
     ],
 )
 def test_the_unsupported_are_refused_before_their_weights_are_made(name: str, nearest: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UsageError, match=rf"the nearest .* is tested is '{nearest}"):
         vit.create(name, {}, 1000)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("name", families.NAMES)
