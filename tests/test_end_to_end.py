@@ -827,6 +827,7 @@ def test_a_few_blocks_are_measured_and_speak_for_all(
     assert 0.2 < np.median(own / anchor) < 1.05, "two dense blocks beside the dense model of three"
 
 
+@pytest.mark.slow
 def test_gradual_prunes_the_tuned_model_further(space: Workspace, cache_copy: Path, tmp_path: Path) -> None:
     """The harder latency keeps a part of what the milder one kept, whatever their order on the command line."""
     asked = ["--gradual", "--latency", "45%", "--latency", "75%"]

@@ -45,7 +45,7 @@ STRANGE: list[Any] = [
 
 
 def few(count: int) -> Any:
-    """So many inputs by default, ten times as many when asked for; the same in every run."""
+    """So many inputs by default, twenty times as many when asked for; the same in every run."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         return settings(
@@ -58,7 +58,7 @@ def few(count: int) -> Any:
 
 def both(count: int) -> list[Any]:
     """How many inputs: by default, and with -m slow."""
-    return [count, pytest.param(10 * count, marks=pytest.mark.slow)]
+    return [count, pytest.param(20 * count, marks=pytest.mark.slow)]
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -139,7 +139,7 @@ def fuzz(count: int, one: Callable[[random.Random], Any]) -> None:
     print(outcomes)
 
 
-@pytest.mark.parametrize("count", both(150))
+@pytest.mark.parametrize("count", both(60))
 @pytest.mark.parametrize("kind", ["card", "target"])
 def test_cards_and_targets(tmp_path: Path, kind: str, count: int) -> None:
     """Bytes that change, and values that are strange."""
@@ -186,7 +186,7 @@ def toml(table: dict[str, Any], where: str = "") -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("count", both(100))
+@pytest.mark.parametrize("count", both(40))
 def test_plans(tmp_path: Path, tiny_vit: Any, tiny_kwargs: dict[str, Any], count: int) -> None:
     """Up to the weights that they are to fit."""
     from safetensors.torch import save_file
@@ -216,7 +216,7 @@ class Nobody:
         raise TargetUnavailable("nothing is timed here")
 
 
-@pytest.mark.parametrize("count", both(150))
+@pytest.mark.parametrize("count", both(60))
 def test_manifests(sound: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch, count: int) -> None:  # noqa: F811
     """Sealed anew after the change, as an attacker would; through both commands that read them."""
     monkeypatch.setattr(recheck, "Clock", Nobody)
@@ -238,7 +238,7 @@ def test_manifests(sound: Path, manifest: dict[str, Any], monkeypatch: pytest.Mo
     fuzz(count, one)
 
 
-@pytest.mark.parametrize("count", both(150))
+@pytest.mark.parametrize("count", both(60))
 def test_profiles_in_artifacts(
     sound: Path,  # noqa: F811
     manifest: dict[str, Any],  # noqa: F811
@@ -256,7 +256,7 @@ def test_profiles_in_artifacts(
     fuzz(count, one)
 
 
-@pytest.mark.parametrize("count", both(100))
+@pytest.mark.parametrize("count", both(40))
 def test_profiles_that_builds_take(tmp_path: Path, count: int) -> None:
     from edgeprune.stages import profile as stage
     from edgeprune.vit import Anatomy, Stage
@@ -282,7 +282,7 @@ def test_profiles_that_builds_take(tmp_path: Path, count: int) -> None:
     fuzz(count, one)
 
 
-@pytest.mark.parametrize("count", both(100))
+@pytest.mark.parametrize("count", both(40))
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_weights(tmp_path: Path, tiny_vit: Any, suffix: str, count: int) -> None:
     import torch
@@ -307,7 +307,7 @@ def test_weights(tmp_path: Path, tiny_vit: Any, suffix: str, count: int) -> None
     fuzz(count, one)
 
 
-@pytest.mark.parametrize("count", both(200))
+@pytest.mark.parametrize("count", both(60))
 def test_onnx_files_that_are_walked(tmp_path: Path, count: int) -> None:
     path = tmp_path / "model.onnx"
     contents = [
@@ -344,7 +344,7 @@ def test_onnx_files_that_a_runtime_opens(tmp_path: Path, runtime: str) -> None:
             clock.close()
 
 
-@pytest.mark.parametrize("count", both(100))
+@pytest.mark.parametrize("count", both(40))
 def test_packed_anchors(tmp_path: Path, count: int) -> None:
     content = gzip.compress(add_model(tmp_path / "a.onnx").read_bytes() * 100)
 
@@ -356,7 +356,7 @@ def test_packed_anchors(tmp_path: Path, count: int) -> None:
     fuzz(count, one)
 
 
-@pytest.mark.parametrize("count", both(150))
+@pytest.mark.parametrize("count", both(60))
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
 def test_archives(tmp_path: Path, suffix: str, count: int) -> None:
     """Up to the content of every image in them."""
@@ -390,7 +390,7 @@ def archive(suffix: str) -> bytes:
     return made.getvalue()
 
 
-@pytest.mark.parametrize("count", both(100))
+@pytest.mark.parametrize("count", both(40))
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "tiff", "bmp", "webp"])
 def test_images(tmp_path: Path, kind: str, count: int) -> None:
     """Whatever is in a file called .png; unreadable ones are noted, and one of one is more than 1 %."""

@@ -82,6 +82,7 @@ def test_links_lead_somewhere(name: str) -> None:
         assert not anchor or anchor in [re.sub(r"[^a-z0-9 -]", "", own.lower()).replace(" ", "-") for own in headings]
 
 
+@pytest.mark.slow
 def test_own_model(here: Path) -> None:
     [card] = fenced("own-model", "toml")
     for long, short in (
