@@ -174,7 +174,7 @@ def validate_artifact(
             )
         gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
         if before is not None:
-            gates.append(regression.check(clock, machine, before, latency_ms(measured, anchor_ms), most, console))
+            gates.append(regression.check(clock, machine, before, measured, anchor_ms, most, console))
     found = {
         "artifact": str(folder),
         "files": len(manifest["files"]),

@@ -12,7 +12,7 @@ from edgeprune.checks import measure
 from edgeprune.console import Console
 from edgeprune.latency.clock import COPIES, Clock
 from edgeprune.latency.machine import Machine
-from edgeprune.latency.statistics import verdict
+from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms, verdict
 from edgeprune.types import Check, Measurement
 
 NAME = "latency regression"
@@ -44,7 +44,8 @@ def check(
     clock: Clock,
     machine: Machine,
     baseline: tuple[Path, Mapping[str, Any]],
-    now: Mapping[str, Any],
+    now: Measurement,
+    anchor_ms: float | None,
     most: float,
     console: Console,
 ) -> Check:
@@ -52,14 +53,14 @@ def check(
 
     A baseline whose model lies beside its manifest is timed turn by turn, on any device. Of one that is a manifest
     alone the recorded milliseconds count, on the device that they were measured on; elsewhere nothing is decided.
-    machine: the clock's. now: p50 in ms with its interval (`statistics.latency_ms`) as measured on it.
+    machine: the clock's. now: the artifact as measured on it; anchor_ms: as for `checks.latency_check`.
     """
     folder, manifest = baseline
     if (folder / str(manifest["entry"])).is_file():
         if manifest["runtime"] == clock.runtime and manifest["precision"] == clock.info["precision"]:
             return timed(_measured(clock, folder, manifest, console), most)
         console.say(f"the baseline runs in {manifest['runtime']}, {manifest['precision']}: its recorded latency counts")
-    return recorded(manifest, machine, now, clock.info, most)
+    return recorded(manifest, machine, now, anchor_ms, clock.info, most)
 
 
 def _measured(clock: Clock, folder: Path, manifest: Mapping[str, Any], console: Console) -> Measurement:
@@ -86,25 +87,37 @@ def timed(measured: Measurement, most: float) -> Check:
 
 
 def recorded(
-    manifest: Mapping[str, Any], machine: Machine, now: Mapping[str, Any], worker: Mapping[str, Any], most: float
+    manifest: Mapping[str, Any],
+    machine: Machine,
+    measured: Measurement,
+    anchor_ms: float | None,
+    worker: Mapping[str, Any],
+    most: float,
 ) -> Check:
-    """Against the milliseconds in the baseline's manifest."""
+    """Against the milliseconds in the baseline's manifest. As in `checks.latency_check`, a machine that was never calm fails nothing."""
     before, interval = manifest["pruned"]["latency_ms"]["p50"], manifest["pruned"]["latency_ci_ms"]
+    now, ci = quantile_ms(measured, anchor_ms, "p50"), quantile_ci_ms(measured, anchor_ms, "p50")
     why = ""
     if interval is None or before is None:
         why = "the baseline's latency was predicted, not measured"
-    elif now["ci"] is None or now["p50"] is None:
+    elif now is None or ci is None:
         why = "there are too few samples"
     elif manifest["device"] != machine.fingerprint:
         why = f"the baseline was measured on another device ({manifest['device']['cpu']})"
     elif (manifest["runtime"], manifest["threads"]) != (worker["runtime"], worker["threads"]):
         why = f"the baseline was measured with {manifest['runtime']} and {manifest['threads']} threads"
-    if why:
+    if why or now is None or ci is None:
         fix = "give an artifact directory as the baseline, which is then timed here"
         return Check(NAME, None, 100 * most, "inconclusive", f"{why}; {fix}")
-    low, high = now["ci"][0] / interval[1] - 1, now["ci"][1] / interval[0] - 1
+    low, high = ci[0] / interval[1] - 1, ci[1] / interval[0] - 1
     reason = f"{_change(low, high)} from the recorded {before:.3g} ms, at most {most:.1%}"
-    return Check(NAME, 100 * (now["p50"] / before - 1), 100 * most, verdict((low, high), most), reason)
+    decided = verdict((low, high), most)
+    if not measured.calm:
+        reason += "; the machine was too busy"
+        _, slowest = quantile_ci_ms(measured, None, "p50") or ci
+        if decided != "pass" or slowest / interval[0] - 1 > most:
+            decided = "inconclusive"
+    return Check(NAME, 100 * (now / before - 1), 100 * most, decided, reason)
 
 
 def _change(low: float, high: float) -> str:

@@ -28,6 +28,7 @@ MUTATED = 0.25  # share of the coefficients that a proposal draws anew
 SPREAD = 1.0  # standard deviation of their logarithm
 STALE = 200  # proposals in a row without a new choice after which there is nothing left to find
 NEGLIGIBLE = 1e-5  # nats of divergence below which nothing is left to gain
+LAST_RESORT = 1e3  # times all errors together: what an option costs that a start shall not take
 BUCKETS = 2_000  # for proposals; the budget is kept whatever the number
 
 
@@ -51,6 +52,8 @@ class Space:
     costs: Sequence[FloatArray]
     budget_ms: float
     tokens: Tokens | None = None  # where tokens are chosen too; costs are then those with all of them
+    #: Narrower questions: per sub-block `[options]`, which options each allows.
+    narrower: Sequence[Sequence[NDArray[np.bool_]]] = ()
 
     def cost(self, choice: Sequence[int]) -> float:
         return float(sum(cost[option] for cost, option in zip(self.contexts(choice), choice, strict=True)))
@@ -96,6 +99,15 @@ class Space:
         tokens = replace(self.tokens, errors=[weights[-1] * own for own in self.tokens.errors])
         return solve_jointly(weighed, self.costs, tokens, self.budget_ms, buckets=buckets)
 
+    def starts(self) -> list[Choice]:
+        """The least sum of errors, and that of each narrower question: who may choose more must not end with less."""
+        penalty = LAST_RESORT * (1 + sum(float(own.max()) for own in self.errors))
+        found = [self.solve()]
+        for allowed in self.narrower:
+            errors = [error + penalty * ~own for error, own in zip(self.errors, allowed, strict=True)]
+            found.append(replace(self, errors=errors).solve())
+        return found
+
 
 def improve(
     space: Space,
@@ -114,8 +126,8 @@ def improve(
     """
     began = time.monotonic()
     rng = np.random.default_rng(seed)
-    additive = space.solve()
-    starts = [additive, *(choice for choice in known if space.cost(choice) <= space.budget_ms)]
+    additive, *simpler = space.starts()
+    starts = [additive, *simpler, *(choice for choice in known if space.cost(choice) <= space.budget_ms)]
     quick = climb(space, starts, stitched, began, STITCHED * seconds, rng, advance)
     finalists = sorted(quick, key=quick.__getitem__)[:FINALISTS]
     final = climb(space, [*starts, *finalists], refitted, began, seconds, rng, advance)

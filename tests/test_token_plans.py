@@ -124,6 +124,21 @@ def test_exchanges_are_within_the_budget_and_never_bring_tokens_back() -> None:
     assert len(seen) > 5, "the schedule of tokens changes too"
 
 
+def test_a_search_starts_from_what_narrower_questions_answer_too() -> None:
+    errors, costs, tokens = random_case(5, blocks=3)
+    budget = 0.7 * sum(float(c.max()) for c in costs)
+    none = [np.asarray(own) < 0 for own in tokens.drops]
+    first, second = Space(errors, costs, budget, tokens, [none]).starts()
+    assert first == Space(errors, costs, budget, tokens).solve()
+    assert all(own[option] for own, option in zip(none, second, strict=True))
+    plain = solve([e[own] for e, own in zip(errors, none, strict=True)], [c[own] for c, own in zip(costs, none, strict=True)], budget)  # fmt: skip
+    assert sum(e[own][i] for e, own, i in zip(errors, none, plain, strict=True)) == pytest.approx(
+        sum(e[i] for e, i in zip(errors, second, strict=True)), abs=2e-3
+    )
+    _, least = Space(errors, costs, 0.0, tokens, [none]).starts()
+    assert math.isfinite(walk(errors, costs, tokens, least)[0]), "where the narrower question has no answer, some start"
+
+
 def test_a_drop_to_more_than_came_in_becomes_none() -> None:
     errors, costs, tokens = random_case(5)
     space = Space(errors, costs, 9.0, tokens)

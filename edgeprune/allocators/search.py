@@ -11,8 +11,11 @@ The last quarter of the calibration images only judges re-fitted models.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeprune import vit
@@ -20,6 +23,7 @@ from edgeprune.allocators import Choose, Task, _forms, _tokens, knapsack
 from edgeprune.compat import VisionTransformer
 from edgeprune.search import Space, improve
 from edgeprune.stitch import Choice, Database, Judge, RefitJudge, most_images
+from edgeprune.types import PLAIN, Form
 
 NEEDS = ("activations",)
 
@@ -46,7 +50,7 @@ def prepare(task: Task) -> Choose:
 
     def choose(room_ms: float) -> Choice:
         seconds = task.seconds / 4 if known else task.seconds
-        space = Space(task.errors, task.costs, room_ms, tokens)
+        space = Space(task.errors, task.costs, room_ms, tokens, narrower(task))
         if task.seconds <= 0:
             return space.solve()
         with task.console.progress("search", seconds, "seconds") as advance:
@@ -59,6 +63,24 @@ def prepare(task: Task) -> Choose:
         return found.choice
 
     return choose
+
+
+def narrower(task: Task) -> list[list[NDArray[np.bool_]]]:
+    """Which options drop no tokens, which are not int8, which are of full rank, and which are all of that; `Space.narrower`."""
+    drops = task.drops or [(-1,) * len(own) for own in task.counts]
+    found: list[list[NDArray[np.bool_]]] = []
+    questions: list[Callable[[int, Form], bool]] = [
+        lambda drop, form: drop < 0,
+        lambda drop, form: not form.int8,
+        lambda drop, form: not form.rank,
+        lambda drop, form: drop < 0 and form == PLAIN,
+    ]
+    for wanted in questions:
+        allowed = [np.array(list(map(wanted, *own))) for own in zip(drops, task.every_form, strict=True)]
+        some = not all(own.all() for own in allowed)
+        if some and not any(all(map(np.array_equal, allowed, other)) for other in found):
+            found.append(allowed)
+    return found
 
 
 def judges(task: Task) -> tuple[Judge, RefitJudge]:
