@@ -273,13 +273,13 @@ def _candidates(request: Request, sizes: Anatomy) -> float:
     """The models that the latency table is measured on, in dense ones."""
     grids, large = vit.grids(sizes, request.target.neuron_step), shapes.is_large(sizes)
     dims = vit.choosable(request.dims, sizes)
-    tokens = 2 * len(shapes.patch_counts(sizes)[:-1]) if "tokens" in dims else 0
+    tokens = 3 * len(shapes.patch_counts(sizes)[:-1]) if "tokens" in dims else 0
     forms = shapes.INT8_SIZES * len(sizes.stages) if "precision" in dims else 0  # of MLPs
     for stage in sizes.stages:
         every = shapes.forms(dims, stage.head_dim)
         forms += sum(shapes.RANK_SIZES if form.rank else shapes.INT8_SIZES for form in every)
     if tokens:
-        forms += (1 + len(shapes.FORM_TOKENS)) * (("qk" in dims) + 2 * ("precision" in dims))
+        tokens += (1 + len(shapes.FORM_TOKENS)) * (("qk" in dims) + 2 * ("precision" in dims))
     whole = (candidates.LARGE_FITTING_PLANS if large else candidates.FITTING_PLANS) / 2 + bool(tokens)
     if len(sizes.stages) > 1:  # all but one stage of each are dense
         heads = sum(len(shapes.head_counts(sizes, i, large)) for i in range(len(sizes.stages)))
@@ -289,7 +289,7 @@ def _candidates(request: Request, sizes: Anatomy) -> float:
     alike = (
         len(shapes.head_counts(sizes, 0, large)) * (1 - share / 2)
         + len(shapes.measured_widths(grids[0], large)) * (share + (1 - share) / 2)
-        + tokens
         + forms
     )
-    return alike * shapes.depth(sizes) / sizes.blocks + whole
+    depth = shapes.depth(sizes) / sizes.blocks
+    return alike * depth + tokens * (depth if large else 1) + whole

@@ -301,11 +301,11 @@ def test_models_with_fewer_tokens_are_cut_from_one(
     sizes = vit.anatomy(model)
     every = stage_shapes.patch_counts(sizes)
     found, counts = stage_shapes.token_models(model, every, tmp_path, SILENT), every[:-1]
-    assert set(found) == {f"tokens{n}.{kind}" for n in counts for kind in ("attn", "whole")}
+    assert set(found) == {f"tokens{n}.{kind}" for n in counts for kind in ("none", "attn", "whole")}
     for patches in counts:
         short = copy.deepcopy(model)
         short.patch_drop = stage_shapes.FirstTokens(1 + patches)
-        for kind, row in (("attn", (3, 0)), ("whole", (3, 24))):
+        for kind, row in (("none", (0, 0)), ("attn", (3, 0)), ("whole", (3, 24))):
             path = found[f"tokens{patches}.{kind}"]
             onnx.checker.check_model(onnx.load(path), full_check=True)
             small = vit.slice_model(short, vit.plan_of_shape((row,) * 2))

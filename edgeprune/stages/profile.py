@@ -92,7 +92,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         "model": describe(request, dense.sizes),
         "worker": worker,
         "reducer": request.reducer if built.patches else "",
-        "depth": made.depth,  # blocks of the models whose blocks are all alike, which `ratios` are of
+        "depth": made.depth,  # blocks of the models in `ratios` that are of a few
         "table": table.table_to_json(built),
         "ratios": {name: {"ratio": m.ratio, "ci": m.ratio_ci} for name, m in measured.items()},
     }

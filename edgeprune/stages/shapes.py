@@ -307,15 +307,16 @@ def reducing_shape(sizes: vit.Anatomy) -> Shape:
 
 
 def token_models(model: VisionTransformer, patches: Sequence[int], folder: Path, console: Console) -> dict[str, Path]:
-    """ONNX files with fewer patches from the start, `tokens<patches>.attn` without MLPs and `.whole` with all there is.
+    """ONNX files with fewer patches from the start: `tokens<patches>.attn` without MLPs, `.whole` with all there is, `.none`
+    without any sub-block.
 
     patches: the numbers that plans may leave, ascending, all of them last.
     """
     stage, fewer = vit.anatomy(model).only, patches[:-1]
     paths: dict[str, Path] = {}
     short = copy.deepcopy(model)
-    with console.progress("token models", 2 * len(fewer), "models") as advance:
-        for name, row in (("attn", (stage.heads, 0)), ("whole", (stage.heads, stage.neurons))):
+    with console.progress("token models", 3 * len(fewer), "models") as advance:
+        for name, row in (("none", (0, 0)), ("attn", (stage.heads, 0)), ("whole", (stage.heads, stage.neurons))):
             paths |= {path.stem: path for path in _with_patches(short, row, fewer, name, folder).values()}
             advance(len(fewer), "")
     return paths
