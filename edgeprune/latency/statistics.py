@@ -29,9 +29,11 @@ CALM = 0.08
 CALM_WINDOW = 7  # runs of the anchor
 #: Calm rounds below which they do not speak for themselves.
 FEWEST_CALM = 20
-#: Of fewer, the calmest are taken: this share of those that were undisturbed, at least so many.
+#: Of fewer, the calmest are taken: this share of those that were undisturbed, at least so many, and more until the
+#: standard error of their median is at most this share of it.
 CALMEST = 0.4
 FEWEST_CALMEST = 8
+STEADY = 0.02
 #: Weight of the usual slope in `fit_slope`: it takes slow and quick stretches to outweigh it, noise does not.
 SLOPE_PRIOR = 0.1
 OUTLIER = 0.15
@@ -108,7 +110,7 @@ def judged(
     still = np.isfinite(level_ms) if quiet is None else level_ms <= (1 + CALM) * quiet.ms
     mask, rounds = good & still, raw_ms.shape[1]
     calm = int(mask.sum()) >= min(FEWEST_CALM, rounds)
-    mask = mask if calm else calmest(good & np.isfinite(level_ms), level_ms)
+    mask = mask if calm else calmest(good & np.isfinite(level_ms), level_ms, raw_ms[0] / raw_ms[1])
     (own, anchor), doubt = raw_ms[:, mask], 0.0
     ratios = own / anchor
     if calm and quiet is not None:
@@ -133,19 +135,31 @@ def judged(
     )
 
 
-def calmest(good: NDArray[np.bool_], level_ms: FloatArray) -> NDArray[np.bool_]:
+def calmest(good: NDArray[np.bool_], level_ms: FloatArray, ratios: FloatArray) -> NDArray[np.bool_]:
     """Which of the rounds `[rounds]` to take from a machine that was never calm: of the good ones those of the lowest level.
 
-    All of them where hardly any is good. On a machine that was calm in 20 to 46 % of the time, tables of 27 and 30 rounds
-    predicted 20 plans with a median error of 2.1 and 2.3 % like this, and of 3.2 and 5.2 % where all rounds counted.
+    All of them where hardly any is good, and of those more where few do not agree about the ratio. On a machine that was
+    calm in 20 to 46 % of the time, tables of 27 and 30 rounds predicted 20 plans with a median error of 2.1 and 2.3 % by two
+    fifths of the rounds, and of 3.2 and 5.2 % by all. In an hour when the anchor took 37 to 55 ms, one of 27 rounds erred by
+    10 % by two fifths, by 3 % by as many as make them steady, by 5 % by all.
     """
     known = np.flatnonzero(good)
     if len(known) < FEWEST_CALMEST:
         return np.ones(len(good), dtype=bool)
+    order = known[np.argsort(level_ms[known], kind="stable")]
     few = max(FEWEST_CALMEST, round(CALMEST * len(known)))
+    while few < len(order) and _standard_error(ratios[order[:few]]) > STEADY:
+        few += 1
     mask = np.zeros(len(good), dtype=bool)
-    mask[known[np.argsort(level_ms[known], kind="stable")[:few]]] = True
+    mask[order[:few]] = True
     return mask
+
+
+def _standard_error(values: FloatArray) -> float:
+    """Of the median of `values` `[n]`, as a share of it, by their median absolute deviation as if they were normal."""
+    median = float(np.median(values))
+    deviation = 1.4826 * float(np.median(np.abs(values - median)))
+    return math.sqrt(math.pi / 2 / len(values)) * deviation / median
 
 
 def luck(ratios: FloatArray, copies: NDArray[np.int64]) -> float:

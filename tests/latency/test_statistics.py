@@ -143,6 +143,15 @@ def test_of_a_device_that_is_never_calm_the_calmest_rounds_count() -> None:
     assert candidate.raw_ms.shape == (2, 200)
 
 
+def test_more_than_the_calmest_count_where_these_do_not_agree() -> None:
+    """Nine rounds a third off in either direction say nothing; all 200 do."""
+    level = np.where(np.arange(200) < 9, 1.3, 2.0)
+    samples = two(level=level)
+    samples[1] *= 1 + 0.8 * (np.random.default_rng(0).random(200) - 0.5)
+    candidate = statistics.summarise(["a", "b"], turns(samples), quiet=Quiet(10.0))[1]
+    assert 100 < len(candidate.samples_ms) <= 200
+
+
 def test_where_hardly_a_round_is_undisturbed_all_count() -> None:
     waited = np.zeros((2, 200))
     waited[1, 7:] = 5
