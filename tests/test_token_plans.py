@@ -338,6 +338,26 @@ def test_shares_are_what_fewer_tokens_cost_of_all() -> None:
     assert again.predict_ms(shape) == own.predict_ms(shape) and again.patches == own.patches
 
 
+def test_models_with_fewer_tokens_are_predicted_as_measured_after_the_fit_too() -> None:
+    """All plans take half a millisecond more than the sums of their prices."""
+    attn, mlp = {0: measured(8.0), 1: measured(9.0), 2: measured(10.5)}, {0: measured(6.0), 32: measured(10.0)}
+    plain, dropping = made(), ((3, 64, 8),) * 4
+    shapes_ = [
+        ((3, 64), (0, 64), (2, 0), (1, 32)),
+        ((0, 0), (3, 32), (3, 64), (2, 64)),
+        ((3, 0), (1, 0), (0, 64), (3, 64)),
+    ]
+    own = tables.build_table(
+        [tables.Measured(4, 3, 64, attn, mlp)], measured(2.5), {one: measured(plain.predict_ms(one) + 0.5) for one in shapes_},
+        dense_ms=12.0, runtime="null", precision="fp32", threads=1,
+        fewer={8: (measured(3.9), measured(4.5))}, reducing=(dropping, measured(9.5)), patches=16,
+    )  # fmt: skip
+    assert own.fit["shift_ms"] == pytest.approx(0.5)
+    [stage], (attn_share, _), (mlp_share, _) = own.stages, own.attn_share, own.mlp_share
+    assert own.base_ms + 4 * (attn_share * stage.attn_ms[-1] + mlp_share * stage.mlp_ms[-1]) == pytest.approx(4.5)
+    assert own.predict_ms(dropping) == pytest.approx(9.5)
+
+
 @pytest.mark.parametrize("few", [False, True])
 def test_what_is_saved_outside_of_the_blocks_is_in_no_share(make_vit: Callable[..., Any], few: bool) -> None:
     """Dropping tokens saves half a millisecond of what always stays, and measured in a quarter of the blocks not four times that."""

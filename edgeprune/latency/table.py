@@ -104,14 +104,17 @@ def build_table(
         samples=min(len(m.samples_ms) for m in [*parts, *plans.values()]),
         repaired=tuple(repaired),
     )
-    if fewer:
+
+    def with_tokens(prices: LatencyTable) -> LatencyTable:
+        if not fewer:
+            return prices
         prices = _with_tokens(prices, fewer, stages[0].mlp[0], empty, patches)
         prices = _with_form_shares(prices, fewer_forms or {}, empty, stages[0].head_dim)
-    if fewer and reducing:
-        shape, measurement = reducing
-        extra = (measurement.ratio * dense_ms - prices.predict_ms(shape)) / sum(left(row) is not None for row in shape)
-        prices = replace(prices, reduce_ms=max(float(extra), 0.0))
-    return fitted(prices, {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()})
+        return _with_drops(prices, *reducing) if reducing else prices
+
+    # What always stays is another after the fit, and so is what models with fewer tokens leave for their sub-blocks.
+    plans_ms = {shape: measurement.ratio * dense_ms for shape, measurement in plans.items()}
+    return with_tokens(fitted(with_tokens(prices), plans_ms))
 
 
 def at_depth(measurement: Measurement, dense: Measurement, times: float) -> Measurement:
@@ -183,6 +186,13 @@ def _with_tokens(
         prices, patches=(*counts, patches), attn_share=attn_share,
         mlp_share=isotonic(np.clip([*shares, 1.0], 0.0, 1.0)),
     )  # fmt: skip
+
+
+def _with_drops(prices: LatencyTable, shape: Shape, measured: Measurement) -> LatencyTable:
+    """The price of dropping tokens, zero or more, so that a shape that drops some is predicted as it was measured."""
+    prices = replace(prices, reduce_ms=0.0)
+    extra = measured.ratio * prices.dense_ms - prices.predict_ms(shape)
+    return replace(prices, reduce_ms=max(float(extra) / sum(left(row) is not None for row in shape), 0.0))
 
 
 def _with_form_shares(
