@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from edgeprune import families
 from edgeprune.errors import StorageError, UsageError, unknown
 from edgeprune.extras import need_build_packages
-from edgeprune.types import Latency, Target
+from edgeprune.types import REDUCER, Latency, Target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -267,7 +267,7 @@ class Request:
     polish: int = 0  # passes over the calibration images in which each block is trained to meet the dense one
     search_seconds: float | None = None  # how long stitched models are searched; 0 = not at all
     dims: tuple[str, ...] = DIMS  # what a plan may choose
-    reducer: str = "cls"  # which tokens stay where some go
+    reducer: str = REDUCER  # which tokens stay where some go
     selection: str = "random"  # which training images calibrate, and are tuned on where that is not all
     tune_on: float = 1.0  # share of the other training images that are tuned on
     gradual: bool = False  # prune each model from the tuned one of the milder latency before, not from the dense one

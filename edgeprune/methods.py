@@ -27,7 +27,7 @@ class Method:
     recovery: str
     about: str  # the paper, and what of it is left out
     dims: str = ""  # what it chooses, as after --dims; "" = all that the allocator knows
-    reducer: str = "cls"
+    reducer: str = "cls"  # `types.REDUCER`, which would bring numpy to `edgeprune methods`
 
     @property
     def parts(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,63 +111,44 @@ def validate_artifact(
         raise errors.UsageError(f"a baseline and a limit on the regression go together; add {missing}")
     most = regression.parse_share(max_regression) if max_regression else 0.0
     before = regression.read_baseline(baseline) if baseline else None
-    manifest = artifact.read_manifest(folder)
-    artifact.check_manifest(folder, manifest)
-    artifact.check_files(folder, manifest, needed=_used(manifest))
-    console.say(f"{len(manifest['files'])} files have their hashes")
-    profile = read_profile(folder / "profile.json", manifest["runtime"])
-    recorded = parse(Target, profile["target"], str(folder / "profile.json"))
-    held_to = load_target(target) if target else recorded
-    machine = devices.machine(device)
+    opened = Opened.read(folder, console)
+    manifest, machine = opened.manifest, devices.machine(device)
+    held_to = load_target(target) if target else opened.recorded
     _must_fit(held_to, manifest, machine)
     onnxfile.refuse_external(folder / manifest["entry"])
     if before is not None:
-        sizes = [intake.of_manifest(one).batch for one in (before[1], manifest)]
-        if sizes[0] != sizes[1]:
-            raise errors.UsageError(f"the baseline's latency is of {sizes[0]} image{'s' * (sizes[0] > 1)}, the artifact's of {sizes[1]}: "
-                                    "build one of them again with the other's --batch")  # fmt: skip
+        _must_take_as_many(before[1], manifest)
     evaluation = images.for_artifact(manifest, data, data_dir, follow_links)
     reference = None
     if evaluation is not None and (embedded := manifest.get("features")):
         reference = neighbours.load(folder / neighbours.FILE, embedded["neighbours"], embedded["classes"])
     if out is not None:
         artifact.must_be_writable(out, "--out", folder=False)
-    runtime, request = manifest["runtime"], manifest["request"]
+    runtime, precision, request = manifest["runtime"], manifest["precision"], manifest["request"]
     count, why = machine.usable_threads(threads or manifest["threads"])
-    console.say(f"{runtime}, {manifest['precision']}, {count} threads ({why})")
+    console.say(f"{runtime}, {precision}, {count} threads ({why})")
     max_isa = machine.cap(held_to)
-    precision = manifest["precision"]
     with contextlib.ExitStack() as stack:
-        work = stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeprune-"))
         clock = stack.enter_context(
             devices.clock(device, runtime, console=console, precision=precision, threads=count, max_isa=max_isa)
         )
-        anchor = Path(work) / "anchor.onnx"
-        unpack(folder / "anchor.onnx.gz", anchor)
-        onnxfile.refuse_external(anchor)
-        clock.load("dense", anchor, COPIES)
-        clock.load("pruned", folder / manifest["entry"], COPIES)
-        same = (
-            machine.same(profile)
-            and profile["worker"]["info"]["version"] == clock.info["version"]
-            and (count, max_isa) == (manifest["threads"], machine.cap(recorded))
-        )
-        quiet = Quiet.of(profile, runtime) if same else None
+        _load(clock, folder, manifest["entry"])
+        same = opened.here(machine, clock, count, max_isa)
+        quiet = Quiet.of(opened.profile, runtime) if same else None
         measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
-        answers, worker = None, clock.info
+        answers = None
         if evaluation is not None:
             answering = clock
             if device and accuracy_on == "build":
                 answering = stack.enter_context(Clock(runtime, precision=precision, threads=usable_threads(count)[0]))
                 answering.load("pruned", folder / manifest["entry"])
-            judge: neighbours.Predictor = answering
-            if reference is not None:
-                judge = neighbours.Judge(answering, {"pruned": reference})
+            judge = answering if reference is None else neighbours.Judge(answering, {"pruned": reference})
             answers = measured_accuracy(judge, "pruned", _batches(evaluation, manifest, console))
-        anchor_ms = None
-        now = float(np.median(measured.anchor_ms))
+        anchor_ms, now = None, float(np.median(measured.anchor_ms))
         if same:
-            anchor_ms, _ = corrected(measured, profile["anchor_ms"][runtime], strict=strict_clock, console=console)
+            anchor_ms, _ = corrected(
+                measured, opened.profile["anchor_ms"][runtime], strict=strict_clock, console=console
+            )
         else:
             console.say(
                 f"not the device and runtime of the profile: milliseconds here and now count (dense {now:.2f} ms)"
@@ -175,6 +156,7 @@ def validate_artifact(
         gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
         if before is not None:
             gates.append(regression.check(clock, machine, before, measured, anchor_ms, most, console))
+        worker = clock.info
     found = {
         "artifact": str(folder),
         "files": len(manifest["files"]),
@@ -195,6 +177,51 @@ def validate_artifact(
         samples = {"pruned": measured.raw_ms[0].tolist(), "anchor": measured.raw_ms[1].tolist()}
         _write(out, {"exit_code": exit_code(gates), **found, "samples_ms": samples})
     return found
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An artifact whose files have their hashes, and the profile of where it was built."""
+
+    manifest: dict[str, Any]
+    profile: dict[str, Any]
+    recorded: Target
+
+    @classmethod
+    def read(cls, folder: Path, console: Console) -> Opened:
+        """Raises UsageError for a damaged artifact, naming the file."""
+        manifest = artifact.read_manifest(folder)
+        artifact.check_manifest(folder, manifest)
+        artifact.check_files(folder, manifest, needed=_used(manifest))
+        console.say(f"{len(manifest['files'])} files have their hashes")
+        profile = read_profile(folder / "profile.json", manifest["runtime"])
+        return cls(manifest, profile, parse(Target, profile["target"], str(folder / "profile.json")))
+
+    def here(self, machine: Machine, clock: Clock, threads: int, max_isa: str) -> bool:
+        """Whether what was measured at build compares: the same machine, runtime, threads and instructions."""
+        return (
+            machine.same(self.profile)
+            and self.profile["worker"]["info"]["version"] == clock.info["version"]
+            and (threads, max_isa) == (self.manifest["threads"], machine.cap(self.recorded))
+        )
+
+
+def _load(clock: Clock, folder: Path, entry: str) -> None:
+    """The artifact's two models, as they are measured: `dense` and `pruned`."""
+    with tempfile.TemporaryDirectory(prefix="edgeprune-") as work:
+        anchor = Path(work) / "anchor.onnx"
+        unpack(folder / "anchor.onnx.gz", anchor)
+        onnxfile.refuse_external(anchor)
+        clock.load("dense", anchor, COPIES)
+    clock.load("pruned", folder / entry, COPIES)
+
+
+def _must_take_as_many(baseline: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise UsageError unless both artifacts take as many images at once."""
+    before, now = (intake.of_manifest(one).batch for one in (baseline, manifest))
+    if before != now:
+        raise errors.UsageError(f"the baseline's latency is of {before} image{'s' * (before > 1)}, the artifact's of {now}: "
+                                "build one of them again with the other's --batch")  # fmt: skip
 
 
 def _used(manifest: dict[str, Any]) -> tuple[str, ...]:

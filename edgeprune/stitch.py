@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import lowrank, obs, quantisation, recovery, reducers, tasks, vit
+from edgeprune import lowrank, obs, quantisation, recovery, tasks, vit
 from edgeprune.anatomies import MergingBlock
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
 from edgeprune.reducers import Reduction
 from edgeprune.shelf import MEMORY, Item, Shelf
-from edgeprune.types import PLAIN, Form, Levels, Ranges, SubBlock
+from edgeprune.types import PLAIN, REDUCER, Form, Levels, Ranges, SubBlock
 
 DATABASE_BYTES = 1 << 30  # sub-blocks that a database holds; the one that nobody asked for longest goes first
 STREAM_BYTES = 1 << 30  # residual streams that a judge may hold: bounds the images it looks at
@@ -42,7 +42,7 @@ class Database:
         counts: Sequence[Sequence[int]],
         moments: Mapping[SubBlock, LayerMoments],
         patches: Sequence[Sequence[int | None]] | None = None,
-        reducer: str = reducers.DEFAULT,
+        reducer: str = REDUCER,
         forms: Sequence[Sequence[Form]] = (),
         ranges: Ranges | None = None,
         inputs: Mapping[int, LayerMoments] | None = None,

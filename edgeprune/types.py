@@ -25,6 +25,8 @@ Ranges = Mapping[SubBlock, tuple[Range, Range]]
 Verdict = Literal["pass", "fail", "inconclusive"]
 #: How a shape says which sub-blocks of a block are int8: the sum of these.
 INT8: dict[SubBlockKind, int] = {"attn": 1, "mlp": 2}
+#: Which tokens go on where a plan drops some, unless it says so; one of `edgeprune.reducers`.
+REDUCER = "cls"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Plan:
     """What is kept, block by block. `()` for heads or neurons removes the sub-block but its bias."""
 
     blocks: tuple[BlockPlan, ...]
-    reducer: str = "cls"  # which patches those are, see `edgeprune.reducers`
+    reducer: str = REDUCER  # which patches those are, see `edgeprune.reducers`
 
     @property
     def shape(self) -> Shape:

@@ -25,7 +25,7 @@ from edgeprune.compat import GluMlp, PatchEmbed, VisionTransformer, timm
 from edgeprune.config import WIDTHS
 from edgeprune.errors import UsageError, first_line, unknown
 from edgeprune.reducers import Reduction, Seen
-from edgeprune.types import BlockPlan, Plan, Shape, SubBlock, SubBlockKind, int8, left, rank
+from edgeprune.types import REDUCER, BlockPlan, Plan, Shape, SubBlock, SubBlockKind, int8, left, rank
 
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attn", "mlp")
 MOST, MOST_BLOCKS = 1 << 16, 512  # of any number in a card's or plan's [kwargs]; larger ones would fill the memory
@@ -376,7 +376,7 @@ def dense_plan(sizes: Anatomy) -> Plan:
     return plan_of_shape(sizes.shape)
 
 
-def plan_of_shape(shape: Shape, reducer: str = reducers.DEFAULT) -> Plan:
+def plan_of_shape(shape: Shape, reducer: str = REDUCER) -> Plan:
     """A plan with this shape that keeps the first units; for models whose speed is all that matters."""
     return Plan(
         tuple(BlockPlan(tuple(range(row[0])), tuple(range(row[1])), left(row), int8(row), rank(row)) for row in shape),

@@ -7,6 +7,8 @@ The contract of every part of every method, on a tiny ViT. `test_saliency.py`, `
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 
 from edgeprune import allocators, criteria, methods, modules, recoveries, reducers, schedules, vit
 from edgeprune.errors import Infeasible, UsageError
-from edgeprune.types import BlockPlan, Plan
+from edgeprune.types import REDUCER, BlockPlan, Plan
 
 SUB_BLOCKS = [(i, kind) for i in range(3) for kind in vit.KINDS]
 ALL = tuple(range(24))
@@ -255,3 +257,9 @@ def test_an_unknown_method_gets_a_suggestion() -> None:
         methods.get("edgprune")
     with pytest.raises(UsageError, match="did you mean 'knapsack'"):
         methods.describe("knapsac")
+
+
+def test_the_listing_needs_no_numpy_and_has_the_default_reducer() -> None:
+    code = "import sys, edgeprune.methods as m; m.listing(); sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert methods.METHODS[0].reducer == REDUCER

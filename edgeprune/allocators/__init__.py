@@ -16,14 +16,14 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 from torch import Tensor
 
-from edgeprune import modules, reducers, vit
+from edgeprune import modules, vit
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import WIDTHS
 from edgeprune.console import Console
 from edgeprune.errors import Infeasible
 from edgeprune.stitch import Choice
-from edgeprune.types import PLAIN, BlockPlan, FloatArray, Form, LatencyTable, Levels, Plan, Ranges, Shape
+from edgeprune.types import PLAIN, REDUCER, BlockPlan, FloatArray, Form, LatencyTable, Levels, Plan, Ranges, Shape
 
 DEFAULT = "search"
 HALVINGS = 30  # of a knob's interval: finer than any table's steps
@@ -50,7 +50,7 @@ class Task:
     seed: int
     console: Console
     dims: tuple[str, ...] = WIDTHS  # what may be chosen
-    reducer: str = reducers.DEFAULT
+    reducer: str = REDUCER
     drops: list[tuple[int, ...]] = field(
         default_factory=list
     )  # per sub-block `[options]`, see `solve.Tokens`; [] = none
@@ -143,7 +143,7 @@ def task(
     seed: int,
     console: Console,
     dims: tuple[str, ...] = WIDTHS,
-    reducer: str = reducers.DEFAULT,
+    reducer: str = REDUCER,
 ) -> Task:
     """bounds: the (heads, neurons) that each block still has; nothing above them is an option. Else as in `Task`."""
     errors, costs, counts = options(found.levels, table, bounds, dims)

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from edgeprune import modules
 
-DEFAULT = "cls"
-
 #: `[n, tokens, c]` -> `[n, kept, c]`, the same tokens for every stream.
 Reduction = Callable[[Tensor], Tensor]
 

@@ -58,31 +58,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
         shelf = Shelf(request.shelf_bytes, out)
         found = calibrate.read(read["calibrate"], dense, request.card.calibration.batch_size, shelf)
         model, bounds = baseline.parent(dense, read)
-        dims = vit.choosable(request.dims, dense.sizes)
-        seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
-        task = allocators.task(
-            found,
-            table,
-            bounds.shape,
-            model,
-            dense.model,
-            seconds,
-            request.seed,
-            console,
-            dims,
-            request.reducer,
-        )
-        choose = allocators.get(request.allocator).prepare(task)
-
-        def plans(budget_ms: float) -> Plan:
-            try:
-                return task.plan(choose(budget_ms - table.base_ms))
-            except Infeasible as error:
-                raise Infeasible(
-                    f"{limit:.2f} ms cannot be reached when nothing but {', '.join(request.dims)} may be chosen: the table's lowest is "
-                    f"about {table.base_ms + task.least_ms:.2f} ms; allow more --dims, or ask for more"
-                ) from error
-
+        plans = planner(request, dense, table, found, model, bounds.shape, limit, console)
         if here:
             anchor, quiet = read["baseline"] / "dense.onnx", Quiet.of(document, table.runtime)
             plan, predicted, tries = search(request, dense, anchor, table, quiet, plans, limit, console)
@@ -92,19 +68,7 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
             )
             plan = plans(AIM_UNMEASURED * limit)
             predicted = table.predict_ms(plan.shape)
-        damage = Damage(dense.model, model, plan, found, request.seed, console)
-        pruned = recovery.lower_ranks(dense.sizes, recoveries.get(request.recovery).recover(damage), plan, found)
-        if request.polish:
-            with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
-                polished = polish.polish(
-                    dense.model, pruned, found.batches, found.weights, request.polish, advance, shelf
-                )
-            console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
-        quantise(pruned, plan, found, dense.model, console)
-    if broken := [k for k, v in pruned.state_dict().items() if not bool(v.isfinite().all())]:
-        raise UsageError(
-            f"stage prune: the recovery '{request.recovery}' left NaN or infinity in {', '.join(broken[:4])}; choose another --recovery"
-        )
+        pruned = recovered(request, dense, model, plan, found, shelf, console)
     kept = plan.shape
     console.say(f"plan: {sum(row[0] for row in kept)} of {sum(row[0] for row in dense.sizes.shape)} heads and "
                 f"{sum(row[1] for row in kept)} of {sum(row[1] for row in dense.sizes.shape)} neurons kept{tokens_kept(kept)}{ranks_kept(kept)}")  # fmt: skip
@@ -112,6 +76,60 @@ def run(request: Request, read: Mapping[str, Path], out: Path, console: Console)
     weightfile.write(pruned, out / "pruned.safetensors")
     write_plan(PlannedModel.of(request.card, dense.sizes.num_classes, plan, predicted, limit), out / "plan.json")
     (out / "search.json").write_text(json.dumps(to_json({"limit_ms": limit, "tries": tries}), indent=1))
+
+
+def planner(
+    request: Request,
+    dense: baseline.Dense,
+    table: LatencyTable,
+    found: Calibration,
+    model: VisionTransformer,
+    bounds: Shape,
+    limit: float,
+    console: Console,
+) -> Callable[[float], Plan]:
+    """The allocator asked for, as a function from milliseconds by the table to the plan; its Infeasible names `limit`."""
+    dims = vit.choosable(request.dims, dense.sizes)
+    seconds = SEARCH_SECONDS if request.search_seconds is None else request.search_seconds
+    task = allocators.task(
+        found, table, bounds, model, dense.model, seconds, request.seed, console, dims, request.reducer
+    )
+    allocate = allocators.get(request.allocator).prepare(task)
+
+    def plans(budget_ms: float) -> Plan:
+        try:
+            return task.plan(allocate(budget_ms - table.base_ms))
+        except Infeasible as error:
+            raise Infeasible(
+                f"{limit:.2f} ms cannot be reached when nothing but {', '.join(request.dims)} may be chosen: the table's lowest is "
+                f"about {table.base_ms + task.least_ms:.2f} ms; allow more --dims, or ask for more"
+            ) from error
+
+    return plans
+
+
+def recovered(
+    request: Request,
+    dense: baseline.Dense,
+    model: VisionTransformer,
+    plan: Plan,
+    found: Calibration,
+    shelf: Shelf,
+    console: Console,
+) -> VisionTransformer:
+    """`model` cut to the plan, its weights recovered without training. Raises UsageError where they are not finite."""
+    damage = Damage(dense.model, model, plan, found, request.seed, console)
+    pruned = recovery.lower_ranks(dense.sizes, recoveries.get(request.recovery).recover(damage), plan, found)
+    if request.polish:
+        with console.progress("polishing", dense.sizes.blocks, "blocks") as advance:
+            polished = polish.polish(dense.model, pruned, found.batches, found.weights, request.polish, advance, shelf)
+        console.say(f"polished: {polished[0]} of {polished[1]} blocks came closer on held-out images")
+    quantise(pruned, plan, found, dense.model, console)
+    if broken := [k for k, v in pruned.state_dict().items() if not bool(v.isfinite().all())]:
+        raise UsageError(
+            f"stage prune: the recovery '{request.recovery}' left NaN or infinity in {', '.join(broken[:4])}; choose another --recovery"
+        )
+    return pruned
 
 
 def tokens_kept(shape: Shape) -> str:

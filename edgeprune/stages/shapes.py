@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edgeprune import lowrank, quantisation, reducers, structure, vit
+from edgeprune import lowrank, quantisation, structure, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.stages import export, simplify
-from edgeprune.types import INT8, PLAIN, Form, Shape, SubBlockKind, left
+from edgeprune.types import INT8, PLAIN, REDUCER, Form, Shape, SubBlockKind, left
 
 MAX_STAGE_HEADS = 6  # numbers of heads that are measured in each of several stages or of a large model, about
 MAX_LARGE_WIDTHS = 8  # MLP widths that are measured of a large model, about; sizes between are interpolated
@@ -422,7 +422,7 @@ def _some_forms(
 
 
 def export_shape(
-    model: VisionTransformer, shape: Shape, sizes: vit.Anatomy, path: Path, reducer: str = reducers.DEFAULT
+    model: VisionTransformer, shape: Shape, sizes: vit.Anatomy, path: Path, reducer: str = REDUCER
 ) -> None:
     """Write a simplified ONNX of `model` cut to `shape`, whose tokens, if any, go by the reducer."""
     exported, made = path.with_suffix(".exported"), structure.of(model, vit.plan_of_shape(shape, reducer))
