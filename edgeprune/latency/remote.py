@@ -103,16 +103,15 @@ class RemoteClock(Clock):
 
     def _claim(self, ask: Callable[..., dict[str, Any]]) -> None:
         """Wait until the device is free, or TargetUnavailable."""
-        end = time.monotonic() + BUSY_S
-        told = False
+        end = None
         while busy := ask("claim", session=SESSION, owner=_owner())["busy"]:
-            if time.monotonic() >= end:
+            if end is None:
+                end = time.monotonic() + BUSY_S
+                self._say(f"{self._address.url} is in use by {busy}; waiting for up to {BUSY_S / 60:.0f} minutes")
+            elif time.monotonic() >= end:
                 raise errors.TargetUnavailable(
                     f"{self._address.url} is in use by {busy}; two measurements at once would disturb each other: try again later"
                 )
-            if not told:
-                self._say(f"{self._address.url} is in use by {busy}; waiting for up to {BUSY_S / 60:.0f} minutes")
-                told = True
             time.sleep(BUSY_EVERY_S)
 
     def _ask(self, op: str, **arguments: Any) -> dict[str, Any]:

@@ -495,7 +495,7 @@ def test_a_changed_host_key_is_refused(server: sshd.Server, board: small.Result)
                 ended = small.run(*command)
                 assert ended.code == errors.TargetUnavailable.exit_code
                 assert "its host key has changed" in ended.err and "Traceback" not in ended.err
-                assert time.monotonic() - began < 10
+                assert time.monotonic() - began < 60  # not the minutes that a lost connection is given
         finally:
             known = (server.root / "host_key.pub").read_text().split()
             (server.root / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {known[0]} {known[1]}\n")
