@@ -244,3 +244,17 @@ def test_methods_quick(tmp_path: Path) -> None:
         assert row["latency_ms"] <= row["target_ms"] and row["latency_ci_ms"][1] <= row["target_ms"]
         assert row["drop"] == pytest.approx(row["dense_accuracy"] - row["accuracy"])
     assert "| knapsack |" in (tmp_path / "rows.md").read_text()
+
+
+@pytest.mark.slow
+def test_published_quick(tmp_path: Path) -> None:
+    for package in ("torch", "openvino", "onnxsim", "sklearn"):
+        pytest.importorskip(package)
+    published = script("published")
+    published.main(["--quick", "--epochs", "0.2", "--out", str(tmp_path)])
+    [text] = [path.read_text() for path in tmp_path.glob("published-*.md")]
+    assert [text.count(f"## {paper}") for paper in published.PAPERS] == [1, 1, 1]
+    assert text.count(" at 1.") >= 6, "three models of ZipLM's, one of NViT's, two of SLS's"
+    assert "keeps on average: heads " in text and "`adapters.safetensors`" in text
+    with pytest.raises(SystemExit):
+        published.main(["ziplm", "sdlm"])
