@@ -148,7 +148,7 @@ train = { epochs = [8.0], batch_size = 32, learning_rate = 2e-3, label_weight = 
 def quick(options: argparse.Namespace) -> Iterator[Request]:
     """A model small enough for CI, on whatever this machine is, and short measurements: it shows that all of it runs."""
     profile.TABLE_SECONDS, choose.RACE_SECONDS = 4.0, 2.0
-    prune.MEASURE_SECONDS, prune.ATTEMPTS = 1.0, 3
+    prune.MEASURE_SECONDS, prune.SEARCH_SECONDS, prune.ATTEMPTS = 1.0, 5.0, 3
     options.measure_seconds, options.measurements = 1.0, min(options.measurements, 2)
     target = fitting()
     with tempfile.TemporaryDirectory(prefix="edgeprune-") as folder:
