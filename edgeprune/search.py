@@ -10,6 +10,7 @@ own inputs, on other images: a plan that looks worse may recover better.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,16 +122,17 @@ def improve(
 ) -> Found:
     """The choice with the least divergence found within about `seconds`, its table cost within the budget.
 
-    known: good choices of earlier searches; those within the budget are starts too. Raises Infeasible when no
+    known: good choices of earlier searches, the latest last; those within the budget are starts too. Raises Infeasible when no
     choice is within the budget.
     """
     began = time.monotonic()
     rng = np.random.default_rng(seed)
     additive, *simpler = space.starts()
-    starts = [additive, *simpler, *(choice for choice in known if space.cost(choice) <= space.budget_ms)]
+    starts = [additive, *(choice for choice in reversed(known) if space.cost(choice) <= space.budget_ms), *simpler]
     quick = climb(space, starts, stitched, began, STITCHED * seconds, rng, advance)
-    finalists = sorted(quick, key=quick.__getitem__)[:FINALISTS]
-    final = climb(space, [*starts, *finalists], refitted, began, seconds, rng, advance)
+    finalists = {*starts, *sorted(quick, key=quick.__getitem__)[:FINALISTS]}
+    ranked = sorted(finalists, key=lambda choice: (quick.get(choice, math.inf), choice))
+    final = climb(space, [additive, *ranked], refitted, began, seconds, rng, advance)
     winner = min(final, key=final.__getitem__)
     return Found(winner, final[additive], final[winner], len(quick), len(final), time.monotonic() - began)
 
@@ -144,16 +146,24 @@ def climb(
     rng: np.random.Generator,
     advance: Callable[[float, str], None],
 ) -> dict[Choice, float]:
-    """Divergence in nats of the starts and of proposals, each near the best so far.
+    """Divergence in nats of the starts, in their order, and of proposals, each near the best so far.
 
-    Until `seconds` after `began`, or until there is nothing left to find or to gain.
+    Until `seconds` after `began`, but of the first two starts at least, or until there is nothing left to find or to gain.
     """
-    found = {choice: judge.divergence(choice) for choice in starts}
+    found: dict[Choice, float] = {}
+
+    def late() -> bool:
+        return time.monotonic() - began >= seconds
+
+    for choice in dict.fromkeys(starts):
+        found[choice] = judge.divergence(choice)
+        if found[choice] <= NEGLIGIBLE or (len(found) > 1 and late()):
+            break
     best = min(found, key=found.__getitem__)
     judge.keep(best)
     coefficients = np.ones(len(space.errors) + 1)
     stale, last = 0, time.monotonic()
-    while stale < STALE and found[best] > NEGLIGIBLE and time.monotonic() - began < seconds:
+    while stale < STALE and found[best] > NEGLIGIBLE and not late():
         mutated = coefficients
         if rng.random() < 0.5:
             mutated = _mutate(coefficients, rng)

@@ -70,8 +70,9 @@ neuron_step = 32
 quantile = "p50"
 """
 
-#: Measuring stops when the intervals are tight; these bound it on a noisy machine, in seconds.
+#: Measuring stops when the intervals are tight; these bound it on a noisy machine, in seconds. Exports take most of the rest.
 BUDGETS = {
+    "edgeprune.stages.candidates.FITTING_PLANS": 4,
     "edgeprune.latency.choose.RACE_SECONDS": 1.0,
     "edgeprune.stages.profile.TABLE_SECONDS": 4.0,
     "edgeprune.latency.survey.MODEL_SECONDS": 2.0,

@@ -545,7 +545,7 @@ def test_profile_takes_the_table_of_the_build_from_the_cache(
     assert stage["mlp_widths"] == [0, 32, 64, 96, 128, 160, 192]
     assert stage["attn_ms"] == sorted(stage["attn_ms"])
     assert stage["mlp_ms"] == sorted(stage["mlp_ms"])
-    assert table["fit"]["plans"] == 8
+    assert table["fit"]["plans"] == small.BUDGETS["edgeprune.stages.candidates.FITTING_PLANS"]
     assert table["empty_ms"] < table["dense_ms"] == document["anchor"]["p50"]
     for kind, total in (("attention", 3), ("MLP", 6)):
         rows = [row for row in added["survey"]["sub_blocks"] if row["kind"] == kind]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,37 @@ def test_earlier_finds_are_starts_if_they_fit() -> None:
     small, large = (1,) * 5, (3,) * 5
     improve(4.0, judge, Formula(), 0.0, known=[small, large])
     assert small in judge.asked and large not in judge.asked
+
+
+class Slow(Formula):
+    """A judge on whose clock every new choice takes ten seconds."""
+
+    now = 0.0
+
+    def divergence(self, choice: Choice) -> float:
+        Slow.now += 10.0 * (choice not in self.asked)
+        return super().divergence(choice)
+
+
+def test_starts_of_a_model_that_is_slow_to_judge_take_no_longer_than_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But the likeliest one is re-fitted beside the least sum of errors."""
+    monkeypatch.setattr(search, "time", types.SimpleNamespace(monotonic=lambda: Slow.now))
+    starts = [solve(ERRORS, COSTS, 4.0), *itertools.product((1, 2), repeat=5)]
+    stitched, refitted = Formula(), Slow()
+    found = improve(4.0, stitched, refitted, 15.0, known=starts[1:])
+    likeliest = min(set(stitched.asked), key=lambda choice: (Formula().divergence(choice), choice))
+    assert refitted.asked == [starts[0], likeliest] and found.refitted == 2
+    assert found.choice == likeliest
+    assert improve(4.0, Slow(), Formula(), 15.0, known=starts[1:]).stitched == 2
+
+
+def test_nothing_is_judged_where_nothing_is_left_to_gain() -> None:
+    additive = solve(ERRORS, COSTS, 4.0)
+    first, second = (Formula(-Formula().divergence(additive)) for _ in range(2))
+    found = improve(4.0, first, second, 20.0, known=[(1,) * 5])
+    assert found.choice == additive and first.asked == second.asked == [additive]
 
 
 def test_no_time_is_the_best_start_and_no_room_is_an_error() -> None:
