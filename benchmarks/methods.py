@@ -59,6 +59,12 @@ def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, name:
     parser.add_argument("--seeds", help="(default: 0,1; quick: 0)")
     parser.add_argument("--tune-steps", type=int, default=100, help="of fine-tuning, for every method (default: 100)")
     parser.add_argument("--search-seconds", type=float, help="for methods that search (default: the product's)")
+    parser.add_argument(
+        "--measurements",
+        type=int,
+        default=prune.ATTEMPTS,
+        help="plans to measure for a row, at most (default: %(default)s)",
+    )
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
     parser.add_argument(
         "--results", type=Path, help=f"JSON lines (default: results/{name}.jsonl; quick: quick-{name}.jsonl)"
@@ -70,12 +76,12 @@ def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, name:
     options.speed_ups = [float(s) for s in (options.speed_ups or ("1.5" if options.quick else "1.5,2,3")).split(",")]
     options.seeds = [int(s) for s in (options.seeds or ("0" if options.quick else "0,1")).split(",")]
     options.label = options.label or accuracy.commit()
-    options.measure_seconds, options.measurements = prune.MEASURE_SECONDS, prune.ATTEMPTS  # what accuracy.quick sets
     return options
 
 
 def run(request: Request, options: argparse.Namespace, variants: Mapping[str, dict[str, Any]]) -> None:
     """Every row that the results file does not have yet. variants: by name, what of the request they change."""
+    prune.ATTEMPTS = options.measurements
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     book = accuracy.Book(options.results)
     request = replace(request, search_seconds=options.search_seconds, seed=0)
