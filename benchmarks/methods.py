@@ -65,6 +65,9 @@ def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, name:
         default=prune.ATTEMPTS,
         help="plans to measure for a row, at most (default: %(default)s)",
     )
+    parser.add_argument(
+        "--measure-seconds", type=float, default=prune.MEASURE_SECONDS, help="for each, at most (default: %(default)s)"
+    )
     parser.add_argument("--label", default="", help="of the code that is judged (default: the git commit)")
     parser.add_argument(
         "--results", type=Path, help=f"JSON lines (default: results/{name}.jsonl; quick: quick-{name}.jsonl)"
@@ -81,7 +84,7 @@ def arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None, name:
 
 def run(request: Request, options: argparse.Namespace, variants: Mapping[str, dict[str, Any]]) -> None:
     """Every row that the results file does not have yet. variants: by name, what of the request they change."""
-    prune.ATTEMPTS = options.measurements
+    prune.ATTEMPTS, prune.MEASURE_SECONDS = options.measurements, options.measure_seconds
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     book = accuracy.Book(options.results)
     request = replace(request, search_seconds=options.search_seconds, seed=0)
