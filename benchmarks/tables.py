@@ -21,6 +21,10 @@ from numpy.typing import NDArray
 
 OURS = ("edgeprune", "edgeprune-widths")  # the first of these that has rows is compared with the others
 BEST = "torch-pruning, best"  # of all its variants, chosen after the fact at every speed-up: a favour
+COLOURS, MARKERS = (
+    10,
+    "osDv^P",
+)  # of a plot, before they come again: matplotlib's colours, and a marker for each round of them
 
 Row = dict[str, Any]
 #: The rows of all seeds, by method and speed-up.
@@ -189,7 +193,8 @@ def draw(cells: Cells, title: str, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(at[0] for at in cells):
+    methods = list(dict.fromkeys(at[0] for at in cells))
+    for place, method in enumerate(methods):
         points = []
         for (name, _), rows in sorted(cells.items(), key=lambda item: item[0][1]):
             if name == method and judged(rows):
@@ -197,11 +202,15 @@ def draw(cells: Cells, title: str, path: Path) -> None:
         if points:
             x, y, half = zip(*sorted(points), strict=True)
             width = 2.5 if method == ours(cells) else 1.2
-            axes.errorbar(x, y, half, label=method, marker="o", markersize=3, capsize=2, linewidth=width)
+            marker = MARKERS[place // COLOURS % len(MARKERS)]
+            axes.errorbar(x, y, half, label=method, marker=marker, markersize=4, capsize=2, linewidth=width)
     axes.axhline(next(iter(cells.values()))[0]["dense_accuracy"], color="grey", linestyle=":", label="dense")
     axes.set(xlabel="measured speed-up over dense", ylabel="top-1 (%)", title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if len(methods) > COLOURS:
+        figure.legend(fontsize=8, loc="outside right upper")
+    else:
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
