@@ -50,11 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         variants = chosen(options.variants or (QUICK if options.quick else "*"))
         every = {dim for own in variants.values() for dim in own["dims"]} | set(config.DIMS)
         request = replace(request, dims=tuple(dim for dim in config.EVERY_DIM if dim in every))  # what the table has
-        by_reducer: dict[str, dict[str, dict[str, Any]]] = {}  # each has a latency table of its own
-        for name, own in variants.items():
-            by_reducer.setdefault(own.get("reducer", request.reducer), {})[name] = own
-        for reducer, some in by_reducer.items():
-            methods.run(replace(request, reducer=reducer), options, some)
+        methods.run(request, options, variants)
     tables.main(["--results", str(options.results), "--label", options.label, "--out", str(options.results.parent)])
 
 

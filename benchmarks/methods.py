@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,15 +89,20 @@ def run(request: Request, options: argparse.Namespace, variants: Mapping[str, di
     options.cache_dir.mkdir(parents=True, exist_ok=True)
     book = accuracy.Book(options.results)
     request = replace(request, search_seconds=options.search_seconds, seed=0)
-    done = pipeline.run_stages(pipeline.PIPELINE[:2], request, options.cache_dir, console=Console())
-    recorded = done["profile"].folder / "profile.json"  # one latency table for all seeds
-    for seed in options.seeds:
-        bench = Bench(replace(request, seed=seed, profile=recorded), options)
-        for name, changes in variants.items():
-            for speed_up in options.speed_ups:
+    by_reducer: dict[str, dict[str, dict[str, Any]]] = {}  # each has a latency table of its own, one for all seeds
+    for name, changes in variants.items():
+        by_reducer.setdefault(changes.get("reducer", request.reducer), {})[name] = changes
+    for reducer, some in by_reducer.items():
+        done = pipeline.run_stages(
+            pipeline.PIPELINE[:2], replace(request, reducer=reducer), options.cache_dir, console=Console()
+        )
+        recorded = done["profile"].folder / "profile.json"
+        for seed in options.seeds:
+            bench = Bench(replace(request, reducer=reducer, seed=seed, profile=recorded), options)
+            for name, speed_up in itertools.product(some, options.speed_ups):
                 if all(bench.key(name, speed_up, steps) in book.rows for steps in bench.steps):
                     continue
-                for row in bench.rows(name, changes, speed_up):
+                for row in bench.rows(name, some[name], speed_up):
                     if accuracy.key_of(row) not in book.rows:
                         book.add(row)
                         accuracy.show(row)
