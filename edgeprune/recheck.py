@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import json
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune import artifact, errors, images, intake, neighbours, onnxfile, regression, report
-from edgeprune.checks import corrected, exit_code, latency_check, measure, wilson
+from edgeprune.checks import drift, exit_code, latency_check, measure, wilson
 from edgeprune.config import load_target, parse
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import devices
@@ -135,7 +136,11 @@ def validate_artifact(
         _load(clock, folder, manifest["entry"])
         same = opened.here(machine, clock, count, max_isa)
         quiet = Quiet.of(opened.profile, runtime) if same else None
-        measured = measure(clock, "dense", "pruned", request["quantile"], quiet, strict=strict_clock, console=console)
+        profiled_ms = opened.profile["anchor_ms"][runtime] if same else None
+        anchor_ms = None if strict_clock else profiled_ms
+        limit_ms, quantile = request["latency_ms"], request["quantile"]
+        gate = functools.partial(latency_check, anchor_ms=anchor_ms, limit_ms=limit_ms, quantile=quantile)
+        measured = measure(clock, "dense", "pruned", quantile, quiet, gate, strict=strict_clock, console=console)
         answers = None
         if evaluation is not None:
             answering = clock
@@ -144,16 +149,14 @@ def validate_artifact(
                 answering.load("pruned", folder / manifest["entry"])
             judge = answering if reference is None else neighbours.Judge(answering, {"pruned": reference})
             answers = measured_accuracy(judge, "pruned", _batches(evaluation, manifest, console))
-        anchor_ms, now = None, float(np.median(measured.anchor_ms))
-        if same:
-            anchor_ms, _ = corrected(
-                measured, opened.profile["anchor_ms"][runtime], strict=strict_clock, console=console
-            )
+        now = float(np.median(measured.anchor_ms))
+        if profiled_ms is not None:
+            drift(measured, profiled_ms, strict=strict_clock, console=console)
         else:
             console.say(
                 f"not the device and runtime of the profile: milliseconds here and now count (dense {now:.2f} ms)"
             )
-        gates = [latency_check(measured, anchor_ms, request["latency_ms"], request["quantile"])]
+        gates = [gate(measured)]
         if before is not None:
             gates.append(regression.check(clock, machine, before, measured, anchor_ms, most, console))
         worker = clock.info

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,21 @@ def check(
     folder, manifest = baseline
     if (folder / str(manifest["entry"])).is_file():
         if manifest["runtime"] == clock.runtime and manifest["precision"] == clock.info["precision"]:
-            return timed(_measured(clock, folder, manifest, console), most)
+            gate = functools.partial(timed, most=most)
+            return gate(_measured(clock, folder, manifest, gate, console))
         console.say(f"the baseline runs in {manifest['runtime']}, {manifest['precision']}: its recorded latency counts")
     return recorded(manifest, machine, now, anchor_ms, clock.info, most)
 
 
-def _measured(clock: Clock, folder: Path, manifest: Mapping[str, Any], console: Console) -> Measurement:
+def _measured(
+    clock: Clock, folder: Path, manifest: Mapping[str, Any], gate: Callable[[Measurement], Check], console: Console
+) -> Measurement:
     entry = folder / str(manifest["entry"])
     artifact.check_files(folder, dict(manifest), artifact.model_files(manifest))
     onnxfile.refuse_external(entry)
     clock.load("baseline", entry, COPIES)
     console.say("timing the baseline, turn by turn with the artifact")
-    return measure(clock, "baseline", "pruned", "p50", None, console=console)
+    return measure(clock, "baseline", "pruned", "p50", None, gate, console=console)
 
 
 def timed(measured: Measurement, most: float) -> Check:

@@ -176,6 +176,7 @@ class Clock:
         every_round: bool = False,
         patience: float = PATIENCE,
         fewest: int | None = None,
+        enough: Callable[[list[Measurement]], bool] | None = None,
         on_round: Callable[[int, float], None] | None = None,
     ) -> dict[str, Measurement]:
         """Time loaded models turn by turn with the loaded `anchor`; see `race`."""
@@ -192,6 +193,7 @@ class Clock:
             every_round=every_round,
             patience=patience,
             fewest=fewest,
+            enough=enough,
             seed=self.seed,
             on_round=on_round,
         )
@@ -309,6 +311,7 @@ def race(
     every_round: bool = False,
     patience: float = PATIENCE,
     fewest: int | None = None,
+    enough: Callable[[list[Measurement]], bool] | None = None,
     seed: int = 0,
     on_round: Callable[[int, float], None] | None = None,
 ) -> list[Measurement]:
@@ -319,7 +322,7 @@ def race(
     rounds (None = 9) are always run. `on_round(rounds, seconds)` is called after each round.
     Runs whose threads had to wait for a CPU do not count. With `quiet`, the anchor on the quiet device, only
     rounds as calm as that do, and a machine that is disturbed is given up to `patience` times the budget to
-    calm down. With `settle` the same holds for the quietest stretch of this measurement, if it is quieter; all
+    calm down. So is one that ends before `enough`, which is asked once, when the budget is over. With `settle` the same holds for the quietest stretch of this measurement, if it is quieter; all
     undisturbed rounds are then returned. With `every_round` all count, whatever happened: the machine as it is.
     Returns a Measurement per entry in order; the anchor's own ratio is 1.
     """
@@ -337,7 +340,7 @@ def race(
 
     fewest = FEWEST_ROUNDS if fewest is None else fewest
     next_look = max(min_rounds, fewest)
-    turn = calm = 0
+    turn, calm, undecided = 0, 0, False
     while calm < max(max_rounds, fewest):
         found = _round(entries, _parts(rng, len(entries), anchor), anchor, turn)
         if every_round:
@@ -347,10 +350,11 @@ def race(
         if on_round is not None:
             on_round(turn, seconds)
         calm = statistics.calm_count(record.turns, quiet, settle=settle)
-        waiting = calm < min_rounds and (quiet is not None or settle)
-        patience_s = budget_s * (patience if waiting else 1)
-        if turn >= fewest and seconds >= patience_s:
-            break
+        waiting = undecided or (calm < min_rounds and (quiet is not None or settle))
+        if turn >= fewest and seconds >= budget_s * (patience if waiting else 1):
+            if waiting or enough is None or enough(summarised()):
+                break
+            undecided = True
         if calm >= next_look:
             measured = summarised()
             if statistics.tight(measured, ci):

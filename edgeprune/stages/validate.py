@@ -7,6 +7,7 @@ every image in `answers.npz`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -203,19 +204,19 @@ def time_it(
     """Time the loaded `pruned` turn by turn with the loaded `dense`."""
     profiled_ms = document["anchor_ms"][clock.runtime]
     console.say(f"timing {clock.runtime}, turn by turn with the dense model")
-    measured = checks.measure(
-        clock,
-        "dense",
-        "pruned",
-        request.quantile,
-        Quiet.of(document, clock.runtime),
-        strict=request.strict_clock,
-        console=console,
+    anchor_ms = None if request.strict_clock else profiled_ms
+    check = functools.partial(
+        checks.latency_check, anchor_ms=anchor_ms, limit_ms=planned.limit_ms, quantile=request.quantile
     )
-    anchor_ms, drift = checks.corrected(measured, profiled_ms, strict=request.strict_clock, console=console)
-    check = checks.latency_check(measured, anchor_ms, planned.limit_ms, request.quantile)
+    quiet = Quiet.of(document, clock.runtime)
+    measured = checks.measure(
+        clock, "dense", "pruned", request.quantile, quiet, check, strict=request.strict_clock, console=console
+    )
+    drift = checks.drift(measured, profiled_ms, strict=request.strict_clock, console=console)
     now = float(np.median(measured.anchor_ms))
-    return Timed(check, latency_ms(measured, anchor_ms), measured.ratio, drift, anchor_ms or now, measured.raw_ms)
+    return Timed(
+        check(measured), latency_ms(measured, anchor_ms), measured.ratio, drift, anchor_ms or now, measured.raw_ms
+    )
 
 
 def predict_it(request: Request, document: Mapping[str, Any], planned: artifact.PlannedModel) -> Timed:

@@ -23,7 +23,7 @@ from edgeprune import errors
 from edgeprune.latency import clock as clock_module
 from edgeprune.latency import worker
 from edgeprune.latency.clock import BESIDE, Clock, race
-from edgeprune.types import Quiet
+from edgeprune.types import Measurement, Quiet
 
 NULL_RUNTIME = """
 import os, sys, time, types
@@ -370,6 +370,23 @@ def test_a_measurement_waits_for_a_calm_machine() -> None:
     assert found.calm
     assert len(found.samples_ms) < 60
     assert found.ratio == 0.5
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_what_is_undecided_gets_more_time_once(enough: bool) -> None:
+    clock, asked = Scripted(waits=lambda turn: time.sleep(0.001) or 0.0), []  # type: ignore[func-returns-value]
+
+    def judge(found: list[Measurement]) -> bool:
+        asked.append((time.monotonic() - begin, len(found[-1].samples_ms)))
+        return enough
+
+    begin = time.monotonic()
+    never_tight = -1.0
+    found = scripted(clock, ci=never_tight, max_rounds=100_000, budget_s=0.3, patience=3, enough=judge)
+    [(seconds, rounds)] = asked
+    assert seconds >= 0.3
+    assert (len(found.samples_ms) > rounds) == (not enough)
+    assert time.monotonic() - begin >= (0.3 if enough else 0.9)
 
 
 def test_but_not_for_ever() -> None:
