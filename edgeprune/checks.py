@@ -17,7 +17,7 @@ from edgeprune import errors
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose
 from edgeprune.latency.clock import Clock
-from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms, verdict
+from edgeprune.latency.statistics import digits, quantile_ci_ms, quantile_ms, verdict
 from edgeprune.types import Check, FloatArray, Measurement, Quiet, Verdict
 
 SECONDS = 30.0
@@ -90,13 +90,13 @@ def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: floa
     if value is None or interval is None:
         return Check(name, None, limit_ms, "inconclusive", f"{rounds} samples are too few for {quantile}")
     low, high = interval
-    reason = f"95 % interval {low:.2f} to {high:.2f} ms from {rounds} rounds, limit {limit_ms:.2f} ms"
+    reason = f"95 % interval {digits(low)} to {digits(high)} ms from {rounds} rounds, limit {digits(limit_ms)} ms"
     decided = verdict((low, high), limit_ms)
     if not measured.calm:
         reason += "; the machine was never quiet enough: too busy here, or slower than when it was profiled"
         _, slowest = quantile_ci_ms(measured, None, quantile) or interval
         if decided == "pass" and slowest <= limit_ms:
-            reason += f", yet even so all is within {slowest:.2f} ms"
+            reason += f", yet even so all is within {digits(slowest)} ms"
         else:
             decided = "inconclusive"
     elif (left_out := measured.raw_ms.shape[1] - rounds) > 0:
