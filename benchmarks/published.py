@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         build = Builder(request, options.cache_dir, options.epochs, QUICK_FAMILY if options.quick else FAMILY)
         lines = [f"{request.card.name}, {accuracy.commit()}, `--epochs {options.epochs:g}`"]
         for paper in options.papers or PAPERS:
-            lines += ["", f"## {paper}", "", *PAPERS[paper](build)]
-            print("\n".join(lines), flush=True)
+            found = ["", f"## {paper}", "", *PAPERS[paper](build)]
+            print("\n".join(found), flush=True)
+            lines += found
     path = options.out / f"published-{request.card.name}.md"
     path.write_text("\n".join(lines) + "\n")
     print(f"written to {path}")
