@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 
 OURS = ("edgeprune", "edgeprune-widths")  # the first of these that has rows is compared with the others
 BEST = "torch-pruning, best"  # of all its variants, chosen after the fact at every speed-up: a favour
-COLOURS, MARKERS = (
-    10,
-    "osDv^P",
-)  # of a plot, before they come again: matplotlib's colours, and a marker for each round of them
+COLOURS = 10  # of matplotlib, before they come again
+MARKERS = "osDv^P"  # of a plot, one for each round of the colours
 
 Row = dict[str, Any]
 #: The rows of all seeds, by method and speed-up.

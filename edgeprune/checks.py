@@ -17,7 +17,8 @@ from edgeprune import errors
 from edgeprune.console import SILENT, Console
 from edgeprune.latency import choose
 from edgeprune.latency.clock import Clock
-from edgeprune.latency.statistics import digits, quantile_ci_ms, quantile_ms, verdict
+from edgeprune.latency.statistics import quantile_ci_ms, quantile_ms, verdict
+from edgeprune.report import digits, ms
 from edgeprune.types import Check, FloatArray, Measurement, Quiet, Verdict
 
 SECONDS = 30.0
@@ -51,8 +52,8 @@ def measure(
     """Time the two loaded models turn by turn, long enough for the quantile; says what disturbed it.
 
     quiet: only rounds as calm as that count; None on another device than the profile's. strict: all do.
-    check: what is to be decided of the second model. Where it is not when the time is over, there is more of it, once:
-    looked at twice, a model just beyond its limit passes at most 5 times in 100.
+    check: what is to be decided of `pruned`. If it is undecided when the time is over, more time is given, once: two
+    looks at a 95 % interval, each of which passes a model just beyond its limit 2.5 times in 100, do so 5 times at most.
     """
 
     def enough(found: list[Measurement]) -> bool:
@@ -71,7 +72,7 @@ def drift(measured: Measurement, profiled_ms: float, *, strict: bool, console: C
     found = now / profiled_ms - 1
     if abs(found) > DRIFT:
         console.say(
-            f"the dense model takes {now:.2f} ms now and took {profiled_ms:.2f} ms when profiled: the machine is {abs(found):.0%} "
+            f"the dense model takes {ms(now)} now and took {ms(profiled_ms)} when profiled: the machine is {abs(found):.0%} "
             f"{'slower' if found > 0 else 'faster'}, {'and the strict clock counts it so' if strict else 'which is corrected'}"
         )
     return found
@@ -90,13 +91,13 @@ def latency_check(measured: Measurement, anchor_ms: float | None, limit_ms: floa
     if value is None or interval is None:
         return Check(name, None, limit_ms, "inconclusive", f"{rounds} samples are too few for {quantile}")
     low, high = interval
-    reason = f"95 % interval {digits(low)} to {digits(high)} ms from {rounds} rounds, limit {digits(limit_ms)} ms"
+    reason = f"95 % interval {digits(low)} to {ms(high)} from {rounds} rounds, limit {ms(limit_ms)}"
     decided = verdict((low, high), limit_ms)
     if not measured.calm:
         reason += "; the machine was never quiet enough: too busy here, or slower than when it was profiled"
         _, slowest = quantile_ci_ms(measured, None, quantile) or interval
         if decided == "pass" and slowest <= limit_ms:
-            reason += f", yet even so all is within {digits(slowest)} ms"
+            reason += f", yet even so all is within {ms(slowest)}"
         else:
             decided = "inconclusive"
     elif (left_out := measured.raw_ms.shape[1] - rounds) > 0:

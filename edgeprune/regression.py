@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +59,18 @@ def check(
     folder, manifest = baseline
     if (folder / str(manifest["entry"])).is_file():
         if manifest["runtime"] == clock.runtime and manifest["precision"] == clock.info["precision"]:
-            gate = functools.partial(timed, most=most)
-            return gate(_measured(clock, folder, manifest, gate, console))
+            return timed(_measured(clock, folder, manifest, most, console), most)
         console.say(f"the baseline runs in {manifest['runtime']}, {manifest['precision']}: its recorded latency counts")
     return recorded(manifest, machine, now, anchor_ms, clock.info, most)
 
 
-def _measured(
-    clock: Clock, folder: Path, manifest: Mapping[str, Any], gate: Callable[[Measurement], Check], console: Console
-) -> Measurement:
+def _measured(clock: Clock, folder: Path, manifest: Mapping[str, Any], most: float, console: Console) -> Measurement:
     entry = folder / str(manifest["entry"])
     artifact.check_files(folder, dict(manifest), artifact.model_files(manifest))
     onnxfile.refuse_external(entry)
     clock.load("baseline", entry, COPIES)
     console.say("timing the baseline, turn by turn with the artifact")
+    gate = functools.partial(timed, most=most)
     return measure(clock, "baseline", "pruned", "p50", None, gate, console=console)
 
 

@@ -430,24 +430,6 @@ def test_the_search_goes_on_below_a_plan_that_just_misses(
     assert kept != [list(block) for block in shapes[0]]
 
 
-def test_plans_with_little_room_are_tried_again_and_yet_better_than_none(
-    space: Workspace, rebuilt: tuple[Path, Result, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = Path(shutil.copytree(rebuilt[0] / "cache", tmp_path / "cache"))
-    request, _ = api.request(str(space.one), target=str(space.target), latency="80%", runtime="onnxruntime")
-    measured: dict[Any, float] = {}
-
-    def little_room(clock: Any, dense: Any, plan: Any, request: Any, quiet: Any) -> Any:
-        ms = measured[plan.shape] = (0.999 - 0.001 * min(len(measured), 9)) * request.latency.limit_ms(quiet.ms)
-        return ms, (ms, ms), True
-
-    monkeypatch.setattr(prune, "measure", little_room)
-    folder = pipeline.run_stages(pipeline.PIPELINE[:5], request, cache)["prune"].folder
-    kept = tuple(map(tuple, json.loads((folder / "plan.json").read_text())["shape"]))
-    assert len(measured) > 1
-    assert measured[kept] == min(measured.values())
-
-
 # Options ------------------------------------------------------------------------------------
 
 

@@ -322,8 +322,9 @@ def race(
     rounds (None = 9) are always run. `on_round(rounds, seconds)` is called after each round.
     Runs whose threads had to wait for a CPU do not count. With `quiet`, the anchor on the quiet device, only
     rounds as calm as that do, and a machine that is disturbed is given up to `patience` times the budget to
-    calm down. So is one that ends before `enough`, which is asked once, when the budget is over. With `settle` the same holds for the quietest stretch of this measurement, if it is quieter; all
-    undisturbed rounds are then returned. With `every_round` all count, whatever happened: the machine as it is.
+    calm down. With `settle` the same holds for the quietest stretch of this measurement, if it is quieter; all
+    undisturbed rounds are then returned. When the budget is over and what was measured is not `enough`, which is
+    asked once, rounds go on for as long as on a disturbed machine. With `every_round` all count, whatever happened: the machine as it is.
     Returns a Measurement per entry in order; the anchor's own ratio is 1.
     """
     for clock, name in entries:

@@ -315,11 +315,6 @@ def latency_ms(measurement: Measurement, anchor_ms: float | None) -> dict[str, f
     }
 
 
-def digits(ms: float) -> str:
-    """Milliseconds with as many digits as they are told apart by: `12.06`, `0.724`."""
-    return f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
-
-
 def verdict(ci: tuple[float, float], limit: float) -> Verdict:
     """pass when the whole interval is within the limit, fail when it is all beyond, else inconclusive."""
     low, high = ci

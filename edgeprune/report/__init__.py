@@ -11,9 +11,14 @@ from edgeprune.types import INT8, int8, left, rank
 Row = tuple[str, str, str]
 
 
+def digits(value: float) -> str:
+    """Milliseconds as text, without the unit: three digits below 1 ms."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
 def ms(value: float | None) -> str:
-    """Milliseconds as text, three digits below 1 ms; a dash for what was not measured."""
-    return "–" if value is None else f"{value:.2f} ms" if value >= 1 else f"{value:.3g} ms"
+    """Milliseconds as text; a dash for what was not measured."""
+    return "–" if value is None else f"{digits(value)} ms"
 
 
 def rows(manifest: dict[str, Any]) -> list[Row]:
@@ -143,7 +148,7 @@ def interval(pruned: dict[str, Any]) -> str:
         return f"predicted {pruned['predicted_ms']:.2f} ms from another device's profile, not measured"
     low, high = pruned["latency_ci_ms"]
     return (
-        f"95 % interval {low:.2f} to {high:.2f} ms from {pruned['latency_ms']['samples']} rounds, "
+        f"95 % interval {digits(low)} to {ms(high)} from {pruned['latency_ms']['samples']} rounds, "
         f"turn by turn with the dense model; predicted {pruned['predicted_ms']:.2f} ms"
     )
 
