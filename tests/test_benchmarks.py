@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -258,3 +259,35 @@ def test_published_quick(tmp_path: Path) -> None:
     assert "keeps on average: heads " in text and "`adapters.safetensors`" in text
     with pytest.raises(SystemExit):
         published.main(["ziplm", "sdlm"])
+
+
+# The compiler -------------------------------------------------------------------------------
+
+
+def test_a_phase_within_another_is_taken_off_it() -> None:
+    torch = pytest.importorskip("torch")
+    phases = script("compiler").Phases()
+    product = phases.wrapped("product", lambda: torch.ones(8, 4) @ torch.ones(4, 2))
+
+    def all_of_it() -> None:
+        time.sleep(0.2)
+        product()
+        product()
+
+    phases.wrapped("the rest", all_of_it, counted=False)()
+    assert phases.flops == {"product": 2 * (2 * 8 * 4 * 2), "the rest": 0}
+    assert phases.seconds["the rest"] >= 0.2 and phases.seconds["product"] > 0 and not phases.inner
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    torch = pytest.importorskip("torch")
+    phases = script("compiler").Phases()
+    q = torch.ones(1, 2, 5, 8)
+    phases.wrapped("attention", torch.nn.functional.scaled_dot_product_attention)(q, q, q)
+    assert phases.flops["attention"] == 2 * (2 * 2 * 5 * 5 * 8)  # queries by keys, and what they say of values
+
+
+def test_what_the_compiler_is_timed_by_is_there() -> None:
+    """Phases are found by name: one that was renamed would be missed only after minutes of measuring."""
+    for module, name, _ in script("compiler").PHASES:
+        assert callable(getattr(importlib.import_module(module), name))
