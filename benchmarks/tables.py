@@ -133,7 +133,9 @@ def section(cells: Cells, steps: int, plot: str) -> str:
     if any(at[0] == BEST for at in shown):
         parts += [
             "All variants of Torch-Pruning:",
-            table({a: r for a, r in cells.items() if a[0].startswith("tp-")}, lambda rows: cell(rows, seeds)),
+            table(
+                {a: r for a, r in cells.items() if a[0].startswith("tp-")}, lambda rows: cell(rows, seeds, named=False)
+            ),
         ]
     parts += ["Seconds per row (preparing a seed once, then: finding the latency, tuning, judging):", table(shown, spent),
               f"![accuracy over measured speed-up]({plot})"]  # fmt: skip
@@ -149,14 +151,17 @@ def table(cells: Cells, write: Any) -> str:
     return "\n".join(lines)
 
 
-def cell(rows: list[Row], seeds: int) -> str:
-    """Accuracy; where the target was missed, the speed-up that was measured instead; and how many seeds it has, if fewer."""
+def cell(rows: list[Row], seeds: int, *, named: bool = True) -> str:
+    """Accuracy; where the target was missed, the speed-up that was measured instead; how many seeds it has, if fewer.
+
+    `named`: with the variant of Torch-Pruning.
+    """
     if not judged(rows):
         return "not reachable"
     value, half = accuracy(rows)
     missed = {row["status"] for row in rows} - {"ok"}
     measured = np.mean([row["measured_speed_up"] for row in rows])
-    variant = f" ({rows[0]['method'].removeprefix('tp-')})" if rows[0]["method"].startswith("tp-") else ""
+    variant = f" ({rows[0]['method'].removeprefix('tp-')})" if named and rows[0]["method"].startswith("tp-") else ""
     busy = "" if all(row["calm"] for row in rows) else ", busy machine"
     fewer = f", {len(rows)} seed{'s' * (len(rows) > 1)}" if len(rows) < seeds else ""
     return f"{value:.2f} ± {half:.2f}" + (f" at {measured:.2f}x" if missed else "") + fewer + busy + variant

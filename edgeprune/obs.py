@@ -51,12 +51,17 @@ class Moments:
             self.product = torch.zeros(len(self.shift[: self.rows]), x.shape[1], dtype=torch.float64)
         assert self.total is not None and self.product is not None
         x = x - self.shift
-        weighed = x if weights is None else x * weights.reshape(-1, 1)
-        self.count += len(x) if weights is None else float(weights.sum(dtype=torch.float64))
-        self.total += weighed.sum(0).double()
+        if weights is None:
+            self.count += len(x)
+            self.total += x.sum(0).double()
+        else:
+            weights = weights.reshape(-1)
+            self.count += float(weights.sum(dtype=torch.float64))
+            self.total += (weights @ x).double()
+            x *= weights.sqrt()[:, None]  # on both sides of the product; in place, as a copy is not cheap
         for start in range(0, len(self.product), PANEL):  # the lower triangle is the mirror image of the upper
             panel = slice(start, start + PANEL)
-            self.product[panel, start:] += weighed[:, : self.rows][:, panel].T @ x[:, start:]
+            self.product[panel, start:] += x[:, : self.rows][:, panel].T @ x[:, start:]
 
     @property
     def mean(self) -> Tensor:

@@ -166,10 +166,11 @@ def collect(
             weights = None
             if uses_loss:
                 g = gradients[at]
-                g = g / g.square().sum(-1).mean(1).clamp_min(1e-30).sqrt()[:, None, None]
-                weights = FLOOR + (1 - FLOOR) * g.square().sum(-1)
+                felt = torch.linalg.vector_norm(g, dim=-1).square()
+                scale = felt.mean(1, keepdim=True).clamp_min(1e-30)
+                weights = FLOOR + (1 - FLOOR) * felt / scale
                 found.weights[at].append(weights)
-                g = g.flatten(0, 1)
+                g = (g / scale.sqrt()[..., None]).flatten(0, 1)
                 found.gradients[at] = found.gradients.get(at, 0) + (g.T @ g).double()
             found.moments[at].add(inputs[at], weights)
         advance(len(pixels), "")

@@ -32,6 +32,7 @@ from edgeprune.types import LatencyTable, Plan, Quiet, Shape, int8, left, rank, 
 
 AIM = 0.975  # of the limit: room for the measurement's own interval
 AIM_UNMEASURED = 0.95  # where the table cannot be compared with the assembled model
+MET = 0.992  # of the limit: what a plan within it was measured at, at most; its interval ends within the limit, too
 CLOSE = 0.955  # a plan measured below this share of the limit leaves accuracy on the table
 SAFE = 0.995  # of the limit, for the upper end of the interval
 STEP = 0.97  # a budget found too large is lowered by no more than this at once
@@ -244,7 +245,7 @@ def search(
             )
             console.say(f"try {attempt}: predicted {ms(predicted)}, measured {request.quantile} {ms(measured)} "
                         f"[{digits(ci[0])}, {digits(ci[1])}], limit {ms(limit)}")  # fmt: skip
-            met = measured <= 0.992 * limit and ci[1] <= limit
+            met = measured <= MET * limit and ci[1] <= limit
             if met and (best is None or measured > best[0]):
                 best = (measured, plan)
             if met and measured >= CLOSE * limit:
