@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-2
+STILL = 4e-7  # deviation, as a share of the inputs' magnitude, below which an input is constant but for float32's rounding
 PANEL = 256  # rows of a covariance that one multiplication makes
 SWEEP = 512  # eliminations after which inverse and weights are computed afresh, against drift
 
@@ -70,12 +71,16 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """`[rows, inputs]`"""
+        """`[rows, inputs]`; exactly 0 where an input is constant, as what is solved for must not follow its rounding."""
         assert self.total is not None and self.product is not None
         offset, square = self.total / self.count, slice(0, len(self.product))
         product = self.product.clone()
         product[:, square] = product[:, square].triu() + product[:, square].triu(1).T
-        return product / self.count - torch.outer(offset[: self.rows], offset)
+        found = product / self.count - torch.outer(offset[: self.rows], offset)
+        variance = found.diagonal()
+        still = variance <= STILL**2 * (self.mean[: self.rows].square() + variance).mean()
+        found[still], found[:, square][:, still] = 0.0, 0.0
+        return found
 
 
 def damped(covariance: Tensor, damping: float = DAMPING) -> Tensor:

@@ -647,7 +647,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds worker processes in /proc")
 def test_ctrl_c_ends_with_130_and_the_same_command_resumes(space: Workspace, tmp_path: Path) -> None:
     command = [*build(space, tmp_path, card=space.one, **{"--latency": "1000ms"}), "--format", "json"]
-    endless = "import edgeprune.latency.clock as clock; clock.FEWEST_ROUNDS = 10**9; "
+    endless = "from edgeprune.stages import profile; profile.FEWEST = 10**9; "
     process = subprocess.Popen(
         [sys.executable, "-c", endless + "from edgeprune.cli import main; main()", *map(str, command)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,

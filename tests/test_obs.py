@@ -68,6 +68,27 @@ def test_moments_equal_numpys_covariance(mean: float, dtype: torch.dtype) -> Non
     assert made.covariance.dtype == torch.float64
 
 
+def test_a_constant_input_explains_nothing() -> None:
+    """What a class token without attention is; its rounding must not tell what `rows` leaves out: what is to be explained."""
+    torch.manual_seed(0)
+    for scale in (1e-3, 1.0, 100.0):
+        constant, wanted = scale * torch.randn(4), 5 + torch.randn(90, 3)
+        made = Moments(rows=4)
+        for batch in wanted.split([33, 1, 56]):
+            made.add(torch.cat([constant.expand(len(batch), 4), batch], -1), torch.rand(len(batch)))
+        assert made.covariance.shape == (4, 7) and not made.covariance.any()
+
+
+def test_one_constant_input_of_several() -> None:
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 1 / 3
+    made = Moments()
+    for batch in x.split(20):
+        made.add(batch)
+    assert not made.covariance[1].any() and not made.covariance[:, 1].any()
+    np.testing.assert_allclose(made.covariance[::2, ::2], np.cov(x[:, ::2].T.double(), bias=True), rtol=1e-5)
+
+
 def test_moments_keep_no_graph() -> None:
     made = Moments()
     made.add(torch.ones(3, 2, requires_grad=True) * 2)
