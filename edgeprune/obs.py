@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-2
-STILL = 4e-7  # deviation, as a share of the inputs' magnitude, below which an input is constant but for float32's rounding
+STILL = 4e-7  # deviation, as a share of the inputs' magnitude, of what is constant but for float32's rounding
 PANEL = 256  # rows of a covariance that one multiplication makes
 SWEEP = 512  # eliminations after which inverse and weights are computed afresh, against drift
 
