@@ -78,7 +78,7 @@ class Moments:
         product[:, square] = product[:, square].triu() + product[:, square].triu(1).T
         found = product / self.count - torch.outer(offset[: self.rows], offset)
         variance = found.diagonal()
-        still = variance <= STILL**2 * (self.mean[: self.rows].square() + variance).mean()
+        still = variance < STILL**2 * (self.mean[: self.rows].square() + variance).mean()
         found[still], found[:, square][:, still] = 0.0, 0.0
         return found
 
