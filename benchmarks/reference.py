@@ -1,6 +1,6 @@
 """Train the benchmark's reference model for a given time; the learning rate follows the clock, so it always ends annealed.
 
-    python benchmarks/reference.py --data-dir DIR --minutes 60 [--start FILE] [--blocks 8 --width 128] [--out FILE]
+    python benchmarks/reference.py --data-dir DIR --minutes 60 [--weights FILE] [--blocks 8 --width 128] [--out FILE]
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/reference.py ...
 
 The second command trains in two processes of one thread, which share every batch: on two cores that is faster than two
@@ -40,8 +40,8 @@ def main() -> None:
     sizes = {"embed_dim": width, "depth": blocks, "num_heads": width // 32}
     card = replace(card, kwargs={**card.kwargs, **sizes})
     model = vit.create(card.architecture, card.kwargs, card.num_classes)
-    if options.start:
-        weightfile.load(model, weightfile.read(options.start), str(options.start))
+    if options.weights:
+        weightfile.load(model, weightfile.read(options.weights), str(options.weights))
     transforms = data.transform_config(card, model)
     splits = data.load_splits(card, transforms, 0)
     model.to(group.device)
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--start", type=Path)
+    parser.add_argument("--weights", type=Path, help="to start from")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=128)
