@@ -3,9 +3,10 @@
     python benchmarks/reference.py --data-dir DIR --minutes 60 [--weights FILE] [--blocks 8 --width 128] [--out FILE]
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/reference.py ...
 
-The second command trains in two processes of one thread, which share every batch. Images are decoded once and augmented in batches (random crop with reflected borders, flip, and mixup if asked
-for), in bfloat16 where that is faster. The calibration images of seed 0 take no part. Writes fp16 safetensors, judged as
-written, and prints the accuracy on the test images.
+The second command trains in two processes of one thread, which share every batch. Images are decoded once and
+augmented in batches (random crop with reflected borders, flip, and mixup if asked for), in bfloat16 where that is
+faster. The calibration images of seed 0 take no part. Writes fp16 safetensors, judged as written, and prints the
+accuracy on the test images.
 """
 
 from __future__ import annotations

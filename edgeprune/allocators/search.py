@@ -29,7 +29,7 @@ NEEDS = ("activations",)
 
 JUDGED, JUDGED_LEAST = 256, 32  # calibration images that a judge of the search looks at, at most and at least
 PROBED_LEAST = 12  # of those that tell what dropping tokens or int8 does at one block
-PROBE_MACS = 6e12  # multiply-adds that this may take; with half, errors of drops came out far too low (benchmarks/README.md)
+PROBE_MACS = 6e12  # multiply-adds that this may take; half of them make errors too low (benchmarks/README.md)
 PLANS = 40  # re-fitted plans that the search should have time for; it looks at fewer images rather
 PROBED = 8  # images that tell how long one takes
 
