@@ -73,6 +73,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sibling-minutes", type=float, default=0.0, help="to train each dense sibling; 0 = no sibling"
     )
+    parser.add_argument(
+        "--sibling-teacher", type=Path, help="network by teacher.py that taught the dense model, if one did"
+    )
     parser.add_argument("--screen", type=int, default=0, help="measure only so many variants of Torch-Pruning; 0 = all")
     parser.add_argument("--measure-seconds", type=float, default=10.0, help="longest measurement of one shape")
     parser.add_argument("--measurements", type=int, default=6, help="of new shapes, at most, for one row")
@@ -436,7 +439,7 @@ def rows(
         if key[4]:
             began = time.monotonic()
             if scratch:
-                rival.train(found.model, bench.options.sibling_minutes)
+                rival.train(found.model, bench.options.sibling_minutes, bench.options.sibling_teacher)
             else:
                 tune(task, found.model, key[4])
             seconds["tune"] = time.monotonic() - began

@@ -1,144 +1,127 @@
-"""Train the benchmark's reference model for a given time; the learning rate follows the clock, so it always ends annealed.
+"""Train the benchmark's reference model, or a sibling of it, for a given time; it always ends annealed.
 
-    python benchmarks/reference.py --data-dir DIR --minutes 60 [--weights FILE] [--blocks 8 --width 128] [--out FILE]
+    python benchmarks/reference.py --data-dir DIR --minutes 60 [--teacher FILE] [--weights FILE] [--blocks 8 --width 128]
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 benchmarks/reference.py ...
 
-The second command trains in two processes of one thread, which share every batch. Images are decoded once and
-augmented in batches (random crop with reflected borders, flip, and mixup if asked for), in bfloat16 where that is
-faster. The calibration images of seed 0 take no part. Writes fp16 safetensors, judged as written, and prints the
-accuracy on the test images.
+The second command trains in two processes of one thread. Matrices of the blocks are stepped by Muon, the rest by AdamW.
+With a `--teacher` (`teacher.py`) the loss is that of the labels, the divergence from the teacher's answers, and how far
+patches in the middle of the model are from predicting the teacher's features at the same place (locality guidance, Li
+et al., ECCV 2022), the last of which fades out. The calibration images of seed 0 take no part. Writes fp16 safetensors,
+judged as written, and prints the accuracy on the test images.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import time
-from dataclasses import replace
 from pathlib import Path
 
+import teacher
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import training
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeprune import api, compat, config, data, vit, weightfile
-from edgeprune.console import SILENT, Console
-from edgeprune.tuning.group import Group, alone, launched
-from edgeprune.tuning.precision import Precision
+from edgeprune import compat, data, vit, weightfile
+from edgeprune.tuning.group import Group
 
-PAD = 4
+BATCH = 128
+LEARNING_RATE = 1.5e-3  # of matrices; two thirds of it for the rest
+WARM_UP = 0.03  # of the time
+GUIDED = 5 / 8  # of the blocks are below what the teacher's features are predicted from
+SHARES = {"labels": 0.3, "answers": 0.7, "grid": 1.0}  # of the loss, with a teacher
 
 
 def main() -> None:
     options = parse()
-    group = launched() if "WORLD_SIZE" in os.environ else alone()
-    torch.manual_seed(options.seed)
-    card = api.with_data(config.load_card("cifar10"), "folder", str(options.data_dir))
+    card, group = training.setting(options.data_dir, options.seed)
     width, blocks = options.width, options.blocks
-    sizes = {"embed_dim": width, "depth": blocks, "num_heads": width // 32}
-    card = replace(card, kwargs={**card.kwargs, **sizes})
+    card = training.resized(card, embed_dim=width, depth=blocks, num_heads=width // 32)
     model = vit.create(card.architecture, card.kwargs, card.num_classes)
     if options.weights:
         weightfile.load(model, weightfile.read(options.weights), str(options.weights))
     transforms = data.transform_config(card, model)
     splits = data.load_splits(card, transforms, 0)
-    model.to(group.device)
-    mean, std = (torch.tensor(transforms[key], device=group.device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    images, labels = pixels(splits.train, group.device)
-    tune(model, images, labels, mean, std, group, options)
+    pictures = training.Pictures(splits.train, transforms, group.device)
+    learn(model, pictures, options.teacher, group, options.minutes, options.seed, options.learning_rate)
     if group.rank:
         return
-    save_file({k: v.half().cpu().contiguous() for k, v in model.state_dict().items()}, options.out)
-    model.cpu()
+    training.save_half(model, options.out)
     weightfile.load(model, weightfile.read(options.out), str(options.out))
-    print(f"{options.out}: {accuracy(model, splits.evaluation):.2f} % on {len(splits.evaluation)} test images")
+    print(f"{options.out}: {training.accuracy(model, splits.evaluation):.2f} % on {len(splits.evaluation)} test images")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--teacher", type=Path, help="a network by teacher.py")
     parser.add_argument("--weights", type=Path, help="to start from")
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--mixup", type=float, default=0.0)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("cifar10.safetensors"))
     return parser.parse_args()
 
 
-def pixels(images: data.Images, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All images as uint8 `[n, channels, height, width]`, and their labels."""
-    from torchvision.transforms.functional import pil_to_tensor
-
-    parts = list(images.with_transform(pil_to_tensor).batches(1000))
-    return torch.cat([p for p, _ in parts]).to(device), torch.cat([label for _, label in parts]).to(device)
-
-
-def augment(images: Tensor) -> Tensor:
-    """A random crop of the reflected image and a random flip, for each image of the batch."""
-    n, _, height, width = images.shape
-    padded = F.pad(images.float(), (PAD,) * 4, mode="reflect")
-    rows = torch.randint(0, 2 * PAD + 1, (n, 1), device=images.device) + torch.arange(height, device=images.device)
-    cols = torch.randint(0, 2 * PAD + 1, (n, 1), device=images.device) + torch.arange(width, device=images.device)
-    cols = torch.where(torch.rand(n, 1, device=images.device) < 0.5, cols, cols.flip(1))
-    which = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[which, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-
-
-def tune(
-    model: compat.VisionTransformer, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor, group: Group, options: argparse.Namespace
+def learn(
+    model: compat.VisionTransformer, pictures: training.Pictures, teacher_file: Path | None, group: Group,
+    minutes: float, seed: int, learning_rate: float = LEARNING_RATE,
 ) -> None:  # fmt: skip
-    parameters = list(model.parameters())
-    decay, plain = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    """Train `model` in place; it ends on the CPU, in eval mode."""
+    lesson = Lesson(model, teacher_file).to(group.device)
+    training.train(
+        lesson, pictures, lesson, optimizers(lesson, learning_rate),
+        lambda done: min(done / WARM_UP + 1e-2, 0.5 * (1 + math.cos(math.pi * done))), group,
+        minutes=minutes, batch_size=BATCH, seed=seed, clip=1.0,
+    )  # fmt: skip
+    model.cpu().eval()
+
+
+class Lesson(nn.Module):
+    """A model, who teaches it, and what it has to learn."""
+
+    def __init__(self, model: compat.VisionTransformer, path: Path | None) -> None:
+        super().__init__()
+        self.model = model
+        self.teacher = teacher.load(path) if path else None
+        self.below = round(GUIDED * len(model.blocks))
+        self.guide = nn.Linear(model.embed_dim, self.teacher.width) if self.teacher else None
+
+    def train(self, mode: bool = True) -> Lesson:
+        self.model.train(mode)  # the teacher never trains
+        return self
+
+    def forward(self, x: Tensor, labels: Tensor, done: float) -> Tensor:
+        """The loss, summed over the images, when the share `done` of the training is over."""
+        model = self.model
+        tokens = model._pos_embed(model.patch_embed(x))
+        middle = model.blocks[: self.below](tokens)
+        logits = model.forward_head(model.norm(model.blocks[self.below :](middle))).float()
+        told = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum")
+        if self.teacher is None:
+            return told
+        with torch.no_grad():
+            answers, grid = self.teacher.answer(x)
+        asked = F.cross_entropy(logits, answers.float().softmax(-1), reduction="sum")
+        assert self.guide is not None
+        seen = F.normalize(self.guide(middle[:, model.num_prefix_tokens :]).float(), dim=-1)
+        there = F.normalize(grid.float().flatten(2).transpose(1, 2), dim=-1)
+        apart = (1 - (seen * there).sum(-1)).mean(1).sum()
+        return SHARES["labels"] * told + SHARES["answers"] * asked + (1 - done) * SHARES["grid"] * apart
+
+
+def optimizers(lesson: Lesson, rate: float) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in lesson.model.blocks.parameters() if p.ndim == 2]
+    inner = {id(p) for p in matrices}
+    others = [p for p in lesson.parameters() if p.requires_grad and id(p) not in inner]
+    decay, plain = [p for p in others if p.ndim >= 2], [p for p in others if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
-    console = SILENT if group.rank else Console()
-    precision = Precision("training", "auto", len(labels) // options.batch_size, group.device, console)
-    limit, began, epoch = 60 * options.minutes, time.monotonic(), 0
-    torch.manual_seed(options.seed + group.rank)  # of what is drawn for its own images
-    model.train()
-    while True:
-        order, losses = torch.randperm(len(labels), generator=torch.Generator().manual_seed(options.seed + epoch)), []
-        for batch in order.split(options.batch_size):
-            done = _first((time.monotonic() - began) / limit, group)
-            if done >= 1:
-                model.eval()
-                return
-            for part in optimizer.param_groups:
-                part["lr"] = options.learning_rate * min(done / 0.05 + 1e-2, 0.5 * (1 + math.cos(math.pi * done)))
-            pick = batch[group.rank :: group.size].to(labels.device)
-            x = (augment(images[pick]) / 255 - mean) / std
-            targets = F.one_hot(labels[pick], model.num_classes).float()
-            if options.mixup:
-                share = torch.distributions.Beta(options.mixup, options.mixup).sample().item()
-                x, targets = share * x + (1 - share) * x.flip(0), share * targets + (1 - share) * targets.flip(0)
-            optimizer.zero_grad(set_to_none=True)
-            with precision.run(len(pick)):
-                with precision.autocast():
-                    logits = model(x)
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.1, reduction="sum")
-                loss.backward()
-            losses.append(group.average_gradients(parameters, len(pick), loss))
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-        epoch += 1
-        console.say(f"epoch {epoch}, {time.monotonic() - began:.0f} s: loss {sum(losses) / len(losses):.4f}")
-
-
-def _first(value: float, group: Group) -> float:
-    """The first process's value."""
-    return float(group.total(torch.tensor(0.0 if group.rank else value, device=group.device)))
-
-
-@torch.no_grad()
-def accuracy(model: compat.VisionTransformer, images: data.Images) -> float:
-    right = sum(int((model(x).argmax(-1) == y).sum()) for x, y in images.batches(250))
-    return 100 * right / len(images)
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=rate * 2 / 3, betas=(0.9, 0.95)),
+    ]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgeprune import products
+
 DAMPING = 1e-2
 STILL = 4e-7  # deviation, as a share of the inputs' magnitude, of what is constant but for float32's rounding
 PANEL = 256  # rows of a covariance that one multiplication makes
@@ -60,9 +62,10 @@ class Moments:
             self.count += float(weights.sum(dtype=torch.float64))
             self.total += (weights @ x).double()
             x *= weights.sqrt()[:, None]  # on both sides of the product; in place, as a copy is not cheap
-        for start in range(0, len(self.product), PANEL):  # the lower triangle is the mirror image of the upper
-            panel = slice(start, start + PANEL)
-            self.product[panel, start:] += x[:, : self.rows][:, panel].T @ x[:, start:]
+        with products.exact():
+            for start in range(0, len(self.product), PANEL):  # the lower triangle is the mirror image of the upper
+                panel = slice(start, start + PANEL)
+                self.product[panel, start:] += x[:, : self.rows][:, panel].T @ x[:, start:]
 
     @property
     def mean(self) -> Tensor:

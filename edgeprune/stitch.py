@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import lowrank, obs, quantisation, recovery, tasks, vit
+from edgeprune import lowrank, obs, products, quantisation, recovery, tasks, vit
 from edgeprune.anatomies import MergingBlock
 from edgeprune.calibration import LayerMoments
 from edgeprune.compat import VisionTransformer
@@ -135,7 +135,7 @@ class Judge:
         images = images[: most_images(database.sizes)]
         self.database, self.shelf = database, shelf
         self.judged = 0  # the first image that is judged
-        with torch.no_grad():
+        with torch.no_grad(), products.rounded():
             self.start: State = (vit.embed(database.dense, images), vit.as_it_is)
             self.wanted = self._ask(teacher or database.dense, images)
         self.known: dict[Choice, float] = {}
@@ -150,7 +150,8 @@ class Judge:
     def divergence(self, choice: Choice) -> float:
         """Mean KL(dense || stitched) over the images, in nats."""
         if choice not in self.known:
-            self.known[choice] = self._run(choice, None)
+            with products.rounded():
+                self.known[choice] = self._run(choice, None)
         return self.known[choice]
 
     @torch.no_grad()
@@ -158,7 +159,8 @@ class Judge:
         """Hold this choice's residual streams for its neighbours."""
         if choice != self.kept:
             streams: list[tuple[Item, Reduction]] = []
-            self.known[choice] = self._run(choice, streams)
+            with products.rounded():
+                self.known[choice] = self._run(choice, streams)
             self.kept, self.streams = choice, streams
 
     def _put(self, state: State) -> tuple[Item, Reduction]:

@@ -6,15 +6,16 @@ fine-tuning take together, in the trainer that made the dense model (`benchmarks
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from edgeprune import vit
 from edgeprune.compat import VisionTransformer
+from edgeprune.data import transform_config
 from edgeprune.errors import UsageError
+from edgeprune.tuning.group import alone
 from rivals import Task
 
 SHALLOWEST = 0.5  # of the dense depth; heads keep their width, the MLP its ratio
@@ -52,18 +53,17 @@ class Sibling:
         small = vit.Anatomy((stage,), sizes.image, sizes.num_classes)
         return vit.macs(small, small.shape) / vit.macs(sizes, sizes.shape)
 
-    def train(self, model: VisionTransformer, minutes: float) -> None:
-        """In place, from the random weights it has."""
+    def train(self, model: VisionTransformer, minutes: float, teacher: Path | None) -> None:
+        """In place, from the random weights it has; teacher: the network that taught the dense model, if one did."""
         import reference  # the trainer of the dense model, beside this package
+        import training
 
         if self.task.request.card.data.name != "folder":
             raise UsageError("a sibling is trained on a folder of images of the model's own size; use the card cifar10")
-        transforms: dict[str, Any] = self.task.request.card.transforms.__dict__
-        mean, std = (torch.tensor(transforms[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        options = argparse.Namespace(minutes=minutes, learning_rate=1e-3, batch_size=128, mixup=0.0)
         torch.manual_seed(self.task.seed)
-        images, labels = reference.pixels(self.task.splits.train, torch.device("cpu"))
-        reference.tune(model, images, labels, mean, std, options)
+        transforms = transform_config(self.task.request.card, model)
+        pictures = training.Pictures(self.task.splits.train, transforms, torch.device("cpu"))
+        reference.learn(model, pictures, teacher, alone(), minutes, self.task.seed)
 
 
 METHODS = {"sibling": Sibling}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeprune import modules, numerics, obs, tasks, vit
+from edgeprune import modules, numerics, obs, products, tasks, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.console import Console
 from edgeprune.data import Batch
@@ -192,7 +192,7 @@ def observe(
 
         hooks.append(vit.output_layer(model.blocks[at[0]], at[1]).register_forward_hook(keep))
     try:
-        with torch.set_grad_enabled(generator is not None):
+        with torch.set_grad_enabled(generator is not None), products.rounded():
             logits = model(pixels)
             numerics.refuse_not_finite(model, pixels, logits.detach(), "calibrate", "its weights are broken there")
             if generator is None:

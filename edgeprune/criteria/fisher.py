@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgeprune import obs, vit
+from edgeprune import obs, products, vit
 from edgeprune.criteria import SCORED, Evidence, grid_levels, obs_orders, observe
 from edgeprune.types import Levels, SubBlock
 
@@ -71,10 +71,11 @@ def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) 
     with evidence.console.progress("Fisher errors", min(SCORED, evidence.images), "images") as advance:
         for pixels, _ in evidence.batches():
             inputs, gradients = observe(evidence.model, pixels, list(changes), generator)
-            for at, (dw, db) in changes.items():
-                per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1)
-                change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
-                totals[at] += change.double().square().sum(0)
+            with products.rounded():
+                for at, (dw, db) in changes.items():
+                    per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1)
+                    change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
+                    totals[at] += change.double().square().sum(0)
             count += len(pixels)
             advance(len(pixels), "")
             if count >= SCORED:

@@ -8,7 +8,7 @@ calibration images and three solutions per block.
 
 from __future__ import annotations
 
-from edgeprune import recovery, vit
+from edgeprune import products, recovery, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.recoveries import Damage
 
@@ -22,7 +22,8 @@ def recover(damage: Damage) -> VisionTransformer:
     same = damage.model is damage.dense  # the units of a model that was trained since are no longer the dense model's
     plan = damage.plan if same else None
     found = damage.found
-    accepted, tried = recovery.sequential(damage.dense, pruned, found.batches, found.weights, plan, found.shelf)
+    with products.rounded():
+        accepted, tried = recovery.sequential(damage.dense, pruned, found.batches, found.weights, plan, found.shelf)
     damage.console.say(
         f"refit on the pruned model's own inputs: {accepted} of {tried} sub-blocks came closer on held-out images"
     )

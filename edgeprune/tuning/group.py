@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeprune import products
 from edgeprune.errors import UsageError
 from edgeprune.latency import device
 
@@ -93,4 +94,4 @@ def has_bfloat16(where: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16 matrices itself."""
     if where.type == "cuda":
         return torch.cuda.get_device_capability(where) >= (8, 0)
-    return bool(device.cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return products.has_bfloat16()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from edgeprune.console import Console
 from edgeprune.errors import UsageError
+from edgeprune.tuning.attention import WrittenOut
 from edgeprune.tuning.group import has_bfloat16
 
 NAMES = ("auto", "float32", "bfloat16")
@@ -39,8 +40,13 @@ class Precision:
 
     def autocast(self) -> Any:
         """The context that forward passes run in."""
-        on = self.name == "bfloat16"
-        return torch.autocast(self.where.type, torch.bfloat16) if on else nullcontext()
+        if self.name != "bfloat16":
+            return nullcontext()
+        both = ExitStack()
+        both.enter_context(torch.autocast(self.where.type, torch.bfloat16))
+        if self.where.type == "cpu":
+            both.enter_context(WrittenOut())
+        return both
 
     @contextmanager
     def run(self, images: int) -> Iterator[None]:

@@ -1,0 +1,78 @@
+"""Products of rounded operands, and attention written out for training in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from edgeprune import products
+from edgeprune.obs import Moments
+from edgeprune.tuning.attention import WrittenOut, attention
+
+
+def precision() -> str:
+    return str(torch.backends.mkldnn.matmul.fp32_precision)
+
+
+def test_products_are_rounded_only_inside_and_only_where_the_cpu_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = precision()
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    with products.rounded():
+        assert precision() == "bf16"
+        with products.exact():
+            assert precision() == "ieee"
+        assert precision() == "bf16"
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+    with products.rounded():
+        assert precision() == "ieee"
+    with pytest.raises(ZeroDivisionError), products.rounded():
+        raise ZeroDivisionError
+    assert precision() == before
+
+
+def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    alone, within = Moments(), Moments()
+    alone.add(x)
+    with products.rounded():
+        within.add(x)
+    assert torch.equal(alone.covariance, within.covariance)
+
+
+@pytest.mark.skipif(not products.has_bfloat16(), reason="this CPU has no products of bfloat16")
+def test_rounded_products_are_near_exact_ones() -> None:
+    x, w = torch.randn(512, 384), torch.randn(384, 512)
+    with products.rounded():
+        near = x @ w
+    exact = x @ w
+    assert 0 < float((near - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_written_out_is_the_fused_one(mask: bool, scale: float | None) -> None:
+    q, k, v = (torch.randn(2, 3, 17, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 3, 17, 17, dtype=torch.float64) if mask else None
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    with WrittenOut():
+        written = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    torch.testing.assert_close(written, fused)
+    for one, other in zip(torch.autograd.grad(written.square().sum(), (q, k, v)),
+                          torch.autograd.grad(fused.square().sum(), (q, k, v)), strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_not_written_out_is_left_to_torch() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    masked = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention(q, k, v, masked), F.scaled_dot_product_attention(q, k, v, masked))
+    torch.testing.assert_close(
+        attention(q, k, v, is_causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+
+
+def test_dropout_drops() -> None:
+    q, k, v = (torch.randn(1, 2, 64, 4) for _ in range(3))
+    assert not torch.allclose(attention(q, k, v, dropout_p=0.5), attention(q, k, v))
