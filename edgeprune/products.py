@@ -15,9 +15,12 @@ import torch
 from edgeprune.latency import device
 
 
+FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself."""
-    return bool(device.cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(device.cpu_flags() & FLAGS)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 TINY: dict[str, Any] = {
     "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 0.5,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_products() -> Iterator[None]:
+    """Products as float32 has them also where this CPU multiplies bfloat16: tests compare with what is exact."""
+    from edgeprune import products
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

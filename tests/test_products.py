@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import parts
 import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeprune import products
+from edgeprune import criteria, products
+from edgeprune.latency import device
 from edgeprune.obs import Moments
 from edgeprune.tuning.attention import WrittenOut, attention
 
@@ -41,13 +46,34 @@ def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pyte
     assert torch.equal(alone.covariance, within.covariance)
 
 
-@pytest.mark.skipif(not products.has_bfloat16(), reason="this CPU has no products of bfloat16")
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are rounded, as on this CPU outside of tests."""
+    if not device.cpu_flags() & products.FLAGS:
+        pytest.skip("this CPU has no products of bfloat16")
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+
+
+@pytest.mark.usefixtures("rounding")
 def test_rounded_products_are_near_exact_ones() -> None:
     x, w = torch.randn(512, 384), torch.randn(384, 512)
     with products.rounded():
         near = x @ w
     exact = x @ w
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.usefixtures("rounding")
+def test_a_criterion_scores_alike_with_rounded_products(make_vit: Any) -> None:
+    """Removing all of a sub-block costs what it costs, within a tenth."""
+    criterion = criteria.get("fisher")
+    rounded = criteria.score(criterion, parts.evidence(make_vit(), "fisher")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "has_bfloat16", lambda: False)
+        exact = criteria.score(criterion, parts.evidence(make_vit(), "fisher")[0])
+    assert any(not np.array_equal(a.errors, b.errors) for a, b in zip(rounded, exact, strict=True))
+    for near, want in zip(rounded, exact, strict=True):
+        np.testing.assert_allclose(near.errors[-1], want.errors[-1], rtol=0.1)
 
 
 @pytest.mark.parametrize("mask", [False, True])
