@@ -14,7 +14,6 @@ import torch
 
 from edgeprune.latency import device
 
-
 FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
