@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -38,7 +39,10 @@ def exact() -> Iterator[None]:
 
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # before torch 2.9 all products are exact
+        yield
+        return
     before = matmul.fp32_precision
     matmul.fp32_precision = name
     try:
