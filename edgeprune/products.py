@@ -7,6 +7,7 @@ as they are inverted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from edgeprune.latency import device
 FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
+@functools.cache  # asked for every plan that is judged
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices itself."""
     return bool(device.cpu_flags() & FLAGS)

@@ -150,8 +150,7 @@ class Judge:
     def divergence(self, choice: Choice) -> float:
         """Mean KL(dense || stitched) over the images, in nats."""
         if choice not in self.known:
-            with products.rounded():
-                self.known[choice] = self._run(choice, None)
+            self.known[choice] = self._run(choice, None)
         return self.known[choice]
 
     @torch.no_grad()
@@ -159,13 +158,13 @@ class Judge:
         """Hold this choice's residual streams for its neighbours."""
         if choice != self.kept:
             streams: list[tuple[Item, Reduction]] = []
-            with products.rounded():
-                self.known[choice] = self._run(choice, streams)
+            self.known[choice] = self._run(choice, streams)
             self.kept, self.streams = choice, streams
 
     def _put(self, state: State) -> tuple[Item, Reduction]:
         return self.shelf.put(state[0]), state[1]
 
+    @products.rounded()
     def _run(self, choice: Choice, streams: list[tuple[Item, Reduction]] | None) -> float:
         shared = self._shared(choice)
         stream, so_far = self.streams[shared]

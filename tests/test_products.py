@@ -84,6 +84,7 @@ def test_attention_written_out_is_the_fused_one(mask: bool, scale: float | None)
     fused = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     with WrittenOut():
         written = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    assert type(written.grad_fn) is not type(fused.grad_fn)  # not the same kernel twice
     torch.testing.assert_close(written, fused)
     for one, other in zip(torch.autograd.grad(written.square().sum(), (q, k, v)),
                           torch.autograd.grad(fused.square().sum(), (q, k, v)), strict=True):  # fmt: skip

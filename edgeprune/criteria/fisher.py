@@ -64,6 +64,7 @@ def _changes(evidence: Evidence, at: SubBlock, order: list[int]) -> tuple[Tensor
     return torch.stack(dws), torch.stack(dbs)
 
 
+@products.rounded()
 def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) -> dict[SubBlock, np.ndarray]:
     generator = torch.Generator().manual_seed(evidence.seed)
     totals = {at: torch.zeros(len(dw), dtype=torch.float64) for at, (dw, _) in changes.items()}
@@ -71,11 +72,10 @@ def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) 
     with evidence.console.progress("Fisher errors", min(SCORED, evidence.images), "images") as advance:
         for pixels, _ in evidence.batches():
             inputs, gradients = observe(evidence.model, pixels, list(changes), generator)
-            with products.rounded():
-                for at, (dw, db) in changes.items():
-                    per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1)
-                    change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
-                    totals[at] += change.double().square().sum(0)
+            for at, (dw, db) in changes.items():
+                per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1)
+                change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
+                totals[at] += change.double().square().sum(0)
             count += len(pixels)
             advance(len(pixels), "")
             if count >= SCORED:
