@@ -48,8 +48,8 @@ def test_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for method in clock.METHODS:
         estimates = raw["estimates"][method]
         assert len(estimates) == 2 and all(e["ratio"] > 0 and e["ms"] > 0 for e in estimates)
-        # a round that something disturbed is timed once more where only calm ones count
-        assert all(10 <= len(samples) <= 30 for e in estimates for samples in e["samples_ms"])
+        # where only calm rounds count, one that something disturbed is timed again, however often that takes
+        assert all(len(samples) >= 10 for e in estimates for samples in e["samples_ms"])
 
 
 def test_clock_refuses_what_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
