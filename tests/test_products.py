@@ -23,6 +23,7 @@ def precision() -> str:
 def test_products_are_rounded_only_inside_and_only_where_the_cpu_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     before = precision()
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "has_amx", lambda: True)
     with products.rounded():
         assert precision() == "bf16"
         with products.exact():
@@ -36,8 +37,24 @@ def test_products_are_rounded_only_inside_and_only_where_the_cpu_has_bfloat16(mo
     assert precision() == before
 
 
-def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matrix_units_only_linear_layers_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "has_amx", lambda: False)
+    layer, x = torch.nn.Linear(64, 32).requires_grad_(False), torch.randn(128, 64)
+    exact = layer(x)
+    with products.rounded():
+        torch.testing.assert_close(x @ layer.weight.T + layer.bias, exact)
+        near = layer(x)
+        wide = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    torch.testing.assert_close(wide.float(), exact)
+    assert near.dtype == torch.float32 and 0 < float((near - exact).norm() / exact.norm()) < 0.01
+    assert torch.equal(layer(x), exact)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "has_amx", lambda: amx)
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     alone, within = Moments(), Moments()
     alone.add(x)
@@ -56,10 +73,10 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("rounding")
 def test_rounded_products_are_near_exact_ones() -> None:
-    x, w = torch.randn(512, 384), torch.randn(384, 512)
+    x, w = torch.randn(512, 384), torch.randn(512, 384)
     with products.rounded():
-        near = x @ w
-    exact = x @ w
+        near = F.linear(x, w)
+    exact = F.linear(x, w)
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.01
 
 
