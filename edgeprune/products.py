@@ -1,9 +1,9 @@
 """Matrix products of float32 with operands rounded to bfloat16, where the hardware multiplies those faster.
 
-With AMX, oneDNN rounds the operands of every product by itself, and values and sums stay float32. It does not where
-bfloat16 is multiplied by vector instructions alone (AMD since Zen 4, Arm); there linear layers alone are rounded, what
-comes out of them too, which makes DeiT-S 1.5 times as fast on a Zen 4. A dense model diverges by 3e-6 nats from itself with AMX
-and by 6e-6 without (cifar10), a thousandth of what plans are told apart by. Covariances stay exact, as they are inverted.
+Usually oneDNN rounds the operands of every product by itself; values and sums stay float32. It rounds nothing on x86 without
+AMX (Zen 4: float32 107 GFLOP/s, asked to round 112, of bfloat16 277); there linear layers alone are rounded, and what comes
+out of them, which makes a forward pass of DeiT-S 1.5 times as fast. A dense model diverges from itself by
+3e-6 nats with AMX and by 9e-6 by hand (cifar10), hundreds of times less than plans do. Covariances stay exact, as they are inverted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from edgeprune.latency import device
 
-AMX = "amx_bf16"
-FLAGS = frozenset({"avx512_bf16", AMX, "bf16"})
+VECTORS, MATRICES = "avx512_bf16", "amx_bf16"
+FLAGS = frozenset({VECTORS, MATRICES, "bf16"})
 
 
 @functools.cache  # asked for every plan that is judged
@@ -31,28 +31,26 @@ def has_bfloat16() -> bool:
 
 
 @functools.cache
-def has_amx() -> bool:
-    """Whether it has matrix units for them, for which oneDNN rounds operands itself."""
-    return AMX in device.cpu_flags()
+def by_hand() -> bool:
+    """Whether they must be rounded here, as oneDNN does so on x86 only with AMX."""
+    flags = device.cpu_flags()
+    return VECTORS in flags and MATRICES not in flags
 
 
 @contextmanager
 def rounded() -> Iterator[None]:
     """A context of rounded products, on a CPU that has them; elsewhere of exact ones."""
-    if not has_bfloat16():
-        with exact():
-            yield
-    elif has_amx():
-        with _precision("bf16"):
+    if has_bfloat16() and by_hand():
+        with _precision("ieee"), _Linears():
             yield
     else:
-        with _Linears():
+        with _precision("bf16" if has_bfloat16() else "ieee"):
             yield
 
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """A context of products as float32 has them, also within `rounded`, but for linear layers without AMX."""
+    """A context of products as float32 has them, also within `rounded`, but for linear layers that are rounded by hand."""
     with _precision("ieee"):
         yield
 

@@ -23,7 +23,7 @@ def precision() -> str:
 def test_products_are_rounded_only_inside_and_only_where_the_cpu_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     before = precision()
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "has_amx", lambda: True)
+    monkeypatch.setattr(products, "by_hand", lambda: False)
     with products.rounded():
         assert precision() == "bf16"
         with products.exact():
@@ -37,9 +37,9 @@ def test_products_are_rounded_only_inside_and_only_where_the_cpu_has_bfloat16(mo
     assert precision() == before
 
 
-def test_without_matrix_units_only_linear_layers_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_hand_only_linear_layers_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "has_amx", lambda: False)
+    monkeypatch.setattr(products, "by_hand", lambda: True)
     layer, x = torch.nn.Linear(64, 32).requires_grad_(False), torch.randn(128, 64)
     exact = layer(x)
     with products.rounded():
@@ -51,10 +51,10 @@ def test_without_matrix_units_only_linear_layers_are_rounded(monkeypatch: pytest
     assert torch.equal(layer(x), exact)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> None:
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "has_amx", lambda: amx)
+    monkeypatch.setattr(products, "by_hand", lambda: by_hand)
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
     alone, within = Moments(), Moments()
     alone.add(x)
