@@ -3,7 +3,7 @@
 Usually oneDNN rounds the operands of every product by itself; values and sums stay float32. It rounds nothing on x86 without
 AMX (Zen 4: float32 107 GFLOP/s, asked to round 112, of bfloat16 277); there linear layers alone are rounded, and what comes
 out of them, which makes a forward pass of DeiT-S 1.5 times as fast. A dense model diverges from itself by
-3e-6 nats with AMX and by 9e-6 by hand (cifar10), hundreds of times less than plans do. Covariances stay exact, as they are inverted.
+3e-6 nats with AMX and by 9e-6 by hand (cifar10). Covariances stay exact, as they are inverted.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @contextmanager
 def _precision(name: str) -> Iterator[None]:
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None:  # before torch 2.9 all products are exact
+    if matmul is None:  # before torch 2.9 oneDNN rounds nothing
         yield
         return
     before = matmul.fp32_precision
