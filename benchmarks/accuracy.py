@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from rivals import TOLERANCE, Rival, Shape, Task
 
-from edgeprune import api, artifact, checks, config, pipeline, train, vit
+from edgeprune import api, artifact, checks, config, pipeline, train, vit, weightfile
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -76,6 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sibling-teacher", type=Path, help="network by teacher.py that taught the dense model, if one did"
     )
+    parser.add_argument("--sibling-weights", type=Path, help="of one that reference.py has trained so long")
     parser.add_argument("--screen", type=int, default=0, help="measure only so many variants of Torch-Pruning; 0 = all")
     parser.add_argument("--measure-seconds", type=float, default=10.0, help="longest measurement of one shape")
     parser.add_argument("--measurements", type=int, default=6, help="of new shapes, at most, for one row")
@@ -438,7 +439,11 @@ def rows(
             continue
         if key[4]:
             began = time.monotonic()
-            if scratch:
+            if scratch and bench.options.sibling_weights:
+                path = bench.options.sibling_weights
+                weightfile.load(found.model, weightfile.read(path), str(path))
+                began -= 60 * bench.options.sibling_minutes
+            elif scratch:
                 rival.train(found.model, bench.options.sibling_minutes, bench.options.sibling_teacher)
             else:
                 tune(task, found.model, key[4])

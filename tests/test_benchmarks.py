@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,42 @@ def test_hit_asks_again_until_the_measurement_agrees() -> None:
     stand = Stand(1.0, 2.0)
     found = accuracy.hit(stand, stand, 1.0)
     assert found.timing.ms == 2 and accuracy.verdict(found.timing.ms, 1.0)[0] == "unreachable"
+
+
+def test_a_sibling_trained_by_itself_is_judged_with_its_weights(task: Any, tmp_path: Path) -> None:
+    """Its minutes are in the row; weights of another size are refused."""
+    torch, accuracy, training = pytest.importorskip("torch"), script("accuracy"), script("training")
+    import rivals
+
+    from edgeprune.errors import UsageError
+
+    rival = rivals.make("sibling")
+    rival.prepare(task)
+    target_ms = task.table.dense_ms / 2
+    trained = rival.model(target_ms, target_ms)
+    for p in trained.parameters():
+        p.data.add_(1.0)
+    training.save_half(trained, tmp_path / "sibling.safetensors")
+    judged: list[Any] = []
+
+    def judge(model: Any) -> Any:
+        judged.append(model)
+        return np.ones(8, dtype=bool)
+
+    options = SimpleNamespace(sibling_minutes=90.0, sibling_weights=tmp_path / "sibling.safetensors", measurements=1)
+    time = lambda model: accuracy.Timing(target_ms, (target_ms, target_ms), 60, True)  # noqa: E731
+    bench = SimpleNamespace(
+        table=task.table, request=task.request, options=options, right=np.ones(8, dtype=bool), timings={}, time=time, judge=judge
+    )  # fmt: skip
+    keys = [("w", "sibling", 2.0, 0, steps, "now") for steps in (0, 100)]
+    book = accuracy.Book(tmp_path / "rows.jsonl")
+    before, after = accuracy.rows(bench, task, rival, 2.0, keys, book)
+    assert before["status"] == "no one-shot" and after["status"] == "ok" and after["seconds"]["tune"] >= 5400
+    for own, wanted in zip(judged[0].parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(own, wanted.half().float())
+    training.save_half(rival.make(1, 1), tmp_path / "sibling.safetensors")
+    with pytest.raises(UsageError, match=r"sibling\.safetensors"):
+        list(accuracy.rows(bench, task, rival, 2.0, keys, book))
 
 
 def test_rows_are_kept_and_compared_on_the_same_images(tmp_path: Path) -> None:
