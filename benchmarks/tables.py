@@ -41,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not rows:
         parser.error(f"there are no rows in {options.results}; run benchmarks/accuracy.py first")
     labels = options.label.split(",") if options.label else [rows[-1]["label"]]
+    options.out.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for (model, _, _, steps), cells in sorted(grouped(rows, labels).items(), key=lambda item: item[0][3]):
+        plot = options.out / f"{options.results.stem}-{model}-{steps}.png"
+        parts.append(section(cells, steps, plot.name))
+        draw(with_best(cells), f"{model}, {'one-shot' if not steps else f'{steps} steps of fine-tuning'}", plot)
+    (options.out / f"{options.results.stem}.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+
+
+def grouped(rows: list[Row], labels: Sequence[str]) -> dict[tuple[str, str, str, int], Cells]:
+    """Cells of these labels' rows by model, weights, runtime and tuned steps; of two rows alike the latest."""
     latest = {
         (r["weights"], r["method"], r["speed_up"], r["seed"], r["tune_steps"]): r for r in rows if r["label"] in labels
     }
@@ -49,14 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if row["status"] != "no one-shot":
             group = row["model"], row["weights"], row["runtime"], row["tune_steps"]
             groups[group][row["method"], row["speed_up"]].append(row)
-    options.out.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for (model, _, _, steps), cells in sorted(groups.items(), key=lambda item: item[0][3]):
-        plot = options.out / f"{options.results.stem}-{model}-{steps}.png"
-        parts.append(section(cells, steps, plot.name))
-        draw(with_best(cells), f"{model}, {'one-shot' if not steps else f'{steps} steps of fine-tuning'}", plot)
-    (options.out / f"{options.results.stem}.md").write_text("\n\n".join(parts) + "\n")
-    print("\n\n".join(parts))
+    return groups
 
 
 # Numbers ------------------------------------------------------------------------------------
@@ -118,17 +123,19 @@ def section(cells: Cells, steps: int, plot: str) -> str:
     labels = ", ".join(sorted({row["label"] for rows in cells.values() for row in rows}))
     title = "one-shot, no fine-tuning" if not steps else f"after {steps} steps of fine-tuning"
     shown = with_best(cells)
+    dense_ms = sorted({f"{row['dense_ms']:.3f}" for rows in cells.values() for row in rows})
     parts = [
         f"## {some['model']}: {title}",
-        f"Top-1 in percent on {some['images']} test images, mean of {seeds} seeds ± half the 95 % interval; dense "
-        f"{some['dense_accuracy']:.2f} % at {some['dense_ms']:.3f} ms ({some['runtime']}, {some['machine']}); "
+        f"Top-1 in percent on {some['images']} test images, mean of {seeds} seed{'s' * (seeds > 1)} ± half the 95 % interval, and points "
+        f"lost; dense {some['dense_accuracy']:.2f} % at {', '.join(dense_ms)} ms ({some['runtime']}, {some['machine']}); "
         f"code {labels}, weights {some['weights'][:8]}.",
         table(shown, lambda rows: cell(rows, seeds)),
     ]
-    if own := ours(shown):
+    own = ours(shown)
+    if others := {at: rows for at, rows in shown.items() if own and at[0] != own}:
         parts += [
             "Points that edgeprune is ahead, on the same images and seeds:",
-            table({at: rows for at, rows in shown.items() if at[0] != own}, lambda rows: lead(rows, cells)),
+            table(others, lambda rows: lead(rows, cells)),
         ]
     if any(at[0] == BEST for at in shown):
         parts += [
@@ -152,7 +159,7 @@ def table(cells: Cells, write: Any) -> str:
 
 
 def cell(rows: list[Row], seeds: int, *, named: bool = True) -> str:
-    """Accuracy; where the target was missed, the speed-up that was measured instead; how many seeds it has, if fewer.
+    """Accuracy and points lost; where the target was missed, the speed-ups that were measured; how many seeds it has, if fewer.
 
     `named`: with the variant of Torch-Pruning.
     """
@@ -160,11 +167,13 @@ def cell(rows: list[Row], seeds: int, *, named: bool = True) -> str:
         return "not reachable"
     value, half = accuracy(rows)
     missed = {row["status"] for row in rows} - {"ok"}
-    measured = np.mean([row["measured_speed_up"] for row in rows])
+    lost = max(rows[0]["dense_accuracy"] - value, 0.0)
+    measured = dict.fromkeys(f"{row['measured_speed_up']:.2f}" for row in sorted(rows, key=lambda row: row["seed"]))
     variant = f" ({rows[0]['method'].removeprefix('tp-')})" if named and rows[0]["method"].startswith("tp-") else ""
     busy = "" if all(row["calm"] for row in rows) else ", busy machine"
     fewer = f", {len(rows)} seed{'s' * (len(rows) > 1)}" if len(rows) < seeds else ""
-    return f"{value:.2f} ± {half:.2f}" + (f" at {measured:.2f}x" if missed else "") + fewer + busy + variant
+    at = f" at {', '.join(measured)}x" if missed else ""
+    return f"{value:.2f} ± {half:.2f} ({lost:.1f}){at}{fewer}{busy}{variant}"
 
 
 def lead(rows: list[Row], cells: Cells) -> str:

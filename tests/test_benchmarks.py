@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -234,6 +235,41 @@ def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     script("tables").main(["--results", str(rows), "--out", str(tmp_path)])
     assert "| edgeprune |" in (tmp_path / "quick.md").read_text() and (tmp_path / "quick-quick-0.png").is_file()
+
+
+def committed() -> tuple[str, dict[int, Any]]:
+    """The benchmark's README, and the cells, by tuned steps, of the rows that its first tables are of."""
+    accuracy, tables = script("accuracy"), script("tables")
+    readme = (FOLDER / "README.md").read_text()
+    found = re.search(r"code (\w+), mean of two seeds", readme)
+    assert found
+    groups = tables.grouped(accuracy.read(FOLDER / "results" / "accuracy.jsonl"), [found[1]])
+    return readme, {steps: tables.with_best(cells) for (*_, steps), cells in groups.items()}
+
+
+def test_the_readme_has_the_tables_of_the_committed_rows() -> None:
+    pytest.importorskip("torch")
+    readme, shown = committed()
+    tables = script("tables")
+    for steps in (0, 100):
+        table = tables.table(shown[steps], lambda rows: tables.cell(rows, 2))
+        assert table in readme, f"after {steps} steps: copy the table of results/accuracy.md"
+
+
+def test_the_committed_rows_hold_what_edgeprune_promises() -> None:
+    """First at every speed-up among ways of pruning, and by how much; points below dense, mean of the seeds."""
+    pytest.importorskip("torch")
+    tables = script("tables")
+    for steps, cells in committed()[1].items():
+        lost = {at: rows[0]["dense_accuracy"] - tables.accuracy(rows)[0] for at, rows in cells.items()}
+        for (method, speed_up), own in lost.items():
+            if method not in ("edgeprune", "sibling"):
+                assert lost["edgeprune", speed_up] < own, f"{method} is ahead at {speed_up}x after {steps} steps"
+        if steps == 0:
+            assert all(lost["edgeprune", at] <= lost[tables.BEST, at] / 4 for at in (2.0, 3.0))
+            assert all(lost["edgeprune", at] <= lost["ziplm", at] / 2 for at in (3.0, 4.0))
+        if steps == 100:
+            assert lost["edgeprune", 2.0] <= 1.0
 
 
 def test_every_method_can_be_asked_for() -> None:

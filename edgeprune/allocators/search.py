@@ -5,7 +5,8 @@ papers). Where tokens may go, too, the knapsack has their number as a second sta
 measured, as is that of int8 and of lower ranks, sub-block by sub-block. Needs activations, no labels. Cost:
 `--search-seconds`, 60 by default; with 0 it is the knapsack alone.
 The first choice has all of that time, later ones, for budgets nearby, a quarter of it and what was found before.
-The last quarter of the calibration images only judges re-fitted models.
+In the search the last quarter of the calibration images only judges re-fitted models; layer statistics and the refit of
+what was found are of all of them.
 """
 
 from __future__ import annotations
