@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from rivals import TOLERANCE, Rival, Shape, Task
 
-from edgeprune import api, artifact, checks, config, pipeline, train, vit, weightfile
+from edgeprune import api, artifact, checks, config, pipeline, train, vit
 from edgeprune.compat import VisionTransformer
 from edgeprune.config import Request
 from edgeprune.console import Console
@@ -94,6 +94,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.label = options.label or commit()
     if min(options.speed_ups) <= 1:
         parser.error("--speed-ups must be above 1")
+    if options.sibling_weights and len(options.speed_ups) * len(options.seeds) > 1:
+        parser.error("--sibling-weights are of one model: give one of --speed-ups and one of --seeds")
     return options
 
 
@@ -439,15 +441,12 @@ def rows(
             continue
         if key[4]:
             began = time.monotonic()
-            if scratch and bench.options.sibling_weights:
-                path = bench.options.sibling_weights
-                weightfile.load(found.model, weightfile.read(path), str(path))
-                began -= 60 * bench.options.sibling_minutes
-            elif scratch:
-                rival.train(found.model, bench.options.sibling_minutes, bench.options.sibling_teacher)
+            if scratch:
+                given = bench.options
+                rival.train(found.model, given.sibling_minutes, given.sibling_teacher, given.sibling_weights)
             else:
                 tune(task, found.model, key[4])
-            seconds["tune"] = time.monotonic() - began
+            seconds["tune"] = 60 * bench.options.sibling_minutes if scratch else time.monotonic() - began
         began = time.monotonic()
         right = bench.judge(found.model)
         seconds["judge"] = time.monotonic() - began

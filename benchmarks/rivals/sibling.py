@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgeprune import vit
+from edgeprune import vit, weightfile
 from edgeprune.compat import VisionTransformer
 from edgeprune.data import transform_config
 from edgeprune.errors import UsageError
@@ -53,8 +53,14 @@ class Sibling:
         small = vit.Anatomy((stage,), sizes.image, sizes.num_classes)
         return vit.macs(small, small.shape) / vit.macs(sizes, sizes.shape)
 
-    def train(self, model: VisionTransformer, minutes: float, teacher: Path | None) -> None:
-        """In place, from the random weights it has; teacher: the network that taught the dense model, if one did."""
+    def train(self, model: VisionTransformer, minutes: float, teacher: Path | None, weights: Path | None) -> None:
+        """In place, from the random weights it has; teacher: the network that taught the dense model, if one did.
+
+        weights: of one that was trained so long already, in processes of its own. Raises UsageError where they do not fit.
+        """
+        if weights:
+            weightfile.load(model, weightfile.read(weights), str(weights))
+            return
         import reference  # the trainer of the dense model, beside this package
         import training
 
