@@ -43,7 +43,10 @@ def main() -> None:
     transforms = data.transform_config(card, model)
     splits = data.load_splits(card, transforms, 0)
     pictures = training.Pictures(splits.train, transforms, group.device)
-    learn(model, pictures, options.teacher, group, options.minutes, options.seed, options.learning_rate)
+    learn(
+        model, pictures, options.teacher, group, options.minutes, options.seed, options.learning_rate,
+        options.batch_size,
+    )  # fmt: skip
     if group.rank:
         return
     training.save_half(model, options.out)
@@ -60,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("cifar10.safetensors"))
     return parser.parse_args()
@@ -67,14 +71,14 @@ def parse() -> argparse.Namespace:
 
 def learn(
     model: compat.VisionTransformer, pictures: training.Pictures, teacher_file: Path | None, group: Group,
-    minutes: float, seed: int, learning_rate: float = LEARNING_RATE,
+    minutes: float, seed: int, learning_rate: float = LEARNING_RATE, batch_size: int = BATCH,
 ) -> None:  # fmt: skip
     """Train `model` in place; it ends on the CPU, in eval mode."""
     lesson = Lesson(model, teacher_file).to(group.device)
     training.train(
         lesson, pictures, lesson, optimizers(lesson, learning_rate),
         lambda done: min(done / WARM_UP + 1e-2, 0.5 * (1 + math.cos(math.pi * done))), group,
-        minutes=minutes, batch_size=BATCH, seed=seed, clip=1.0,
+        minutes=minutes, batch_size=batch_size, seed=seed, clip=1.0,
     )  # fmt: skip
     model.cpu().eval()
 

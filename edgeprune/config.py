@@ -158,6 +158,7 @@ class Recipe:
     sizes: tuple[int, ...] = ()
     batch_size: int = 32
     learning_rate: float = 2e-4
+    optimizer: str = "adamw"  # or muon, for the matrices of the blocks
     weight_decay: float = 0.05
     warmup: float = 0.1  # fraction of the steps
     label_smoothing: float = 0.0

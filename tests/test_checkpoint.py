@@ -37,6 +37,7 @@ RECIPES = {
     "echoed": replace(RECIPE, augment={"hflip": 0.5, "scale": (0.5, 1.0)}, echo=2),
     "views kept": replace(RECIPE, augment={"hflip": 0.5, "scale": (0.5, 1.0)}, views=2, epochs=(4.0,)),
     "rate searched": replace(RECIPE, views=1, epochs=(8.0,)),
+    "by Muon": replace(RECIPE, views=1, optimizer="muon"),
     "two phases": replace(RECIPE, epochs=(1.0, 2.0)),
 }  # fmt: skip
 

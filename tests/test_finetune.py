@@ -17,7 +17,7 @@ from edgeprune import data, vit
 from edgeprune.config import Recipe
 from edgeprune.console import SILENT, Console
 from edgeprune.errors import UsageError
-from edgeprune.tuning import lessons, loss, precision
+from edgeprune.tuning import lessons, loss, optimizers, precision
 from edgeprune.tuning.judge import Average, wearing
 from edgeprune.tuning.loop import fit
 from edgeprune.types import BlockPlan, Plan
@@ -60,12 +60,36 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_teacher_is_approached(tiny_vit: Any, images: data.Images) -> None:
+@pytest.mark.parametrize("optimizer", optimizers.NAMES)
+def test_a_teacher_is_approached(tiny_vit: Any, images: data.Images, optimizer: str) -> None:
     student = vit.slice_model(tiny_vit, HARSH)
     before, teacher = parts.divergence(student, tiny_vit, images, 16), state(tiny_vit)
-    fit(student, images, RECIPE, CONFIG, teacher=tiny_vit)
+    fit(student, images, replace(RECIPE, optimizer=optimizer), CONFIG, teacher=tiny_vit)
     assert parts.divergence(student, tiny_vit, images, 16) < 0.6 * before
     assert same(teacher, state(tiny_vit)) and not student.training
+
+
+def test_muon_steps_the_matrices_of_the_blocks_near_orthogonally(tiny_vit: Any) -> None:
+    """All that a gradient of rank one moves otherwise; a step is as large as one of AdamW; sub-blocks without units go by."""
+    model = vit.slice_model(tiny_vit, HARSH)
+    steppers = optimizers.create(model, "muon", 1e-2, 0.0)
+    before = state(model)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    for stepper in steppers:
+        stepper.step()
+    moved = {name: before[name] - value for name, value in model.state_dict().items()}
+    assert all(bool((step != 0).any()) for step in moved.values() if step.numel())
+    for name in ("blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
+        values = torch.linalg.svdvals(moved[name])
+        assert values.max() < 2 * values.min()
+        assert moved[name].square().mean().sqrt() == pytest.approx(0.2 * 1e-2, rel=0.5)
+    assert moved["patch_embed.proj.weight"].abs().max() == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_an_unknown_optimizer(tiny_vit: Any, images: data.Images) -> None:
+    with pytest.raises(UsageError, match="optimizer must be one of muon, adamw in a recipe, not 'sgd'"):
+        fit(tiny_vit, images, replace(RECIPE, optimizer="sgd"), CONFIG)
 
 
 def test_divergence_is_the_mean_kl(tiny_vit: Any, images: data.Images) -> None:

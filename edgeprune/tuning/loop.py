@@ -1,4 +1,4 @@
-"""The training loop: phases of AdamW under a warm-up and a cosine, judged along the way."""
+"""The training loop: phases under a warm-up and a cosine, judged along the way."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from edgeprune.data import Images, train_transform
 from edgeprune.errors import UsageError
 from edgeprune.tuning import checkpoint as saved
 from edgeprune.tuning import loss as losses
+from edgeprune.tuning import optimizers
 from edgeprune.tuning.checkpoint import Checkpoint
 from edgeprune.tuning.coach import Coach
 from edgeprune.tuning.frozen import freeze, thaw
@@ -142,6 +143,7 @@ def fit(
 
 #: A checkpoint: facts and tensors.
 Resumed = tuple[dict[str, Any], dict[str, Tensor]]
+Steppers = list[tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]]
 
 
 def _on(state: dict[str, Tensor], where: torch.device) -> dict[str, Tensor]:
@@ -259,14 +261,14 @@ class Phase:
 
         Raises Diverged when the loss stops being a number.
         """
-        optimizer, schedule = self._optimizer(steps, rate)
+        steppers = self._steppers(steps, rate)
         average = Average(self.student, self.recipe.ema) if best is not None and self.recipe.ema else None
         checks = {round((i + 1) * steps / self.recipe.checks) for i in range(self.recipe.checks)} if best else set()
         saves = self.checkpoint if best is not None or self.judge is None else None  # not in the trial of a rate
         start = 0
         if resumed is not None:
             start = resumed[0]["step"]
-            self._restore(resumed, optimizer, schedule, average, best)
+            self._restore(resumed, steppers, average, best)
         for step, lesson in enumerate(lessons, start + 1):
             if self.checkpoint is not None:
                 torch.manual_seed(self.seed * 1_000_003 + step)  # what a step draws, if anything, is the step's own
@@ -275,8 +277,9 @@ class Phase:
             if not math.isfinite(loss):
                 raise Diverged(f"the loss became {loss} at step {step - 1} of {steps}")
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_NORM)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in steppers:
+                optimizer.step()
+                schedule.step()
             self.coach.after(step - 1, steps)
             self.history.losses.append(loss)
             self.advance(self.recipe.batch_size, f"loss {loss:.4f}")
@@ -290,47 +293,46 @@ class Phase:
                     self.console.say(f"stopped at step {step} of {steps}: no better for {best.stale} checks")
                     return
             if saves is not None and step < steps and self.group.leads(saves.due()):
-                self._save(saves, step, steps, rate, optimizer, schedule, average, best)
+                self._save(saves, step, steps, rate, steppers, average, best)
 
     def _save(
-        self, checkpoint: Checkpoint, step: int, steps: int, rate: float, optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler, average: Average | None,
-        best: Best | None,
+        self, checkpoint: Checkpoint, step: int, steps: int, rate: float, steppers: Steppers,
+        average: Average | None, best: Best | None,
     ) -> None:  # fmt: skip
         """Keep all that the steps after `step` depend on; what several processes know alike, the first one writes."""
         if self.group.rank:
             return
         facts = {
             "phase": self.number, "step": step, "steps": steps, "rate": rate, "lessons": self.taken + step,
-            "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
-            "rates": [group["lr"] for group in optimizer.param_groups],
+            "schedules": [{k: v for k, v in own.state_dict().items() if k != "lr_lambdas"} for _, own in steppers],
+            "rates": [[group["lr"] for group in own.param_groups] for own, _ in steppers],
             "averaged": average.steps if average is not None else 0, "best": best and best.value, "stale": best and best.stale,
             "precision": self.precision.state(), "teaching": self.teaching.state(),
             "history": to_json(self.history), "corrupt": self.images.corrupt,
         }  # fmt: skip
-        moments = {f"{i}.{k}": v for i, own in optimizer.state_dict()["state"].items() for k, v in own.items()}
         tensors = {
             **saved.named("student", self.student.state_dict()), **saved.named("best", best.state if best else {}),
-            **saved.named("optimizer", moments), **saved.named("average", average.state if average is not None else {}),
+            **saved.named("average", average.state if average is not None else {}),
         }  # fmt: skip
+        for number, (optimizer, _) in enumerate(steppers):
+            moments = {f"{i}.{k}": v for i, own in optimizer.state_dict()["state"].items() for k, v in own.items()}
+            tensors |= saved.named(f"optimizer{number}", moments)
         facts["coach"] = freeze(self.coach.state(), tensors)
         checkpoint.save(facts, tensors)
 
-    def _restore(
-        self, resumed: Resumed, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler,
-        average: Average | None, best: Best | None,
-    ) -> None:  # fmt: skip
+    def _restore(self, resumed: Resumed, steppers: Steppers, average: Average | None, best: Best | None) -> None:
         facts, tensors = resumed
         self.taken -= facts["step"]
         self.student.load_state_dict(saved.part(tensors, "student"))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in saved.part(tensors, "optimizer").items():
-            index, _, name = key.partition(".")
-            moments.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        schedule.load_state_dict({**schedule.state_dict(), **facts["schedule"]})
-        for group, rate in zip(optimizer.param_groups, facts["rates"], strict=True):
-            group["lr"] = rate
+        for number, (optimizer, schedule) in enumerate(steppers):
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in saved.part(tensors, f"optimizer{number}").items():
+                index, _, name = key.partition(".")
+                moments.setdefault(int(index), {})[name] = value
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            schedule.load_state_dict({**schedule.state_dict(), **facts["schedules"][number]})
+            for group, rate in zip(optimizer.param_groups, facts["rates"][number], strict=True):
+                group["lr"] = rate
         if average is not None:
             average.steps, average.state = facts["averaged"], _on(saved.part(tensors, "average"), self.group.device)
         if best is not None:
@@ -365,17 +367,13 @@ class Phase:
         with self.teaching.run(len(pixels)), self.teaching.autocast():
             return losses.teach(self.teacher, pixels.to(self.group.device), self.recipe, self.read)
 
-    def _optimizer(self, steps: int, rate: float) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        decay = [p for p in self.student.parameters() if p.requires_grad and p.ndim >= 2]
-        plain = [p for p in self.student.parameters() if p.requires_grad and p.ndim < 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": self.recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=rate,
-        )
+    def _steppers(self, steps: int, rate: float) -> Steppers:
+        """Optimisers, each with its schedule."""
         warmup = max(1, round(self.recipe.warmup * steps))
 
         def factor(step: int) -> float:
             cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
             return min((step + 1) / warmup, cosine)
 
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        made = optimizers.create(self.student, self.recipe.optimizer, rate, self.recipe.weight_decay)
+        return [(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)) for optimizer in made]
