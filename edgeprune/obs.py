@@ -45,9 +45,10 @@ class Moments:
     total: Tensor | None = None  # [inputs], of x - shift
     product: Tensor | None = None  # [rows, inputs], of (x - shift)(x - shift)^T; its upper triangle
 
+    @products.exact()
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in tokens `[..., inputs]`, each counted `weights` `[...]` times (once if None)."""
-        x = x.detach().reshape(-1, x.shape[-1])
+        x = x.detach().reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
         if self.shift is None:
             self.shift = x.mean(0)
             self.total = torch.zeros(x.shape[1], dtype=torch.float64)
@@ -62,10 +63,9 @@ class Moments:
             self.count += float(weights.sum(dtype=torch.float64))
             self.total += (weights @ x).double()
             x *= weights.sqrt()[:, None]  # on both sides of the product; in place, as a copy is not cheap
-        with products.exact():
-            for start in range(0, len(self.product), PANEL):  # the lower triangle is the mirror image of the upper
-                panel = slice(start, start + PANEL)
-                self.product[panel, start:] += x[:, : self.rows][:, panel].T @ x[:, start:]
+        for start in range(0, len(self.product), PANEL):  # the lower triangle is the mirror image of the upper
+            panel = slice(start, start + PANEL)
+            self.product[panel, start:] += x[:, : self.rows][:, panel].T @ x[:, start:]
 
     @property
     def mean(self) -> Tensor:

@@ -297,7 +297,7 @@ def _observe(place: Place, have: Sequence[Tensor], shelf: Shelf) -> tuple[Sequen
         none = [x.new_empty(*x.shape[:-1], 0) for x in have]  # no view: it would hold on to the stream
         return none, shelf.keep(vit.call(block, kind, x, sub) for x in have)
     inputs: list[Item] = []
-    hook = vit.last_layer(sub, kind).register_forward_pre_hook(lambda _, x: inputs.append(shelf.put(x[0])))
+    hook = vit.last_layer(sub, kind).register_forward_pre_hook(lambda _, x: inputs.append(shelf.put(x[0].float())))
     try:
         outputs = shelf.keep(vit.call(block, kind, x, sub) for x in have)
         return Kept(inputs), outputs

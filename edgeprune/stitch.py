@@ -144,7 +144,8 @@ class Judge:
 
     def _ask(self, teacher: VisionTransformer, images: Tensor) -> Tensor:
         """What the models shall answer: logits, or embeddings."""
-        return teacher(images)
+        *_, logits = vit.streams(teacher, images)
+        return logits
 
     @torch.no_grad()
     def divergence(self, choice: Choice) -> float:

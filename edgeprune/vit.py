@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import anatomies, families, modules, reducers
+from edgeprune import anatomies, families, modules, products, reducers
 from edgeprune.anatomies import MergingBlock, PositionalAttention, WindowAttention
 from edgeprune.compat import GluMlp, PatchEmbed, VisionTransformer, timm
 from edgeprune.config import WIDTHS
@@ -354,7 +354,10 @@ def hidden(block: Any, kind: SubBlockKind, stream: Tensor, rows: Tensor) -> Tens
     """What these rows of a dense sub-block's first layer make of the residual stream, `[n, tokens, rows]`."""
     layer = first_layer(sub_block(block, kind), kind)
     normed = (block.norm1 if kind == "attn" else block.norm2)(stream)
-    return nn.functional.linear(normed, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+    with products.layers():
+        return nn.functional.linear(
+            normed, layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+        ).float()
 
 
 @torch.no_grad()
@@ -567,7 +570,8 @@ def call(block: Any, kind: SubBlockKind, stream: Tensor, sub: Any = None) -> Ten
     sub = sub_block(block, kind) if sub is None else sub
     if isinstance(sub, RemovedSubBlock):
         return sub(stream)
-    return sub((block.norm1 if kind == "attn" else block.norm2)(stream))
+    with products.layers():
+        return sub((block.norm1 if kind == "attn" else block.norm2)(stream)).float()
 
 
 def scale(block: Any, kind: SubBlockKind) -> nn.Module:
@@ -600,11 +604,12 @@ def reduced_streams(model: VisionTransformer, images: Tensor) -> Iterator[tuple[
     x = embed(model, images)
     so_far: Reduction = as_it_is
     for block in model.blocks:
-        if isinstance(block, ReducingBlock):
-            x, own = block.run(x)
-            so_far = chained(so_far, own)
-        else:
-            x = block(x)
+        with products.layers():
+            if isinstance(block, ReducingBlock):
+                x, own = block.run(x)
+                so_far = chained(so_far, own)
+            else:
+                x = block(x)
         yield x, so_far
     yield classify(model, x), so_far
 

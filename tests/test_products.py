@@ -10,74 +10,60 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from edgeprune import criteria, products
-from edgeprune.latency import device
+from edgeprune import criteria, products, vit
 from edgeprune.obs import Moments
 from edgeprune.tuning.attention import WrittenOut, attention
 
 
-def precision() -> str:
-    return str(torch.backends.mkldnn.matmul.fp32_precision)
-
-
-def test_products_are_rounded_only_inside_and_only_where_the_cpu_has_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = precision()
-    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "by_hand", lambda: False)
-    with products.rounded():
-        assert precision() == "bf16"
-        with products.exact():
-            assert precision() == "ieee"
-        assert precision() == "bf16"
-    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
-    with products.rounded():
-        assert precision() == "ieee"
-    with pytest.raises(ZeroDivisionError), products.rounded():
-        raise ZeroDivisionError
-    assert precision() == before
-
-
-def test_by_hand_only_linear_layers_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "by_hand", lambda: True)
-    layer, x = torch.nn.Linear(64, 32).requires_grad_(False), torch.randn(128, 64)
-    exact = layer(x)
-    with products.rounded():
-        torch.testing.assert_close(x @ layer.weight.T + layer.bias, exact)
-        near = layer(x)
-        wide = F.linear(x.double(), layer.weight.double(), layer.bias.double())
-    torch.testing.assert_close(wide.float(), exact)
-    assert near.dtype == torch.float32 and 0 < float((near - exact).norm() / exact.norm()) < 0.01
-    assert torch.equal(layer(x), exact)
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_covariances_are_exact_also_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> None:
-    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "by_hand", lambda: by_hand)
-    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
-    alone, within = Moments(), Moments()
-    alone.add(x)
-    with products.rounded():
-        within.add(x)
-    assert torch.equal(alone.covariance, within.covariance)
-
-
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products are rounded, as on this CPU outside of tests."""
-    if not device.cpu_flags() & products.FLAGS:
-        pytest.skip("this CPU has no products of bfloat16")
+    """Layers are rounded, as on a CPU with bfloat16 outside of tests; any other multiplies such matrices, too, if slowly."""
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
 
 
 @pytest.mark.usefixtures("rounding")
-def test_rounded_products_are_near_exact_ones() -> None:
-    x, w = torch.randn(512, 384), torch.randn(512, 384)
+def test_only_layers_are_rounded_and_only_inside() -> None:
+    layer, x = torch.nn.Linear(64, 32).requires_grad_(False), torch.randn(128, 64)
+    exact = layer(x)
     with products.rounded():
-        near = F.linear(x, w)
-    exact = F.linear(x, w)
+        torch.testing.assert_close(layer(x), exact, rtol=0, atol=0)
+        with products.layers():
+            near = layer(x).float()
+        with pytest.raises(ZeroDivisionError), products.rounded():
+            raise ZeroDivisionError
+        with products.layers():
+            assert layer(x).dtype == torch.bfloat16
+    with products.layers():
+        torch.testing.assert_close(layer(x), exact, rtol=0, atol=0)
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.01
+
+
+def test_nothing_is_rounded_where_the_cpu_has_no_bfloat16() -> None:
+    with products.rounded(), products.layers():
+        assert torch.nn.Linear(4, 4)(torch.randn(2, 4)).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("rounding")
+def test_a_sub_block_is_rounded_its_residual_stream_is_not(make_vit: Any) -> None:
+    model = make_vit()
+    stream = torch.randn(2, 5, model.embed_dim)
+    exact = vit.step(model.blocks[0], "mlp", stream)
+    with torch.no_grad(), products.rounded():
+        near = vit.step(model.blocks[0], "mlp", stream)
+        assert near.dtype == torch.float32 and not torch.equal(near, exact)
+        torch.testing.assert_close(near, exact, rtol=0.02, atol=0.02)
+        still = vit.step(model.blocks[0], "mlp", stream, torch.nn.Identity())
+        assert torch.equal(still, stream + model.blocks[0].norm2(stream))
+
+
+@pytest.mark.usefixtures("rounding")
+def test_covariances_are_exact_also_within_layers() -> None:
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    alone, within = Moments(), Moments()
+    alone.add(x)
+    with products.rounded(), products.layers():
+        within.add(x)
+    assert torch.equal(alone.covariance, within.covariance)
 
 
 @pytest.mark.usefixtures("rounding")

@@ -73,7 +73,8 @@ def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) 
         for pixels, _ in evidence.batches():
             inputs, gradients = observe(evidence.model, pixels, list(changes), generator)
             for at, (dw, db) in changes.items():
-                per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1)
+                with products.layers():
+                    per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1).float()
                 change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
                 totals[at] += change.double().square().sum(0)
             count += len(pixels)
