@@ -153,7 +153,8 @@ class ReducingBlock(nn.Module):
 
 def reduction(attn: Any, normed: Tensor, after: Tensor, prefix: int, patches: int, reducer: str) -> Reduction:
     """What becomes of the tokens after an attention that read `normed` and led to the residual stream `after`."""
-    queries, keys, _ = _heads(attn, normed)
+    with products.layers():
+        queries, keys, _ = (part.float() for part in _heads(attn, normed))
     return reducers.get(reducer).reduce(Seen(after, queries * attn.scale, keys, prefix), patches)
 
 
