@@ -4,7 +4,7 @@ Calibration, search and refit run models thousands of times. Inside `rounded` th
 precision does (autocast, attention written out where gradients are asked for): of DeiT-S a forward pass then takes .28 and
 one with gradients .31 of the time in float32 (AMX; with operands rounded inside of oneDNN it was .65 and .82). All else stays
 float32: residual streams, logits, and covariances and what is solved with them, as they are inverted.
-A dense model diverges from itself by 1e-4 nats (DeiT-S, random weights), as much as by rounded operands alone.
+A dense model diverges from itself by 1e-5 nats (cifar10, 86.55 %), as much as by rounded operands alone.
 """
 
 from __future__ import annotations
