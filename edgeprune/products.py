@@ -16,9 +16,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from edgeprune.attention import WrittenOut
 from edgeprune.latency import device
-from edgeprune.tuning.attention import WrittenOut
 
 FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
@@ -49,6 +50,11 @@ def layers() -> Iterator[None]:
         return
     with torch.autocast("cpu", torch.bfloat16), WrittenOut() if torch.is_grad_enabled() else nullcontext():
         yield
+
+
+def wide(x: Tensor) -> Tensor:
+    """What layers made bfloat16 in float32; anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def exact() -> Any:

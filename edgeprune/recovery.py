@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from edgeprune import anatomies, lowrank, obs, tasks, vit
+from edgeprune import anatomies, lowrank, obs, products, tasks, vit
 from edgeprune.calibration import Calibration
 from edgeprune.compat import VisionTransformer
 from edgeprune.obs import Moments
@@ -297,7 +297,9 @@ def _observe(place: Place, have: Sequence[Tensor], shelf: Shelf) -> tuple[Sequen
         none = [x.new_empty(*x.shape[:-1], 0) for x in have]  # no view: it would hold on to the stream
         return none, shelf.keep(vit.call(block, kind, x, sub) for x in have)
     inputs: list[Item] = []
-    hook = vit.last_layer(sub, kind).register_forward_pre_hook(lambda _, x: inputs.append(shelf.put(x[0].float())))
+    hook = vit.last_layer(sub, kind).register_forward_pre_hook(
+        lambda _, x: inputs.append(shelf.put(products.wide(x[0])))
+    )
     try:
         outputs = shelf.keep(vit.call(block, kind, x, sub) for x in have)
         return Kept(inputs), outputs

@@ -154,7 +154,7 @@ class ReducingBlock(nn.Module):
 def reduction(attn: Any, normed: Tensor, after: Tensor, prefix: int, patches: int, reducer: str) -> Reduction:
     """What becomes of the tokens after an attention that read `normed` and led to the residual stream `after`."""
     with products.layers():
-        queries, keys, _ = (part.float() for part in _heads(attn, normed))
+        queries, keys, _ = map(products.wide, _heads(attn, normed))
     return reducers.get(reducer).reduce(Seen(after, queries * attn.scale, keys, prefix), patches)
 
 
@@ -355,10 +355,9 @@ def hidden(block: Any, kind: SubBlockKind, stream: Tensor, rows: Tensor) -> Tens
     """What these rows of a dense sub-block's first layer make of the residual stream, `[n, tokens, rows]`."""
     layer = first_layer(sub_block(block, kind), kind)
     normed = (block.norm1 if kind == "attn" else block.norm2)(stream)
+    bias = None if layer.bias is None else layer.bias[rows]
     with products.layers():
-        return nn.functional.linear(
-            normed, layer.weight[rows], None if layer.bias is None else layer.bias[rows]
-        ).float()
+        return products.wide(nn.functional.linear(normed, layer.weight[rows], bias))
 
 
 @torch.no_grad()
@@ -572,7 +571,7 @@ def call(block: Any, kind: SubBlockKind, stream: Tensor, sub: Any = None) -> Ten
     if isinstance(sub, RemovedSubBlock):
         return sub(stream)
     with products.layers():
-        return sub((block.norm1 if kind == "attn" else block.norm2)(stream)).float()
+        return products.wide(sub((block.norm1 if kind == "attn" else block.norm2)(stream)))
 
 
 def scale(block: Any, kind: SubBlockKind) -> nn.Module:

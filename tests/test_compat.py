@@ -29,7 +29,7 @@ ROWS = (
     ("tuning",),
     ("allocators", "recoveries"),
     ("criteria", "saliency", "gates", "calibration", "recovery", "runtimes", "vit", "latency", "solve", "data", "images", "artifact", "report", "checks",
-     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics", "tasks", "neighbours", "adapting", "intake", "folding", "resampling", "weightfile", "quantisation", "lowrank", "structure", "products"),
+     "recheck", "regression", "inspection", "corruptions", "provenance", "ci", "obs", "search", "stitch", "polish", "adapters", "selections", "reducers", "cache", "numerics", "tasks", "neighbours", "adapting", "intake", "folding", "resampling", "weightfile", "quantisation", "lowrank", "structure", "products", "attention"),
     ("config",),
     ("anatomies",),
     ("compat", "console", "methods", "shelf"),

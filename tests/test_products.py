@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from edgeprune import criteria, products, vit
+from edgeprune.attention import WrittenOut, attention
 from edgeprune.obs import Moments
-from edgeprune.tuning.attention import WrittenOut, attention
 
 
 @pytest.fixture

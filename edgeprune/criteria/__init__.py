@@ -188,13 +188,13 @@ def observe(
     for at in places:
 
         def keep(_: object, x: tuple[Tensor, ...], y: Tensor, at: SubBlock = at) -> None:
-            inputs[at], outputs[at] = x[0].detach().float(), y
+            inputs[at], outputs[at] = products.wide(x[0].detach()), y
 
         hooks.append(vit.output_layer(model.blocks[at[0]], at[1]).register_forward_hook(keep))
     try:
         with torch.set_grad_enabled(generator is not None), products.rounded():
             with products.layers():
-                logits = model(pixels).float()
+                logits = products.wide(model(pixels))
             numerics.refuse_not_finite(model, pixels, logits.detach(), "calibrate", "its weights are broken there")
             if generator is None:
                 return inputs, {}
@@ -203,4 +203,4 @@ def observe(
     finally:
         for hook in hooks:
             hook.remove()
-    return inputs, {at: gradient.float() for at, gradient in zip(places, gradients, strict=True)}
+    return inputs, {at: products.wide(gradient) for at, gradient in zip(places, gradients, strict=True)}

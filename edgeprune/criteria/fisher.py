@@ -74,7 +74,7 @@ def _fisher(evidence: Evidence, changes: dict[SubBlock, tuple[Tensor, Tensor]]) 
             inputs, gradients = observe(evidence.model, pixels, list(changes), generator)
             for at, (dw, db) in changes.items():
                 with products.layers():
-                    per_image = torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at]).flatten(1).float()
+                    per_image = products.wide(torch.einsum("ntc,ntd->ncd", gradients[at], inputs[at])).flatten(1)
                 change = per_image @ dw.T + gradients[at].sum(1) @ db.T  # [images, levels]
                 totals[at] += change.double().square().sum(0)
             count += len(pixels)

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from edgeprune.attention import WrittenOut
 from edgeprune.console import Console
 from edgeprune.errors import UsageError
-from edgeprune.tuning.attention import WrittenOut
 from edgeprune.tuning.group import has_bfloat16
 
 NAMES = ("auto", "float32", "bfloat16")
