@@ -39,7 +39,7 @@ def setting(folder: Path, seed: int) -> tuple[config.ModelCard, Group]:
 
 
 def keep_memory() -> None:
-    """Have glibc keep what is freed: activations come and go every step, and new pages cost a tenth of one here."""
+    """Have glibc keep what is freed: activations come and go every step, and new pages take time."""
     if sys.platform == "linux":
         allocator = ctypes.CDLL(None)
         mmap_threshold, trim_threshold, top_pad = -3, -1, -2  # M_... of malloc.h

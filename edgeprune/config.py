@@ -29,6 +29,7 @@ else:
 T = TypeVar("T")
 WIDTHS = ("heads", "mlp", "depth")  # what every allocator chooses
 IR_PRECISIONS = ("fp32", "fp16")
+OPTIMIZERS = ("adamw", "muon")
 MOST_BATCH = 1024  # images of one inference
 CLASSIFY, FEATURES = TASKS = ("classify", "features")  # what a model is for: to name classes, or to embed
 DIMS = (*WIDTHS, "tokens", "qk")  # what a plan has less of unless it is told otherwise
@@ -186,6 +187,8 @@ class Recipe:
         )
         within(self, 0, "warmup label_smoothing cls_share ema", 1)
         within(self, 1e-6, "temperature")
+        if self.optimizer not in OPTIMIZERS:
+            raise BadValue(str(unknown("optimizer", self.optimizer, OPTIMIZERS)))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Moments:
     @products.exact()
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
         """Take in tokens `[..., inputs]`, each counted `weights` `[...]` times (once if None)."""
-        x = x.detach().reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))
+        x = products.wide(x.detach().reshape(-1, x.shape[-1]))
         if self.shift is None:
             self.shift = x.mean(0)
             self.total = torch.zeros(x.shape[1], dtype=torch.float64)

@@ -219,6 +219,7 @@ def test_options_that_click_refuses_are_one_json_document_too(space: Workspace) 
         ("num_classes", "num_clases", "unknown key 'num_clases'; did you mean 'num_classes'?"),
         ("embed_dim = 48", "embed_dim = 48\n[finetunes]\nepochs = [1.0]", "unknown key 'finetunes'; did you mean 'finetune'?"),
         ("batch_size = 32\nlearning_rate = 1e-3", "batch = 32", "[finetune]: unknown key 'batch'; did you mean 'batch_size'?"),
+        ("batch_size = 32\nlearning_rate = 1e-3", 'optimizer = "moon"', "[finetune]: unknown optimizer 'moon'; did you mean 'muon'?"),
         ('architecture = "vit_tiny_patch16_224"\n', "", "the key 'architecture' is missing"),
         ('name = "digits"\n', "", "[data]: the key 'name' is missing"),
         ("num_classes = 10", 'num_classes = "ten"', "'num_classes' must be a whole number, not 'ten'"),

@@ -802,6 +802,7 @@ def test_a_table_is_measured_in_groups_where_memory_is_short(
     assert 0 < table["empty_ms"] < table["dense_ms"]
 
 
+@pytest.mark.slow
 def test_a_few_blocks_are_measured_and_speak_for_all(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,8 +193,7 @@ def observe(
         hooks.append(vit.output_layer(model.blocks[at[0]], at[1]).register_forward_hook(keep))
     try:
         with torch.set_grad_enabled(generator is not None), products.rounded():
-            with products.layers():
-                logits = products.wide(model(pixels))
+            *_, logits = vit.streams(model, pixels)
             numerics.refuse_not_finite(model, pixels, logits.detach(), "calibrate", "its weights are broken there")
             if generator is None:
                 return inputs, {}

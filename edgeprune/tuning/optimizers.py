@@ -13,16 +13,12 @@ from torch import Tensor, nn
 from edgeprune.compat import VisionTransformer
 from edgeprune.errors import UsageError
 
-NAMES = ("muon", "adamw")
-
 
 def create(model: VisionTransformer, name: str, rate: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """The optimisers of all weights that are trained; biases, norms and other vectors do not decay.
+    """The optimisers, by a name of `config.OPTIMIZERS`, of all weights that are trained; vectors, as biases, do not decay.
 
-    Raises UsageError for a name that is none of `NAMES`, and for Muon where torch is older than 2.9.
+    Raises UsageError for Muon where torch is older than 2.9.
     """
-    if name not in NAMES:
-        raise UsageError(f"optimizer must be one of {', '.join(NAMES)} in a recipe, not '{name}'")
     matrices = _matrices(model) if name == "muon" else []
     apart = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
