@@ -342,6 +342,7 @@ def rebuilt(space: Workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return root, again, before
 
 
+@pytest.mark.slow
 def test_rebuild_does_everything_again(rebuilt: tuple[Path, Result, dict[str, int]]) -> None:
     root, again, before = rebuilt
     assert again.code == errors.PASSED, again.err
@@ -352,6 +353,7 @@ def test_rebuild_does_everything_again(rebuilt: tuple[Path, Result, dict[str, in
     assert sorted(name.rpartition("-")[0] for name in mine) == sorted([*SHARED, *OWN])
 
 
+@pytest.mark.slow
 def test_new_measurements_are_not_mixed_with_what_was_built_on_the_old(
     space: Workspace, rebuilt: tuple[Path, Result, dict[str, int]]
 ) -> None:

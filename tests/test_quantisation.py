@@ -468,6 +468,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[small.Result, Path]
     return result, folder / "out" / "small-here-1.6x"
 
 
+@pytest.mark.slow
 def test_a_build_with_int8(built: tuple[small.Result, Path]) -> None:
     result, folder = built
     assert result.code == errors.INCONCLUSIVE, result.err  # predicted: the profile is another device's
@@ -487,6 +488,7 @@ def test_a_build_with_int8(built: tuple[small.Result, Path]) -> None:
     assert len(quantisation.layers(model)) == 2 * sum(len(int8(row)) for row in manifest["shape"])
 
 
+@pytest.mark.slow
 def test_an_artifact_with_int8_is_validated(built: tuple[small.Result, Path]) -> None:
     _, folder = built
     with small.quick():
