@@ -294,6 +294,7 @@ def test_a_wrong_criterion_is_said_before_anything_is_trained(bench: ModuleType,
 # A build ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_build_with_a_held_out_domain_and_a_selection(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, image_folder: Callable[..., Path]
 ) -> None:

@@ -410,6 +410,7 @@ def test_the_same_latency_table_gives_the_same_plan(space: Workspace, cache_copy
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_the_search_goes_on_below_a_plan_that_just_misses(
     space: Workspace, rebuilt: tuple[Path, Result, dict[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

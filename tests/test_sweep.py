@@ -213,6 +213,7 @@ def test_a_process_that_crashes_is_an_outcome(tmp_path: Path, monkeypatch: pytes
 # Sweeps -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_builds_what_can_be_built(space: Workspace, tmp_path: Path) -> None:
     path = write(space, tmp_path / "m.toml", ["80%", "100x"])
     command = ("sweep", path, "--out", tmp_path / "out", "--cache-dir", space.cache, "--jobs", "2", "--format", "json")

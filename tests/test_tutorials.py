@@ -104,6 +104,7 @@ def test_own_model(here: Path) -> None:
     assert any("accuracy drop" in found.err for words, found in ran.items() if " build " in words)
 
 
+@pytest.mark.slow
 def test_raspberry_pi(here: Path) -> None:
     follow("raspberry-pi")
     for name in ("pi.json", "found.json", "artifacts/small-here-60pct/model.onnx"):
